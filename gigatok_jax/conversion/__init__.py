@@ -1,0 +1,1 @@
+"""Parameters to and from the files of PyTorch programs."""

@@ -1,0 +1,1 @@
+"""Array functions and kernels: arrays in, arrays out, no parameters."""
