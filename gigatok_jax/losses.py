@@ -1,0 +1,187 @@
+"""Scalar losses of arrays, float32 whatever the input. Nothing here knows a model or a weight.
+
+Axes: b batch, t tokens or positions, c features, n latent tokens, e codebook width.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from gigatok_jax.errors import ConfigError
+
+ADVERSARIAL = ("hinge", "vanilla", "non_saturating")
+RECONSTRUCTION = ("l2", "l1")
+
+
+def reconstruction(images: jax.Array, reconstructed: jax.Array, kind: str = "l2") -> jax.Array:
+    """Mean squared ("l2") or mean absolute ("l1") difference of pixels.
+
+    Args:
+        images: float[b h w 3] in [-1, 1].
+        reconstructed: float[b h w 3], not clamped.
+        kind: "l2" or "l1".
+
+    Returns:
+        f32[], >= 0.
+
+    Raises:
+        ConfigError: `kind` is unknown.
+    """
+    _check_kind(kind, RECONSTRUCTION)
+    difference = _float32(reconstructed) - _float32(images)
+    return jnp.mean(jnp.square(difference) if kind == "l2" else jnp.abs(difference))
+
+
+def adversarial_generator(logits_fake: jax.Array, kind: str = "hinge") -> jax.Array:
+    """What the generator minimises, given the discriminator's logits on its output.
+
+    "hinge" is -mean(logits) and has no bounds. "non_saturating" is mean(-log D), >= 0. "vanilla"
+    is the minimax form mean(log(1 - D)), <= 0, whose gradient fades while D wins.
+
+    Args:
+        logits_fake: float of any shape; D is its sigmoid.
+        kind: "hinge", "vanilla" or "non_saturating".
+
+    Returns:
+        f32[].
+
+    Raises:
+        ConfigError: `kind` is unknown.
+
+    Source: hinge arXiv:1705.02894; the others arXiv:1406.2661, eq. 1 and the end of section 3.
+    """
+    _check_kind(kind, ADVERSARIAL)
+    fake = _float32(logits_fake)
+    if kind == "hinge":
+        return -jnp.mean(fake)
+    if kind == "vanilla":
+        return -jnp.mean(jax.nn.softplus(fake))
+    return jnp.mean(jax.nn.softplus(-fake))
+
+
+def adversarial_discriminator(
+    logits_real: jax.Array, logits_fake: jax.Array, kind: str = "hinge"
+) -> jax.Array:
+    """What the discriminator minimises: the mean of its two halves, real and fake.
+
+    "vanilla" and "non_saturating" differ only in the generator's loss; here both are the cross
+    entropy.
+
+    Args:
+        logits_real: float of any shape, on images.
+        logits_fake: float of any shape, on reconstructions.
+        kind: "hinge", "vanilla" or "non_saturating".
+
+    Returns:
+        f32[], >= 0.
+
+    Raises:
+        ConfigError: `kind` is unknown.
+
+    Source: as `adversarial_generator`; the factor 1/2 as in arXiv:2012.09841.
+    """
+    _check_kind(kind, ADVERSARIAL)
+    penalty = jax.nn.softplus if kind != "hinge" else lambda x: jax.nn.relu(1.0 + x)
+    real, fake = _float32(logits_real), _float32(logits_fake)
+    return 0.5 * (jnp.mean(penalty(-real)) + jnp.mean(penalty(fake)))
+
+
+def codebook_loss(rows: jax.Array, inputs: jax.Array) -> jax.Array:
+    """Mean squared distance that moves only the codebook.
+
+    Args:
+        rows: f32[b n e], the chosen rows with their gradient to the codebook.
+        inputs: f32[b n e], the latents before quantization.
+
+    Returns:
+        f32[], >= 0.
+
+    Source: arXiv:1711.00937, eq. 3, second term (mean over all elements).
+    """
+    return jnp.mean(jnp.square(_float32(rows) - jax.lax.stop_gradient(_float32(inputs))))
+
+
+def commitment_loss(rows: jax.Array, inputs: jax.Array) -> jax.Array:
+    """Mean squared distance that moves only the encoder; arguments as `codebook_loss`.
+
+    Source: arXiv:1711.00937, eq. 3, third term (mean over all elements, without its beta).
+    """
+    return jnp.mean(jnp.square(jax.lax.stop_gradient(_float32(rows)) - _float32(inputs)))
+
+
+def alignment_loss(features: jax.Array, teacher: jax.Array) -> jax.Array:
+    """Minus the mean cosine similarity; no gradient to the teacher.
+
+    Args:
+        features: float[b t c], decoder features after the alignment MLP.
+        teacher: float[b t c], features of the frozen teacher at the same positions.
+
+    Returns:
+        f32[] in [-1, 1]. Where a feature is zero the cosine counts as 0 with a finite gradient.
+
+    Raises:
+        ValueError: the shapes differ.
+
+    Source: arXiv:2410.06940, with the cosine as its similarity.
+    """
+    if features.shape != teacher.shape:
+        raise ValueError(f"features {features.shape} and teacher {teacher.shape} must agree")
+    cosine = jnp.sum(_unit(features) * jax.lax.stop_gradient(_unit(teacher)), axis=-1)  # [b t]
+    return -jnp.mean(cosine)
+
+
+def feature_loss(decoded: jax.Array, encoded: jax.Array) -> jax.Array:
+    """Mean squared error of the decoder transformer's output to the CNN encoder's feature.
+
+    Args:
+        decoded: float[b h w c], what the CNN decoder receives on the full path.
+        encoded: float[b h w c], what it receives on the shortcut path; gets no gradient.
+
+    Returns:
+        f32[], >= 0.
+    """
+    target = jax.lax.stop_gradient(_float32(encoded))
+    return jnp.mean(jnp.square(_float32(decoded) - target))
+
+
+def lecam(
+    logits_real: jax.Array, logits_fake: jax.Array, mean_real: jax.Array, mean_fake: jax.Array
+) -> jax.Array:
+    """LeCam regularisation of the discriminator: keeps its logits near their moving averages.
+
+    Args:
+        logits_real: float of any shape, on images.
+        logits_fake: float of any shape, on reconstructions.
+        mean_real: f32[], moving average of the logits on images.
+        mean_fake: f32[], moving average of the logits on reconstructions.
+
+    Returns:
+        f32[], >= 0.
+
+    Source: arXiv:2104.03310, one-sided as in its authors' code: only logits on the far
+        side of the other class's average are pulled.
+    """
+    real_excess = jax.nn.relu(_float32(logits_real) - mean_fake)
+    fake_excess = jax.nn.relu(mean_real - _float32(logits_fake))
+    return jnp.mean(jnp.square(real_excess)) + jnp.mean(jnp.square(fake_excess))
+
+
+def lecam_average(mean: jax.Array, logits: jax.Array, decay: float = 0.99) -> jax.Array:
+    """The next moving average of the logits for `lecam`; decay 0 (re)starts it at this batch."""
+    return decay * mean + (1.0 - decay) * jax.lax.stop_gradient(jnp.mean(_float32(logits)))
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """Rows of norm 1. The squared norm is bounded before the root, so that zero rows have a
+    finite gradient."""
+    x = _float32(x)
+    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return x / jnp.sqrt(jnp.maximum(square, 1e-24))
+
+
+def _float32(x: jax.Array) -> jax.Array:
+    return jnp.asarray(x, jnp.float32)
+
+
+def _check_kind(kind: str, known: tuple[str, ...]) -> None:
+    if kind not in known:
+        raise ConfigError(f"loss type {kind!r} is unknown, choose one of {', '.join(known)}")
