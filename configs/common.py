@@ -1,0 +1,200 @@
+"""What the runs share: their arguments, the base tokenizer config and its small versions."""
+
+import difflib
+import types
+
+import ml_collections
+
+from gigatok_jax.errors import ConfigError
+from gigatok_jax.model_config import model_config
+
+
+def parse_arg(arg: str | None, **defaults) -> types.SimpleNamespace:
+    """Arguments behind the colon of `--config=configs/<run>.py:name,name=value`.
+
+    Args:
+        arg: "smoke", "size=b", "latent_tokens=64,smoke"; None or "" is no argument.
+        **defaults: every name the run knows, with its default; its type is the type expected.
+
+    Raises:
+        ConfigError: a name that the run does not know, or a value of another type.
+    """
+    values = dict(defaults)
+    for item in filter(None, (arg or "").split(",")):
+        name, _, text = item.partition("=")
+        if name not in defaults:
+            near = difflib.get_close_matches(name, defaults, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"this config has no argument {name!r}; it takes {', '.join(defaults)}{hint}"
+            )
+        values[name] = _read(name, text, defaults[name])
+    return types.SimpleNamespace(**values)
+
+
+def _read(name, text, default):
+    if isinstance(default, bool):
+        flags = {"": True, "true": True, "false": False, "1": True, "0": False}
+        if text.lower() in flags:
+            return flags[text.lower()]
+    else:
+        try:
+            return type(default)(text)
+        except ValueError:
+            pass
+    kind = type(default).__name__
+    raise ConfigError(f"config argument {name} is {text!r}, expected {kind} like {default!r}")
+
+
+def tokenizer(name: str, size: str, **model) -> ml_collections.ConfigDict:
+    """Training config with the published values; a run changes what sets it apart.
+
+    Args:
+        name: of the run; the default workdir is `runs/<name>`.
+        size: of the model, a name of `model_config` such as "S-S".
+        **model: fields of the model that differ from it.
+
+    Steps count updates from 1, as `global_step` of the original; learning rates are per update;
+    an epoch is `train.epoch_images` images whatever the data holds.
+    """
+    config = ml_collections.ConfigDict({"name": name, "task": "train_tokenizer", "seed": 0})
+    config.model = model_config(size, **model)
+    config.data = _data()
+    config.train = _train()
+    config.optim = _optim()
+    config.loss = _loss()
+    config.codebook = ml_collections.ConfigDict(
+        {  # cures against collapse on small data; off in every published recipe
+            "data_init": False,  # rows start as latents of the first batches
+            "reset_every": 0,  # steps between resets of dead rows; 0 never
+            "warmup_steps": 0,  # steps before anything is quantized
+        }
+    )
+    config.weights = ml_collections.ConfigDict({"folder": ""})  # "" is ~/.cache/gigatok_jax
+    config.save = ml_collections.ConfigDict({"every": 5000, "keep": 3, "milestone_every": 50_000})
+    config.eval = ml_collections.ConfigDict({"every": 5000, "batch": 64})
+    config.log = ml_collections.ConfigDict({"every": 100, "pictures_every": 5000})
+    config.profile = ""  # "start:count" in steps writes a trace
+    config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    return config
+
+
+def _data():
+    return ml_collections.ConfigDict(
+        {
+            "source": "folder",  # "digits" is the embedded set, used while no folder is named
+            "folder": "",  # images, in one sub-folder per class or none
+            "eval_folder": "",  # held-out images
+            "crop": "random",
+            "flip": True,
+            "min_size": 0,  # px; smaller images are refused rather than enlarged
+            "workers": 4,
+            "max_unreadable": 100,
+            "eval_images": 0,  # taken out of the training images when there is no eval_folder
+        }
+    )
+
+
+def _train():
+    return ml_collections.ConfigDict(
+        {
+            "epochs": 100.0,
+            "steps": 0,  # 0 follows from epochs
+            "epoch_images": 1_280_000,
+            "global_batch": 128,
+            "micro_batches": 1,
+            "statistics": "global",  # "local": batch statistics per micro-batch and device
+            "dtype": "bfloat16",
+            "remat": "none",
+        }
+    )
+
+
+def _optim():
+    return ml_collections.ConfigDict(
+        {
+            "learning_rate": 1e-4,
+            "discriminator_learning_rate": 1e-4,
+            "end_learning_rate": 1e-5,
+            "schedule": "cosine",
+            "warmup_steps": 0,
+            "warmup_epochs": 0.0,
+            "wsd_decay_fraction": 0.2,
+            "beta1": 0.9,
+            "beta2": 0.95,
+            "weight_decay": 1e-4,
+            "decay_mask": "all",
+            "clip": 10.0,
+            "ema": 0.9999,
+        }
+    )
+
+
+def _loss():
+    return ml_collections.ConfigDict(
+        {
+            "reconstruction": 1.0,
+            "reconstruction_type": "l2",
+            "perceptual": 1.0,
+            "adversarial": 0.5,
+            "adversarial_type": "hinge",
+            "discriminator": "patchgan",
+            "discriminator_filters": 64,  # of the PatchGAN's first layer
+            "discriminator_start": 20_000,
+            "shortcut_end": 15_000,  # 0 is no shortcut phase
+            "feature": 1.0,
+            "codebook": 1.0,
+            "commitment": 0.25,
+            "entropy": 0.0,
+            "entropy_end": 0,  # 0 never ends
+            "entropy_temperature": 0.01,
+            "alignment": 0.5,
+            "teacher": "dinov2-b",
+            "lecam": 0.0,
+            "missing_weights": "refuse",  # "skip" leaves a loss out and says so
+        }
+    )
+
+
+def finish(config, arg) -> ml_collections.ConfigDict:
+    """Applies the arguments every tokenizer run takes: smoke, smoke_full."""
+    if arg.smoke:
+        shrink(config)
+    if arg.smoke_full:
+        smoke_full(config)
+    return config
+
+
+def shrink(config) -> None:
+    """The same code paths at tiny widths on embedded data: about a minute on a CPU."""
+    config.name += "_smoke"
+    config.model.update(image_size=64, cnn_channels=32, encoder="pico", decoder="pico")
+    config.model.update(latent_tokens=16, codebook_size=64)
+    config.loss.discriminator_filters = 8
+    _shorten(config, steps=24, batch=8)
+    config.log.every = 4
+
+
+def smoke_full(config) -> None:
+    """Published widths, batch 2, three steps in float32: whether everything fits together.
+
+    Takes `--config.data.folder=DIR` or, without, the embedded data.
+    """
+    config.name += "_smoke_full"
+    _shorten(config, steps=3, batch=2)
+    config.save.every = 3
+
+
+def _shorten(config, steps, batch):
+    """Every phase, an evaluation, a save and a picture within `steps` steps."""
+    config.data.update(source="digits", workers=0, eval_images=batch)
+    config.train.update(steps=steps, global_batch=batch, dtype="float32", remat="none")
+    if config.loss.shortcut_end:
+        config.loss.shortcut_end = 1 + steps // 3
+    config.loss.discriminator_start = 2 * steps // 3
+    config.loss.missing_weights = "skip"
+    if config.optim.warmup_epochs:
+        config.optim.update(warmup_epochs=0.0, warmup_steps=steps // 3)
+    config.eval.update(every=steps, batch=batch)
+    config.save.update(every=steps // 2, milestone_every=0)
+    config.log.update(every=1, pictures_every=steps)

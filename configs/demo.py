@@ -1,0 +1,42 @@
+"""Demo: a small tokenizer learns scikit-learn's 1797 handwritten digits, on any CPU.
+
+    python main.py --config=configs/demo.py
+
+32x32 pixels to 16 codes. The Q-Former, the quantizer and the losses of the large models; one
+linear layer per 4x4 patch stands in for the CNN. No frozen networks and no discriminator, so
+nothing is downloaded. Target: PSNR >= 20 dB on held-out digits, more than half of the codes in
+use. Ours: not run yet.
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+    arg = common.parse_arg(arg, smoke=False)
+    config = common.tokenizer("demo", "S-S", **_model())
+    config.data.update(source="digits", crop="center", flip=False, workers=0, eval_images=256)
+    config.train.update(epoch_images=1541, steps=2000, global_batch=64, dtype="float32")
+    config.optim.update(learning_rate=1e-3, warmup_steps=100, ema=0.99, clip=1.0)
+    config.loss.update(discriminator="none", teacher="none", perceptual=0.0)
+    config.loss.update(missing_weights="skip", shortcut_end=0, entropy=0.02)
+    config.codebook.update(data_init=True, reset_every=100, warmup_steps=100)
+    config.save.update(every=500, milestone_every=0)
+    config.eval.update(every=500, batch=64)
+    config.log.update(every=50, pictures_every=500)
+    if arg.smoke:
+        config.name = "demo_smoke"
+        config.train.steps = 200
+    return config
+
+
+def _model():
+    return {
+        "image_size": 32,
+        "stem": "patch",
+        "patch_size": 4,
+        "encoder": "nano",
+        "decoder": "nano",
+        "latent_tokens": 16,
+        "codebook_size": 256,
+        "align_block": 0,  # there is no teacher
+    }
