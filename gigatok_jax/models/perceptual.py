@@ -1,0 +1,79 @@
+"""LPIPS on VGG16. Axes: b batch, h w position, c channel."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+WIDTHS = (64, 128, 256, 512, 512)  # channels of the five stages of VGG16
+DEPTHS = (2, 2, 3, 3, 3)  # convolutions of each stage
+
+_SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
+_SCALE = np.array([0.458, 0.448, 0.450], np.float32)
+
+
+class VGG16(nn.Module):
+    """The convolutions of VGG16 (arXiv:1409.1556); returns the output of each stage."""
+
+    widths: tuple[int, ...] = WIDTHS
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        """Five maps [b h w c], [b h/2 w/2 c], ... after ReLU, of scaled images [b h w 3]."""
+        stages = []
+        for i, (width, depth) in enumerate(zip(self.widths, DEPTHS, strict=True), start=1):
+            if i > 1:
+                x = nn.max_pool(x, (2, 2), (2, 2))
+            for j in range(1, depth + 1):
+                x = nn.Conv(width, (3, 3), padding=1, dtype=self.dtype, name=f"conv{i}_{j}")(x)
+                x = nn.relu(x)
+            stages.append(x)
+        return stages
+
+
+def unit_channels(x: jax.Array) -> jax.Array:
+    """f32[b h w c] with channels divided by their length plus 1e-10.
+
+    The original's gradient is not finite where every channel is zero (the root of zero);
+    here such a position has value and gradient zero.
+    """
+    x = x.astype(jnp.float32)
+    square = jnp.square(x).sum(-1, keepdims=True)  # [b h w 1]
+    some = square > 0
+    length = jnp.sqrt(jnp.where(some, square, 1.0))
+    return jnp.where(some, x / (length + 1e-10), 0.0)
+
+
+class LPIPS(nn.Module):
+    """Learned perceptual distance of two images, version 0.1 with VGG16.
+
+    Differs from the training code of the original in having no dropout before the heads.
+
+    Source: arXiv:1801.03924.
+    """
+
+    widths: tuple[int, ...] = WIDTHS
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        self.vgg = VGG16(self.widths, self.dtype)
+        self.heads = [
+            self.param(f"head_{i}", nn.initializers.ones, (width,))
+            for i, width in enumerate(self.widths)
+        ]
+
+    def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """Distance f32[b] >= 0 of images float[b h w 3] in [-1, 1], h and w at least 16."""
+        # Two passes: the images that need no gradient then keep no activations.
+        pairs = zip(self.features(a), self.features(b), self.heads, strict=True)
+        return sum(_stage_distance(x, y, head) for x, y, head in pairs)
+
+    def features(self, images: jax.Array) -> list[jax.Array]:
+        """VGG16 stages of float[b h w 3] in [-1, 1] after the scaling layer."""
+        return self.vgg((images.astype(jnp.float32) - _SHIFT) / _SCALE)
+
+
+def _stage_distance(x: jax.Array, y: jax.Array, head: jax.Array) -> jax.Array:
+    difference = jnp.square(unit_channels(x) - unit_channels(y))  # [b h w c]
+    return (difference.mean((1, 2)) * head).sum(-1)  # [b]
