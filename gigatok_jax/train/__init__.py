@@ -1,0 +1,1 @@
+"""Training loops, one readable file each, and what they share."""

@@ -1,0 +1,221 @@
+"""Learning-rate schedules, AdamW with clipping, and the parameter average.
+
+The schedules take a traced step (float32 arithmetic) or numbers and numpy arrays (float64).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from gigatok_jax.errors import ConfigError
+
+SCHEDULES = ("cosine", "constant", "wsd")
+DECAY_MASKS = ("all", "no_norm", "matrices")
+WARMUP_START = 0.01  # share of the base rate at step 0 of a warm-up
+
+Schedule = Callable[[Any], Any]  # step or steps -> learning rate, same shape
+
+
+class Updated(NamedTuple):
+    params: Any
+    state: optax.OptState
+    grad_norm: jax.Array  # f32[], global norm before clipping
+
+
+def learning_rate(
+    optim: ml_collections.ConfigDict,
+    total_steps: int,
+    steps_per_epoch: float,
+    *,
+    base: float | None = None,
+    first_step: int = 0,
+) -> Schedule:
+    """The rate of update `step` (0 is the first), with the original's indexing.
+
+    The original sets the rate after each update, from the number of updates before it. So the
+    first update of a network runs at the full base rate even under warm-up, and update k > 0 at
+    schedule(k - 1). The discriminator's schedule counts from the start of the run too:
+    `first_step` is its first update, and the updates after it follow the global step.
+
+    Args:
+        optim: `config.optim`. "cosine" ends at `end_learning_rate`; "wsd" decays to 0 as
+            1 - sqrt(progress) over the last int(`wsd_decay_fraction` * total) steps.
+        total_steps: updates in the whole run.
+        steps_per_epoch: turns `warmup_epochs` into steps.
+        base: rate before decay; None takes `optim.learning_rate`.
+        first_step: global step of the network's first update.
+
+    Returns:
+        A function of the global step (integers, numpy or traced) that gives the rate.
+
+    Raises:
+        ConfigError: unknown schedule, or warm-up given both in steps and in epochs.
+    """
+    if optim.schedule not in SCHEDULES:
+        raise ConfigError(
+            f"optim.schedule {optim.schedule!r} is unknown, choose one of {', '.join(SCHEDULES)}"
+        )
+    if optim.warmup_steps and optim.warmup_epochs:
+        raise ConfigError("optim.warmup_steps and optim.warmup_epochs are both set, set one to 0")
+    warmup = optim.warmup_steps or round(optim.warmup_epochs * steps_per_epoch)
+    base = optim.learning_rate if base is None else base
+
+    def scheduled(step):
+        if optim.schedule == "constant":
+            return constant(step, base, warmup)
+        if optim.schedule == "cosine":
+            return cosine(step, base, warmup, total_steps, optim.end_learning_rate)
+        decay_steps = int(optim.wsd_decay_fraction * total_steps)
+        return wsd(step, base, warmup, total_steps, decay_steps)
+
+    def rate(step):
+        xp, step = _float(step)
+        return xp.where(step <= first_step, base, scheduled(xp.clip(step - 1, 0, total_steps)))
+
+    return rate
+
+
+def constant(step, base: float, warmup: int):
+    """`base` after a linear warm-up from a hundredth of it over `warmup` steps."""
+    xp, step = _float(step)
+    return _after_warmup(xp, step, base, warmup, base)
+
+
+def cosine(step, base: float, warmup: int, total: int, end: float = 0.0):
+    """Warm-up, then half a cosine from `base` to `end`, which holds from step `total` on."""
+    xp, step = _float(step)
+    progress = xp.clip((step - warmup) / max(total - warmup, 1), 0, 1)
+    rate = end + 0.5 * (base - end) * (1 + xp.cos(np.pi * progress))
+    return _after_warmup(xp, step, base, warmup, xp.where(step >= total, end, rate))
+
+
+def wsd(step, base: float, warmup: int, total: int, decay_steps: int, decay="sqrt", final=0.0):
+    """Warm-up, `base`, then a decay to `final * base` over the last `decay_steps` steps.
+
+    Defined up to step `total`; "linear" and "cosine" go on past it as the original's do. "exp"
+    starts from `base`, where the original forgets it and starts from 1 (no recipe uses it).
+
+    Args:
+        step: integer(s), the schedule's own counter.
+        base: learning rate between warm-up and decay.
+        warmup: steps of warm-up.
+        total: steps of the whole schedule.
+        decay_steps: steps of decay at its end.
+        decay: "sqrt" (1 - sqrt(progress)), "linear", "cosine", "square" or "exp".
+        final: share of `base` at the end.
+
+    Returns:
+        Learning rate(s), float64 for numpy steps and float32 for jax ones.
+
+    Source: arXiv:2405.18392, section 4.
+    """
+    xp, step = _float(step)
+    start = total - decay_steps
+    progress = xp.maximum(step - start, 0) / max(decay_steps, 1)
+    factor = xp.where(step < start, 1.0, _decay_factor(xp, progress, decay, final))
+    return _after_warmup(xp, step, base, warmup, base * factor)
+
+
+def make_optimizer(
+    optim: ml_collections.ConfigDict,
+    decays: Callable[[str], bool] | None = None,
+    *,
+    mu_dtype: Any = None,
+) -> optax.GradientTransformation:
+    """Clipping, Adam and decoupled weight decay: a step direction that `apply` scales.
+
+    Args:
+        optim: `config.optim`: clip (global norm), beta1, beta2, weight_decay, decay_mask.
+        decays: whether the parameter at a path such as "quantizer/codebook" is decayed; needed
+            for every `decay_mask` but "all".
+        mu_dtype: dtype of the first moment; None is the parameters' own.
+
+    Returns:
+        A transformation whose output, times minus the learning rate, is the update.
+
+    Raises:
+        ConfigError: unknown mask, a mask without `decays`, or a clip that is not positive.
+
+    Source: AdamW arXiv:1711.05101 as PyTorch scales it: the decay is learning rate * weight
+        decay, epsilon 1e-8 is added outside the root, clipping divides by (norm + 1e-6).
+    """
+    if optim.decay_mask not in DECAY_MASKS:
+        known = ", ".join(DECAY_MASKS)
+        raise ConfigError(
+            f"optim.decay_mask {optim.decay_mask!r} is unknown, choose one of {known}"
+        )
+    if optim.clip <= 0:
+        raise ConfigError(f"optim.clip is {optim.clip}, expected a positive norm")
+    return optax.chain(
+        optax.stateless(lambda grads, params: _clipped(grads, optim.clip)),
+        optax.scale_by_adam(optim.beta1, optim.beta2, eps=1e-8, mu_dtype=mu_dtype),
+        optax.add_decayed_weights(optim.weight_decay, _decay_mask(optim.decay_mask, decays)),
+    )
+
+
+def apply(
+    optimizer: optax.GradientTransformation,
+    grads: Any,
+    state: optax.OptState,
+    params: Any,
+    learning_rate: jax.Array | float,
+) -> Updated:
+    """One update of `params` at a given rate. The rate is an argument, not a counter of the
+    optimizer, because the discriminator's schedule follows the global step."""
+    direction, state = optimizer.update(grads, state, params)
+    params = jax.tree.map(lambda p, d: p - learning_rate * d, params, direction)
+    return Updated(params, state, optax.tree.norm(grads))
+
+
+def update_ema(ema_params: Any, params: Any, decay: float) -> Any:
+    """decay * ema + (1 - decay) * params, leaf by leaf, from the first step on (no warm-up)."""
+    return jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema_params, params)
+
+
+def _float(step):
+    """The array library and the step as a float: float32 under jax, else float64."""
+    if isinstance(step, jax.Array):
+        return jnp, step.astype(jnp.float32)
+    return np, np.asarray(step, np.float64)
+
+
+def _after_warmup(xp, step, base, warmup, rate):
+    done = step / max(warmup, 1)
+    return xp.where(step < warmup, base * (done + (1 - done) * WARMUP_START), rate)
+
+
+def _decay_factor(xp, progress, decay, final):
+    if decay == "exp":
+        return final**progress
+    remaining = {
+        "sqrt": lambda: xp.maximum(1 - xp.sqrt(progress), 0),
+        "linear": lambda: 1 - progress,
+        "cosine": lambda: 0.5 * (1 + xp.cos(np.pi * progress)),
+        "square": lambda: xp.maximum(1 - progress**2, 0),
+    }[decay]()
+    return final + (1 - final) * remaining
+
+
+def _clipped(grads, max_norm):
+    scale = jnp.minimum(1.0, max_norm / (optax.tree.norm(grads) + 1e-6))
+    return jax.tree.map(lambda g: g * scale, grads)
+
+
+def _decay_mask(name, decays):
+    """None (everything), or a function from parameters to their booleans."""
+    if name == "all":
+        return None
+    if decays is None:
+        raise ConfigError(f"optim.decay_mask {name!r} needs a rule that says which paths decay")
+
+    def mask(params):
+        return jax.tree_util.tree_map_with_path(
+            lambda keys, _: decays(jax.tree_util.keystr(keys, simple=True, separator="/")), params
+        )
+
+    return mask
