@@ -1,0 +1,199 @@
+"""Pixels to a feature grid and back. Axes: b batch, h height, w width, c channel."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gigatok_jax.models.layers import dense, weight_init
+from gigatok_jax.ops import attention
+
+TOKEN_WIDTH = 256  # channels of the feature grid, the same for every published model
+LEVELS = (1, 1, 2, 2, 4)  # channel multipliers from full resolution down
+
+
+def conv(features: int, dtype, name: str, kernel: int = 3, stride: int = 1, padding=1) -> nn.Conv:
+    """Square convolution with the tokenizer's initialisation; `padding` as flax spells it."""
+    window, strides = (kernel, kernel), (stride, stride)
+    return nn.Conv(
+        features, window, strides, padding, dtype=dtype, kernel_init=weight_init, name=name
+    )
+
+
+def group_norm(dtype, name: str | None, affine: bool = True) -> nn.GroupNorm:
+    """32 groups, eps 1e-6, statistics in float32."""
+    return nn.GroupNorm(
+        32, epsilon=1e-6, dtype=dtype, use_scale=affine, use_bias=affine, name=name
+    )
+
+
+def channels(base: int, patch_size: int) -> list[int]:
+    """Channels of each level for an image that is halved log2(patch_size) times."""
+    halvings = int(math.log2(patch_size))
+    # The published models halve four times; other patch sizes keep the ends of the same ladder.
+    return [base * LEVELS[min(i, len(LEVELS) - 1)] for i in range(halvings + 1)]
+
+
+def depth_to_space(x: jax.Array, block: int = 2) -> jax.Array:
+    """f[b h w block*block*c] -> f[b block*h block*w c]; the offsets are the slowest channel axis."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, block, block, c // block**2).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h * block, w * block, c // block**2)
+
+
+class ResnetBlock(nn.Module):
+    """Norm, SiLU, convolution, twice, beside a shortcut."""
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """f[b h w c] -> f[b h w features]."""
+        y = nn.silu(group_norm(self.dtype, "norm1")(x))
+        y = conv(self.features, self.dtype, "conv1")(y)
+        y = nn.silu(group_norm(self.dtype, "norm2")(y))
+        y = conv(self.features, self.dtype, "conv2")(y)
+        if x.shape[-1] != self.features:
+            x = conv(self.features, self.dtype, "shortcut", kernel=1, padding=0)(x)
+        return x + y
+
+
+class SpatialAttention(nn.Module):
+    """Single-head attention over all positions, residual."""
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """f[b h w c] -> f[b h w c]."""
+        b, h, w, c = x.shape
+        y = group_norm(self.dtype, "norm")(x).reshape(b, h * w, c)
+        q, k, v = (dense(c, self.dtype, name)(y)[:, :, None] for name in ("query", "key", "value"))
+        y = attention.attend(q, k, v)[:, :, 0]  # [b hw c]
+        return x + dense(c, self.dtype, "out")(y).reshape(x.shape)
+
+
+class AdaptiveGroupNorm(nn.Module):
+    """Group norm whose scale and shift come from the latent grid's deviation and mean.
+
+    Source: arXiv:2310.05737 (MAGVIT-v2). As in the original the scale multiplies directly, without
+    an added one, and the variance over positions is the unbiased one.
+    """
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, style: jax.Array) -> jax.Array:
+        """f[b h w c], f[b g g e] -> f[b h w c]."""
+        style = style.reshape(style.shape[0], -1, style.shape[-1]).astype(jnp.float32)
+        deviation = jnp.sqrt(style.var(axis=1, ddof=1) + 1e-6)  # [b e]
+        scale = dense(x.shape[-1], self.dtype, "scale")(deviation)[:, None, None]
+        shift = dense(x.shape[-1], self.dtype, "shift")(style.mean(axis=1))[:, None, None]
+        return scale * group_norm(self.dtype, None, affine=False)(x) + shift
+
+
+class CNNEncoder(nn.Module):
+    """Image to feature grid by residual convolutions, halving the resolution between levels."""
+
+    base: int = 128
+    patch_size: int = 16
+    attention: bool = False  # at the lowest resolution and in the middle
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """f[b H W 3] in [-1, 1] -> f[b h w 256]."""
+        block = nn.remat(ResnetBlock) if self.remat else ResnetBlock
+        widths = channels(self.base, self.patch_size)
+        last = len(widths) - 1
+        x = conv(self.base, self.dtype, "conv_in")(x)
+        for i, width in enumerate(widths):
+            for j in range(2):
+                x = block(width, self.dtype, name=f"level_{i}_block_{j}")(x)
+                if self.attention and i == last:
+                    x = SpatialAttention(self.dtype, name=f"level_{i}_attention_{j}")(x)
+            if i != last:
+                # Zeros below and to the right only: a stride-2 window over an even image.
+                pad = ((0, 1), (0, 1))
+                x = conv(width, self.dtype, f"level_{i}_down", stride=2, padding=pad)(x)
+        x = middle(x, block, self.attention, self.dtype)
+        x = nn.silu(group_norm(self.dtype, "norm_out")(x))
+        return conv(TOKEN_WIDTH, self.dtype, "conv_out")(x)
+
+
+class CNNDecoder(nn.Module):
+    """Feature grid to image, the mirror of the encoder with three blocks a level."""
+
+    base: int = 128
+    patch_size: int = 16
+    attention: bool = False
+    adaptive_group_norm: bool = True
+    depth_to_space: bool = True  # else nearest-neighbour enlargement
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """f[b h w 256] -> f[b H W 3], nominally in [-1, 1]."""
+        block = nn.remat(ResnetBlock) if self.remat else ResnetBlock
+        widths = channels(self.base, self.patch_size)[::-1]
+        x = conv(widths[0], self.dtype, "conv_in")(features)
+        x = middle(x, block, self.attention, self.dtype)
+        for i, width in enumerate(widths):
+            if self.adaptive_group_norm:
+                x = AdaptiveGroupNorm(self.dtype, name=f"level_{i}_adaptive")(x, features)
+            for j in range(3):
+                x = block(width, self.dtype, name=f"level_{i}_block_{j}")(x)
+                if self.attention and i == 0:
+                    x = SpatialAttention(self.dtype, name=f"level_{i}_attention_{j}")(x)
+            if i != len(widths) - 1:
+                x = self.upsample(x, f"level_{i}_up")
+        x = nn.silu(group_norm(self.dtype, "norm_out")(x))
+        return conv(3, self.dtype, "conv_out")(x)
+
+    def upsample(self, x: jax.Array, name: str) -> jax.Array:
+        """f[b h w c] -> f[b 2h 2w c]."""
+        if self.depth_to_space:
+            return depth_to_space(conv(4 * x.shape[-1], self.dtype, name)(x))
+        x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+        return conv(x.shape[-1], self.dtype, name)(x)
+
+
+def middle(x: jax.Array, block: type[nn.Module], attention: bool, dtype) -> jax.Array:
+    """Two residual blocks at the lowest resolution, attention between them if asked for."""
+    x = block(x.shape[-1], dtype, name="mid_block_0")(x)
+    if attention:
+        x = SpatialAttention(dtype, name="mid_attention")(x)
+    return block(x.shape[-1], dtype, name="mid_block_1")(x)
+
+
+class PatchEncoder(nn.Module):
+    """Image to feature grid by one linear map per patch: fast on a CPU, not a paper model."""
+
+    patch_size: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """f[b H W 3] in [-1, 1] -> f[b h w 256]."""
+        p = self.patch_size
+        b, h, w, c = x.shape
+        x = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
+        x = x.reshape(b, h // p, w // p, p * p * c)
+        return dense(TOKEN_WIDTH, self.dtype, "embed", nn.initializers.lecun_normal())(x)
+
+
+class PatchDecoder(nn.Module):
+    """Feature grid to image by one linear map per patch."""
+
+    patch_size: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """f[b h w 256] -> f[b H W 3]."""
+        x = nn.silu(nn.LayerNorm(dtype=self.dtype, name="norm_out")(features))
+        return depth_to_space(dense(self.patch_size**2 * 3, self.dtype, "out")(x), self.patch_size)

@@ -1,0 +1,152 @@
+"""Transformer blocks of the tokenizer. Axes: b batch, n queries, m memory tokens, c width."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gigatok_jax.ops import attention
+
+# std 0.02, never cut in practice: the original truncates at +-2, a hundred deviations.
+weight_init = nn.initializers.normal(0.02)
+
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # recompute the cheap rest
+    "blocks": jax.checkpoint_policies.nothing_saveable,  # keep only what enters a block
+    "full": jax.checkpoint_policies.nothing_saveable,  # the same for the levels of the CNNs
+}
+
+
+def in_proj_init(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
+    """Xavier-uniform of query, key and value stacked into one matrix, as the original draws it."""
+    fan_in, fan_out = shape
+    bound = (6 / (fan_in + 3 * fan_out)) ** 0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def position_init(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
+    """Normal with deviation width^-0.5."""
+    return jax.random.normal(key, shape, dtype) * shape[-1] ** -0.5
+
+
+def dense(features: int, dtype, name: str, init: Callable = weight_init) -> nn.Dense:
+    """Linear layer with the tokenizer's initialisation."""
+    return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)
+
+
+def layer_norm(dtype, name: str) -> nn.LayerNorm:
+    """Layer norm in float32 whatever the compute type; result in `dtype`."""
+    return nn.LayerNorm(epsilon=1e-5, dtype=dtype, name=name, use_fast_variance=False)
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose keys and values may differ in position embedding."""
+
+    heads: int
+    qk_norm: bool = False  # layer norm over each head's query and key, shared by the heads
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        """f[b n c], f[b m c], f[b m c] -> f[b n c]."""
+        width = query.shape[-1]
+        init = weight_init if self.qk_norm else in_proj_init
+        split = (self.heads, width // self.heads)
+
+        def project(x, name):
+            return dense(width, self.dtype, name, init)(x).reshape(*x.shape[:-1], *split)
+
+        q, k, v = project(query, "query"), project(key, "key"), project(value, "value")
+        if self.qk_norm:
+            q = layer_norm(self.dtype, "query_norm")(q)
+            k = layer_norm(self.dtype, "key_norm")(k)
+        out = attention.attend(q, k, v)  # [b n h d]
+        return dense(width, self.dtype, "out")(out.reshape(query.shape))
+
+
+class MLP(nn.Module):
+    """Two linear layers around the exact (erf) GELU."""
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """f[b n c] -> f[b n c]."""
+        hidden = nn.gelu(dense(4 * x.shape[-1], self.dtype, "up")(x), approximate=False)
+        return dense(x.shape[-1], self.dtype, "down")(hidden)
+
+
+class QFormerBlock(nn.Module):
+    """Pre-norm self-attention of the queries, cross-attention to the memory, MLP.
+
+    Positions are added to queries and keys, never to values; the memory is not normed here.
+    """
+
+    heads: int
+    qk_norm: bool = False
+    own_memory: bool = False  # the memory is this block's own input (the 2D variant)
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, memory, positions, memory_positions) -> tuple[jax.Array, None]:
+        """f[b n c], f[b m c], f[n c], f[m c] -> (f[b n c], None): the form that a scan wants."""
+        memory = x if self.own_memory else memory
+        fields = {"heads": self.heads, "qk_norm": self.qk_norm, "dtype": self.dtype}
+        y = layer_norm(self.dtype, "norm1")(x)
+        q = y + positions
+        x = x + Attention(**fields, name="self_attention")(q, q, y)
+        q = layer_norm(self.dtype, "norm2")(x) + positions
+        k = memory + memory_positions
+        x = x + Attention(**fields, name="cross_attention")(q, k, memory)
+        x = x + MLP(self.dtype, name="mlp")(layer_norm(self.dtype, "norm3")(x))
+        return x, None
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm self-attention and MLP; positions are already in the residual stream."""
+
+    heads: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
+        """f[b n c] -> (f[b n c], None)."""
+        y = layer_norm(self.dtype, "norm1")(x)
+        x = x + Attention(self.heads, dtype=self.dtype, name="self_attention")(y, y, y)
+        x = x + MLP(self.dtype, name="mlp")(layer_norm(self.dtype, "norm2")(x))
+        return x, None
+
+
+def scan(block: type[nn.Module], layers: int, remat: str, name: str, **fields) -> nn.Module:
+    """`layers` copies of a block, their parameters stacked on a leading axis.
+
+    One compiled body whatever the depth. The block takes the running value first, then what all
+    layers share.
+    """
+    if remat != "none":
+        block = nn.remat(block, prevent_cse=False, policy=REMAT[remat])
+    stacked = nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=layers,
+    )
+    return stacked(name=name, **fields)
+
+
+class AlignmentMLP(nn.Module):
+    """Three linear layers from decoder width to the teacher's, SiLU between (arXiv:2504.08736)."""
+
+    out: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """f[b n c] -> f[b n out]."""
+        for name in ("dense_0", "dense_1"):
+            width = 4 * x.shape[-1] if name == "dense_0" else x.shape[-1]
+            x = nn.silu(dense(width, self.dtype, name)(x))
+        return dense(self.out, self.dtype, "dense_2")(x)

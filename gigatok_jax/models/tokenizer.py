@@ -1,0 +1,129 @@
+"""The tokenizer: images to codes and back. Axes: b batch, n latent tokens, h w image grid."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gigatok_jax.model_config import SIZES, grid_size
+from gigatok_jax.models import cnn, qformer, vit2d
+from gigatok_jax.models.cnn import TOKEN_WIDTH
+from gigatok_jax.models.quantizer import Quantized, VectorQuantizer
+
+
+class Encoding(NamedTuple):
+    features: jax.Array  # f[b h w 256], of the CNN
+    tokens: jax.Array  # f[b n c], of the transformer after its last norm
+    projected: jax.Array  # f[b n 256]
+    latents: jax.Array  # f[b n e], before quantization
+    quantized: Quantized
+
+
+class Decoding(NamedTuple):
+    tapped: jax.Array | None  # f[b hw c], output of the alignment block
+    aligned: jax.Array | None  # f[b hw t], the same through the alignment MLP
+    features: jax.Array  # f[b h w 256], for the CNN
+    images: jax.Array  # f32[b H W 3], nominally in [-1, 1]
+
+
+def _reset_uniform(fan_in: int):
+    """Uniform in +-fan_in^-0.5: the layers beside the quantizer keep PyTorch's own default."""
+    bound = fan_in**-0.5
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+class Tokenizer(nn.Module):
+    """Encoder, quantizer and decoder of one image tokenizer (arXiv:2504.08736, figure 2)."""
+
+    cnn_encoder: nn.Module
+    encoder: nn.Module
+    quantizer: VectorQuantizer
+    decoder: nn.Module
+    cnn_decoder: nn.Module
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        width = self.quantizer.codebook_width
+        into, out = _reset_uniform(TOKEN_WIDTH), _reset_uniform(width)
+        self.pre_quant = nn.Dense(width, dtype=self.dtype, kernel_init=into, bias_init=into)
+        self.post_quant = nn.Dense(TOKEN_WIDTH, dtype=self.dtype, kernel_init=out, bias_init=out)
+
+    def encode(self, images: jax.Array) -> Encoding:
+        """f[b H W 3] in [-1, 1] -> everything from features to codes."""
+        features = self.cnn_encoder(images.astype(self.dtype))
+        encoded = self.encoder(features)
+        latents = self.pre_quant(encoded.projected)
+        return Encoding(features, *encoded, latents, self.quantizer(latents))
+
+    def decode(self, latents: jax.Array) -> Decoding:
+        """f[b n e], quantized latents -> image and the features on the way."""
+        decoded = self.decoder(self.post_quant(latents.astype(self.dtype)))
+        return Decoding(*decoded, self.decode_features(decoded.features))
+
+    def decode_features(self, features: jax.Array) -> jax.Array:
+        """f[b h w 256] -> f32[b H W 3]: the CNN decoder alone, also the shortcut of training."""
+        return self.cnn_decoder(features).astype(jnp.float32)
+
+    def decode_codes(self, codes: jax.Array) -> Decoding:
+        """i32[b n] -> image and the features on the way."""
+        return self.decode(self.quantizer.lookup(codes))
+
+    def __call__(self, images: jax.Array) -> tuple[Encoding, Decoding]:
+        """The whole journey; also creates every parameter."""
+        encoding = self.encode(images)
+        return encoding, self.decode(encoding.quantized.latents)
+
+
+def make(model, dtype=jnp.float32, remat: str = "none") -> Tokenizer:
+    """The module of a config from `model_config`.
+
+    Args:
+        model: ConfigDict of a tokenizer.
+        dtype: compute type; parameters are float32.
+        remat: what the backward pass recomputes, a key of `layers.REMAT`.
+    """
+    shared = {"dtype": dtype, "remat": remat}
+    encoder = dict(zip(("layers", "heads", "width"), SIZES[model.encoder], strict=True))
+    decoder = dict(zip(("layers", "heads", "width"), SIZES[model.decoder], strict=True))
+    decoder |= {
+        "grid": grid_size(model),
+        "align_block": model.align_block,
+        "align_width": model.align_width,
+    }
+    if model.kind == "1d":
+        encoder |= {"latent_tokens": model.latent_tokens, "query_init": model.query_init}
+        decoder |= {"query_init": model.decoder_query_init}
+        shared |= {"qk_norm": model.qk_norm}
+        parts = qformer.QFormerEncoder(**encoder, **shared), qformer.QFormerDecoder(
+            **decoder, **shared
+        )
+    else:
+        shared |= {"layer": model.layer_2d}
+        parts = vit2d.Encoder2D(**encoder, **shared), vit2d.Decoder2D(**decoder, **shared)
+    stem_in, stem_out = _stems(model, dtype, remat == "full")
+    quantizer = VectorQuantizer(
+        model.codebook_size, model.codebook_width, model.l2_norm, model.rotation
+    )
+    return Tokenizer(stem_in, parts[0], quantizer, parts[1], stem_out, dtype)
+
+
+def _stems(model, dtype, remat: bool) -> tuple[nn.Module, nn.Module]:
+    if model.stem == "patch":
+        return cnn.PatchEncoder(model.patch_size, dtype), cnn.PatchDecoder(model.patch_size, dtype)
+    fields = {
+        "base": model.cnn_channels,
+        "patch_size": model.patch_size,
+        "attention": model.cnn_attention,
+        "remat": remat,
+        "dtype": dtype,
+    }
+    out = {
+        "adaptive_group_norm": model.adaptive_group_norm,
+        "depth_to_space": model.depth_to_space,
+    }
+    return cnn.CNNEncoder(**fields), cnn.CNNDecoder(**fields, **out)

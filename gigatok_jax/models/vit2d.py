@@ -1,0 +1,63 @@
+"""Transformers of the 2D tokenizers, one token per patch. Axes: b batch, m grid, c width."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gigatok_jax.models import layers
+from gigatok_jax.models.cnn import TOKEN_WIDTH
+from gigatok_jax.models.layers import dense, layer_norm, position_init
+from gigatok_jax.models.qformer import Decoded, Encoded, grid_out, run_tapped
+
+
+def _start(module: nn.Module, x: jax.Array):
+    """Embedded tokens, the block, its fields and what all its layers share."""
+    x = dense(module.width, module.dtype, "embed")(layer_norm(module.dtype, "norm_in")(x))
+    positions = module.param("positions", position_init, (x.shape[1], module.width))
+    positions = positions.astype(module.dtype)
+    fields = {"heads": module.heads, "dtype": module.dtype}
+    if module.layer == "transformer":
+        return x + positions, layers.TransformerBlock, fields, ()
+    # The memory is each block's own input, so nothing is shared in its place.
+    return x, layers.QFormerBlock, fields | {"own_memory": True}, (None, positions, positions)
+
+
+class Encoder2D(nn.Module):
+    """Grid features to one token per patch."""
+
+    layers: int
+    heads: int
+    width: int
+    layer: str = "transformer"  # "qformer": cross-attention to the layer's own input
+    remat: str = "none"
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> Encoded:
+        """f[b h w 256] -> tokens f[b hw c] and f[b hw 256]."""
+        b, h, w, c = features.shape
+        x, block, fields, context = _start(self, features.reshape(b, h * w, c))
+        x, _ = layers.scan(block, self.layers, self.remat, "blocks", **fields)(x, *context)
+        tokens = layer_norm(self.dtype, "norm_out")(x)
+        return Encoded(tokens, dense(TOKEN_WIDTH, self.dtype, "proj_out")(tokens))
+
+
+class Decoder2D(nn.Module):
+    """One token per patch back to grid features."""
+
+    layers: int
+    heads: int
+    width: int
+    grid: int
+    layer: str = "transformer"
+    align_block: int = 3
+    align_width: int = 768
+    remat: str = "none"
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, latents: jax.Array) -> Decoded:
+        """f[b hw 256] -> features f[b h w 256] and what the alignment needs."""
+        x, block, fields, context = _start(self, latents)
+        tapped, aligned, x = run_tapped(self, block, fields, x, context)
+        return Decoded(tapped, aligned, grid_out(self, x, (x.shape[0], self.grid, self.grid)))
