@@ -23,9 +23,7 @@ def conv(features: int, dtype, name: str, kernel: int = 3, stride: int = 1, padd
 
 def group_norm(dtype, name: str | None, affine: bool = True) -> nn.GroupNorm:
     """32 groups, eps 1e-6, statistics in float32."""
-    return nn.GroupNorm(
-        32, epsilon=1e-6, dtype=dtype, use_scale=affine, use_bias=affine, name=name
-    )
+    return nn.GroupNorm(32, epsilon=1e-6, dtype=dtype, use_scale=affine, use_bias=affine, name=name)
 
 
 def channels(base: int, patch_size: int) -> list[int]:
@@ -36,7 +34,7 @@ def channels(base: int, patch_size: int) -> list[int]:
 
 
 def depth_to_space(x: jax.Array, block: int = 2) -> jax.Array:
-    """f[b h w block*block*c] -> f[b block*h block*w c]; the offsets are the slowest channel axis."""
+    """f[b h w block^2*c] -> f[b block*h block*w c]; offsets are the slowest channel axis."""
     b, h, w, c = x.shape
     x = x.reshape(b, h, w, block, block, c // block**2).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, h * block, w * block, c // block**2)
