@@ -23,11 +23,10 @@ def parse_arg(arg: str | None, **defaults) -> types.SimpleNamespace:
     for item in filter(None, (arg or "").split(",")):
         name, _, text = item.partition("=")
         if name not in defaults:
+            known = ", ".join(defaults) or "none"
             near = difflib.get_close_matches(name, defaults, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(
-                f"this config has no argument {name!r}; it takes {', '.join(defaults)}{hint}"
-            )
+            raise ConfigError(f"this config has no argument {name!r}; it takes {known}{hint}")
         values[name] = _read(name, text, defaults[name])
     return types.SimpleNamespace(**values)
 

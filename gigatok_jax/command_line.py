@@ -1,0 +1,99 @@
+"""The command line: every mistake on it is one line on stderr and exit status 1."""
+
+import contextlib
+import difflib
+import pathlib
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from gigatok_jax.errors import ConfigError, GigatokError
+
+_PARSING = (flags.Error, LookupError, AttributeError, ValueError, TypeError)
+
+
+@contextlib.contextmanager
+def one_line_errors(*also: type[Exception]):
+    """Ends the process with one line for errors of this library, and for those of `also`."""
+    try:
+        yield
+    except (GigatokError, *also) as error:
+        sys.exit("error: " + _reason(error))
+
+
+def _reason(error) -> str:
+    """The library's own error where one started the chain, else the last one, as one line."""
+    chain = [error]
+    while chain[-1].__context__ is not None:
+        chain.append(chain[-1].__context__)
+    ours = [error for error in chain if isinstance(error, GigatokError)]
+    error = ours[-1] if ours else error
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(text).split())
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser for `app.run`; unknown files and overrides are told the nearest name."""
+    with one_line_errors(*_PARSING):
+        if not any(argument.lstrip("-").startswith("help") for argument in argv):
+            config = _load_config(_config_value(argv))
+            _check_overrides(argv, dict(_flatten(config)))
+        rest = flags.FLAGS(argv)
+        if len(rest) > 1:
+            raise ConfigError(f"{rest[1]!r} is not an option; options look like --config.seed=1")
+        return rest
+
+
+def _config_value(argv) -> str:
+    """FILE:arguments of `--config=FILE:arguments` or `--config FILE:arguments`."""
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            return value if equals else following
+    raise ConfigError("no config given; try --config=configs/demo.py")
+
+
+def _load_config(value):
+    path = pathlib.Path(value.split(":", 1)[0])
+    if not path.is_file():
+        known = [str(other) for other in path.parent.glob("*.py")]
+        raise ConfigError(f"no config file {path}{_nearest(str(path), known)}")
+    return config_flags.ConfigFileFlagParser("config").parse(value)
+
+
+def _check_overrides(argv, defaults):
+    """Refuses `--config.name=value` whose name or number is wrong; absl checks the rest."""
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        if not name.startswith("--config."):
+            continue
+        key = name.removeprefix("--config.")
+        if key not in defaults:
+            raise ConfigError(f"the config has no key {key!r}{_nearest(key, defaults)}")
+        kind = type(defaults[key])
+        if equals and kind in (int, float) and not _reads(kind, value):
+            expected = f"expected {kind.__name__} like {defaults[key]}"
+            raise ConfigError(f"{name} is {value!r}, {expected}")
+
+
+def _reads(kind, text) -> bool:
+    try:
+        kind(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _nearest(name, known) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _flatten(config, prefix=""):
+    """(dotted key, value) of every leaf."""
+    for name, value in config.items():
+        if hasattr(value, "items"):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -1,0 +1,61 @@
+r"""Runs what a config describes: trains, reconstructs, plans.
+
+python main.py --config=configs/<run>.py[:arg=value,...] [--workdir=DIR]
+    [--config.any.key=value ...] [--dry_run]
+"""
+
+import importlib
+import os
+
+from absl import app, flags
+from etils import epath
+from ml_collections import config_flags
+
+from gigatok_jax import command_line
+
+config_flags.DEFINE_config_file("config", None, "configs/<run>.py[:arg=value,...]")
+flags.DEFINE_string("workdir", None, "Where the run is kept; runs/<config name> by default.")
+flags.DEFINE_bool("dry_run", False, "Prints the parameters of the config's model, and ends.")
+
+TASKS = {  # config.task: module and function of (config, workdir)
+    "train_tokenizer": ("gigatok_jax.train.tokenizer", "train"),
+    "reconstruct": ("gigatok_jax.evaluation.reconstruction", "reconstruct"),
+}
+
+
+def main(argv):
+    del argv
+    config = flags.FLAGS.config
+    with command_line.one_line_errors():
+        if flags.FLAGS.dry_run:
+            from gigatok_jax import dry_run
+
+            print(dry_run.report(config))
+        else:
+            run(config, flags.FLAGS.workdir or f"runs/{config.name}")
+
+
+def run(config, workdir):
+    """Runs the task of a config and prints its results last."""
+    print(f"workdir: {workdir}", flush=True)
+    start_jax()
+    module, function = TASKS[config.task]
+    getattr(importlib.import_module(module), function)(config, workdir)
+    results = epath.Path(workdir) / "results.json"
+    if results.exists():  # an interrupted run has none yet
+        print(results.read_text().strip())
+
+
+def start_jax():
+    """Keeps compiled programs between runs, and joins a cluster where there is one."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = os.path.expanduser("~/.cache/gigatok_jax/compiled")
+        jax.config.update("jax_compilation_cache_dir", cache)
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        jax.distributed.initialize()
+
+
+if __name__ == "__main__":  # Grain's worker processes import this file
+    app.run(main, flags_parser=command_line.parse_flags)
