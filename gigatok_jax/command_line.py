@@ -3,10 +3,10 @@
 import contextlib
 import difflib
 import pathlib
+import runpy
 import sys
 
 from absl import flags
-from ml_collections import config_flags
 
 from gigatok_jax.errors import ConfigError, GigatokError
 
@@ -55,11 +55,12 @@ def _config_value(argv) -> str:
 
 
 def _load_config(value):
-    path = pathlib.Path(value.split(":", 1)[0])
+    name, _, argument = value.partition(":")
+    path = pathlib.Path(name)
     if not path.is_file():
         known = [str(other) for other in path.parent.glob("*.py")]
         raise ConfigError(f"no config file {path}{_nearest(str(path), known)}")
-    return config_flags.ConfigFileFlagParser("config").parse(value)
+    return runpy.run_path(str(path))["get_config"](argument or None)
 
 
 def _check_overrides(argv, defaults):
