@@ -9,17 +9,17 @@ from typing import Any
 from etils import epath
 
 
-def write_text(path: epath.PathLike, text: str) -> None:
-    """Replaces a text file; a crash at any moment leaves the old one or the new one, never a part.
+def write_bytes(path: epath.PathLike, data: bytes) -> None:
+    """Replaces a file; a crash at any moment leaves the old one or the new one, never a part.
 
     Args:
         path: any path that epath knows; its folder exists.
-        text: written as UTF-8.
+        data: the whole content.
     """
     path = epath.Path(path)
     draft = path.parent / f"{path.name}.tmp"
-    with draft.open("w") as file:
-        file.write(text)
+    with draft.open("wb") as file:
+        file.write(data)
         file.flush()
         with contextlib.suppress(AttributeError, io.UnsupportedOperation):  # object stores
             os.fsync(file.fileno())
@@ -27,8 +27,8 @@ def write_text(path: epath.PathLike, text: str) -> None:
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
-    """Writes `value` as indented JSON through `write_text`; its dicts keep their order."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """Writes `value` as indented JSON through `write_bytes`; its dicts keep their order."""
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def read_json(path: epath.PathLike) -> Any:

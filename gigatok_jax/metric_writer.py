@@ -1,0 +1,180 @@
+"""Numbers of a run: metrics.jsonl, TensorBoard events and a line on the screen; process 0 writes.
+
+Keys are `<prefix>/<name>`. Those under `time/` depend on the machine and are never reproducible.
+"""
+
+import collections
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+import tensorboardX
+from etils import epath
+
+from gigatok_jax import files
+from gigatok_jax.errors import GigatokError
+
+FILE = "metrics.jsonl"
+
+
+class StepTimer:
+    """Splits wall time into named parts; what nobody measured is `other`."""
+
+    def __init__(self):
+        self._start = self._mark = time.perf_counter()
+        self._total: collections.Counter[str] = collections.Counter()
+        self._interval: collections.Counter[str] = collections.Counter()
+
+    @contextlib.contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Adds the time spent inside to a part; parts do not nest."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - start
+            self._total[part] += seconds
+            self._interval[part] += seconds
+
+    def interval(self) -> tuple[float, dict[str, float]]:
+        """Seconds since the last call, and the share of each part in [0, 1]; starts anew."""
+        now = time.perf_counter()
+        seconds, parts = now - self._mark, self._interval
+        self._mark, self._interval = now, collections.Counter()
+        return seconds, _shares(parts, seconds)
+
+    def total(self) -> tuple[float, dict[str, float]]:
+        """Seconds since the timer was made, and the share of each part in [0, 1]."""
+        seconds = time.perf_counter() - self._start
+        return seconds, _shares(self._total, seconds)
+
+
+class MetricWriter:
+    """Appends the metrics of a run to its workdir; on other processes than 0 it does nothing."""
+
+    def __init__(self, workdir: epath.PathLike, total_steps: int, images_per_step: int):
+        """Opens nothing yet: a resumed run first calls `truncate_after`.
+
+        Args:
+            workdir: folder of the run, made when missing.
+            total_steps: optimizer updates of the whole run.
+            images_per_step: global batch.
+        """
+        self.workdir = epath.Path(workdir)
+        self._total_steps, self._images_per_step = total_steps, images_per_step
+        self._active = jax.process_index() == 0
+        self._events: tensorboardX.SummaryWriter | None = None
+        self._resumed: int | None = None
+        self._last_step = 0
+        if self._active:
+            self.workdir.mkdir(parents=True, exist_ok=True)
+
+    def truncate_after(self, step: int) -> None:
+        """Forgets everything after a restored step; a half-written last line goes too.
+
+        Nothing is lost when each step's metrics are written before its checkpoint is saved.
+        """
+        self._resumed = self._last_step = step
+        path = self.workdir / FILE
+        if self._active and path.exists():
+            kept = [json.dumps(row) + "\n" for row in read(self.workdir) if row["step"] <= step]
+            files.write_bytes(path, "".join(kept).encode())
+
+    def write(self, step: int, scalars: Mapping[str, float], prefix: str) -> None:
+        """Appends one line `{"step": ..., "<prefix>/<name>": ...}`; not-finite values are null.
+
+        Args:
+            step: optimizer updates done.
+            scalars: numbers or arrays of one element.
+            prefix: group such as "train", "eval" or "time".
+
+        Raises:
+            GigatokError: the file cannot be written.
+        """
+        if not self._active:
+            return
+        values = {f"{prefix}/{name}": float(value) for name, value in scalars.items()}
+        row = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
+        try:
+            with (self.workdir / FILE).open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    self._tensorboard().add_scalar(name, value, step)
+        except OSError as error:
+            raise GigatokError(f"{self.workdir / FILE} cannot be written: {error}") from error
+
+    def picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        """Adds a uint8[h, w, 3] picture to the TensorBoard events."""
+        if self._active:
+            self._tensorboard().add_image(name, picture, step, dataformats="HWC")
+
+    def progress(self, step: int, losses: Mapping[str, float], timer: StepTimer) -> None:
+        """Prints one line about the steps since the last call and writes its `time/` metrics.
+
+        Args:
+            step: optimizer updates done.
+            losses: the few numbers worth a look, in the order to print them.
+            timer: its interval is read and starts anew.
+        """
+        seconds, shares = timer.interval()
+        steps, self._last_step = step - self._last_step, step
+        if not self._active or steps <= 0:
+            return
+        speed = steps * self._images_per_step / seconds
+        left = (self._total_steps - step) * seconds / steps
+        split = {f"{part}_share": share for part, share in shares.items()}
+        times = {"images_per_second": speed, "step_seconds": seconds / steps} | split
+        self.write(step, times, "time")
+        parts = [f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005]
+        numbers = [f"{name} {float(value):.4g}" for name, value in losses.items()]
+        head = f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}"
+        line = [head, f"{speed:.1f} images/s", f"{duration(left)} left", " ".join(parts)]
+        print(" | ".join([*line, " ".join(numbers)]), flush=True)
+
+    def close(self) -> None:
+        """Flushes the TensorBoard events."""
+        if self._events:
+            self._events.close()
+
+    def _tensorboard(self) -> tensorboardX.SummaryWriter:
+        if self._events is None:
+            purge = None if self._resumed is None else self._resumed + 1
+            self._events = tensorboardX.SummaryWriter(
+                str(self.workdir), purge_step=purge, write_to_disk=True, flush_secs=30
+            )
+        return self._events
+
+
+def read(workdir: epath.PathLike) -> list[dict[str, float | None]]:
+    """Lines of metrics.jsonl in order; lines that are cut off are left out, no file gives none."""
+    path = epath.Path(workdir) / FILE
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and "step" in row:
+                rows.append(row)
+    return rows
+
+
+def duration(seconds: float) -> str:
+    """Time for people: "42 s", "12 min", "3 h 05 min", "2 d 04 h"."""
+    minutes = round(seconds / 60)
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60:02d} h"
+
+
+def _shares(parts: Mapping[str, float], seconds: float) -> dict[str, float]:
+    seconds = max(seconds, 1e-9)
+    shares = {part: value / seconds for part, value in parts.items()}
+    return shares | {"other": max(0.0, 1 - sum(shares.values()))}

@@ -1,0 +1,134 @@
+"""Pictures of a run as PNG. Axes: b images, h height, w width, k codebook rows."""
+
+import io
+
+import numpy as np
+from etils import epath
+from PIL import Image, ImageDraw
+
+from gigatok_jax import files
+
+GAP = 4  # pixels between tiles
+SMALLEST = 64  # pixels; smaller tiles are enlarged by a whole factor so that a person can see them
+PAPER, INK, BAR, DEAD = (250, 250, 250), (60, 60, 60), (47, 111, 237), (217, 72, 65)
+
+
+def save(workdir: epath.PathLike, kind: str, step: int, picture: np.ndarray) -> epath.Path:
+    """Writes `pictures/<kind>_<step>.png` in a workdir; the report shows kinds apart.
+
+    Args:
+        workdir: folder of the run.
+        kind: what it shows, such as "reconstruction".
+        step: optimizer updates done.
+        picture: uint8[h, w, 3].
+
+    Returns:
+        Path of the file.
+    """
+    folder = epath.Path(workdir) / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{kind}_{step:08d}.png"
+    files.write_bytes(path, encode(picture))
+    return path
+
+
+def encode(picture: np.ndarray) -> bytes:
+    """PNG file of a uint8[h, w, 3] picture."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def comparison(originals: np.ndarray, reconstructions: np.ndarray, columns: int = 8) -> np.ndarray:
+    """Grid in which each reconstruction stands under its original.
+
+    Args:
+        originals: uint8[b, h, w, 3].
+        reconstructions: uint8[b, h, w, 3].
+        columns: pairs side by side.
+
+    Returns:
+        uint8[H, W, 3]; tiles narrower than 64 pixels are enlarged by a whole factor.
+
+    Raises:
+        ValueError: the two differ in shape or are not uint8.
+    """
+    if originals.shape != reconstructions.shape:
+        raise ValueError(f"{originals.shape} originals, {reconstructions.shape} reconstructions")
+    if originals.dtype != np.uint8 or reconstructions.dtype != np.uint8:
+        raise ValueError(f"pixels are {originals.dtype}, {reconstructions.dtype}, expected uint8")
+    pairs = np.concatenate([originals, reconstructions], axis=1)  # [b 2h w 3]
+    return grid(pairs, columns)
+
+
+def grid(tiles: np.ndarray, columns: int = 8) -> np.ndarray:
+    """Tiles row by row on white, with gaps.
+
+    Args:
+        tiles: uint8[b, h, w, 3], any b.
+        columns: tiles side by side; fewer when b is smaller.
+
+    Returns:
+        uint8[H, W, 3]; tiles narrower than 64 pixels are enlarged by a whole factor.
+    """
+    factor = max(1, -(-SMALLEST // tiles.shape[2]))
+    tiles = tiles.repeat(factor, axis=1).repeat(factor, axis=2)
+    count, height, width, _ = tiles.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    size = rows * (height + GAP) + GAP, columns * (width + GAP) + GAP, 3
+    picture = np.full(size, 255, np.uint8)
+    for index, tile in enumerate(tiles):
+        top = GAP + index // columns * (height + GAP)
+        left = GAP + index % columns * (width + GAP)
+        picture[top : top + height, left : left + width] = tile
+    return picture
+
+
+def codebook_usage(counts: np.ndarray, width: int = 720, height: int = 220) -> np.ndarray:
+    """How often each codebook row was chosen, rows sorted from the most used, on a log scale.
+
+    Rows that were never chosen are a red bar on the axis.
+
+    Args:
+        counts: int[k], choices of each row in some window.
+        width: of the picture, pixels.
+        height: of the picture, pixels.
+
+    Returns:
+        uint8[height, width, 3].
+    """
+    counts = np.sort(np.asarray(counts))[::-1]
+    used, top = int((counts > 0).sum()), max(int(counts.max()), 1)
+    image = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(image)
+    left, right, upper, lower = 56, width - 16, 34, height - 30
+    levels = _column_means(counts, right - left)
+    heights = np.log1p(levels) / np.log1p(top) * (lower - upper)
+    for x, tall in enumerate(heights):
+        if levels[x] > 0:
+            draw.line([(left + x, lower - max(tall, 1)), (left + x, lower)], BAR)
+    edge = left + round(used / counts.size * (right - left))
+    if used < counts.size:
+        draw.rectangle([edge, lower - 3, right, lower], DEAD)
+    _label(draw, counts, used, (left, right, upper, lower))
+    return np.asarray(image)
+
+
+def _column_means(counts: np.ndarray, columns: int) -> np.ndarray:
+    """Mean count under each column of pixels; a row may span columns or share one."""
+    edges = np.linspace(0, counts.size, columns + 1)
+    totals = np.interp(edges, np.arange(counts.size + 1), np.concatenate([[0], counts.cumsum()]))
+    return np.diff(totals) / np.diff(edges)
+
+
+def _label(draw: ImageDraw.ImageDraw, counts: np.ndarray, used: int, box: tuple) -> None:
+    left, right, upper, lower = box
+    p = counts[counts > 0] / max(counts.sum(), 1)
+    perplexity = np.exp(-(p * np.log(p)).sum()) if used else 0.0
+    title = f"{used:,} of {counts.size:,} codes in use, {counts.size - used:,} dead"
+    draw.text((left, 10), f"{title}; perplexity {perplexity:,.1f}", INK)
+    draw.line([(left, upper), (left, lower), (right, lower)], INK)
+    draw.text((left - 6, upper), f"{int(counts.max()):,}", INK, anchor="rt")
+    draw.text((left - 6, lower), "0", INK, anchor="rb")
+    draw.text((left, lower + 8), "codes, most used first (times chosen, log scale)", INK)
