@@ -1,0 +1,91 @@
+"""What a run would hold, from shapes alone: no device, no memory, seconds for any size."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gigatok_jax.errors import ConfigError
+from gigatok_jax.model_config import validate
+from gigatok_jax.models import tokenizer
+
+GIB = 2**30
+STATE_COPIES = 4  # parameters, EMA and the two moments of AdamW, all float32
+ALIGNMENT = "align"  # the part that only training uses
+
+
+class Row(NamedTuple):
+    path: str  # e.g. "decoder/blocks/mlp/up/kernel"; scanned blocks are one row
+    shape: tuple[int, ...]
+    dtype: str
+    count: int  # parameters
+
+
+def abstract_params(model) -> dict:
+    """Nested dict of `jax.ShapeDtypeStruct`, the parameters of a tokenizer config."""
+    size = model.image_size
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    module = tokenizer.make(model, jnp.float32)
+
+    def init(images):
+        return module.init(jax.random.key(0), images)["params"]
+
+    return jax.eval_shape(init, images)
+
+
+def rows(params) -> list[Row]:
+    """One row for each array, in the order of its path."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return [
+        Row("/".join(key.key for key in path), x.shape, x.dtype.name, math.prod(x.shape))
+        for path, x in leaves
+    ]
+
+
+def count(params) -> int:
+    """Number of parameters."""
+    return sum(row.count for row in rows(params))
+
+
+def count_alignment(params) -> int:
+    """Number of parameters of the alignment MLP, which the published counts leave out."""
+    return sum(row.count for row in rows(params) if ALIGNMENT in row.path.split("/"))
+
+
+def report(config) -> str:
+    """Parameter table, totals and memory of the training state of a config, as text.
+
+    Raises:
+        ConfigError: the config has no model (its task reads a checkpoint) or a wrong one.
+    """
+    if "model" not in config:
+        raise ConfigError(f"{config.name} takes its model from a checkpoint: nothing to plan")
+    validate(config.model)
+    params = abstract_params(config.model)
+    lines = [*_table(rows(params)), "", *_totals(params), "", *_memory(count(params))]
+    return "\n".join(lines)
+
+
+def _table(rows) -> list[str]:
+    width = max(len(row.path) for row in rows)
+    return [
+        f"{row.path:{width}}  {'x'.join(map(str, row.shape)):>18}  {row.dtype}  {row.count:>13,}"
+        for row in rows
+    ]
+
+
+def _totals(params) -> list[str]:
+    parts = {name: count(part) for name, part in params.items()}
+    total, alignment = sum(parts.values()), count_alignment(params)
+    parts |= {"total": total, "without alignment MLP": total - alignment}
+    return [f"{name:24}{number:>16,}" for name, number in parts.items()]
+
+
+def _memory(total: int) -> list[str]:
+    size = total * 4 / GIB
+    return [
+        f"training state: {STATE_COPIES * size:.2f} GiB (parameters, EMA, two moments, float32),"
+        f" and {size:.2f} GiB of gradients",
+        "not counted: activations, discriminator and frozen networks",
+    ]

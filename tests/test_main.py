@@ -1,0 +1,79 @@
+"""The command line: one line and exit status 1 for every mistake, and the dry run."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from gigatok_jax import command_line, dry_run, errors, model_config
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def run_main(*arguments):
+    command = [sys.executable, "main.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_main_is_short():
+    assert len((ROOT / "main.py").read_text().splitlines()) < 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no config given"),
+        (["--config=configs/xlxl.py"], "did you mean 'configs/xlxxl.py'"),
+        (["--config=configs/ss.py:smok"], "did you mean 'smoke'"),
+        (["--config=configs/ss.py", "--config.train.stesp=3"], "did you mean 'train.steps'"),
+        (["--config=configs/ss.py", "--config.train.steps=x"], "'x', expected int like 0"),
+        (["--config=configs/ss.py", "--config.optim.clip=x"], "'x', expected float like 10.0"),
+        (["--config=configs/ss.py", "--config.data.flip=maybe"], "data.flip=maybe"),
+        (["--config=configs/ss.py", "--wokdir=x"], "workdir"),
+        (["--config=configs/ss.py", "train.steps=3"], "'train.steps=3' is not an option"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message):
+    result = run_main(*arguments)
+    assert (result.returncode, result.stdout) == (1, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_dry_run_sees_overrides():
+    arguments = ["--config=configs/ss.py:smoke", "--config.model.codebook_size=128"]
+    result = run_main(*arguments, "--dry_run")
+    assert result.returncode == 0, result.stderr
+    row = next(line for line in result.stdout.splitlines() if "quantizer/codebook" in line)
+    assert row.split()[1:] == ["128x8", "float32", "1,024"]
+
+
+def test_dry_run_refuses_a_model_that_cannot_be_built():
+    arguments = ["--config=configs/ss.py", "--config.model.latent_tokens=100", "--dry_run"]
+    result = run_main(*arguments)
+    assert result.returncode == 1
+    assert result.stderr == "error: model.latent_tokens is 100, expected a power of two\n"
+
+
+def test_dry_run_of_a_scanned_stack_is_one_row():
+    params = dry_run.abstract_params(model_config("XL-XXL"))
+    rows = {row.path: row for row in dry_run.rows(params)}
+    row = rows["encoder/blocks/mlp/up/kernel"]
+    assert row.shape == (36, 1280, 5120)
+    assert row.count == 36 * 1280 * 5120
+
+
+def test_the_library_error_is_named_even_when_wrapped(capsys):
+    with pytest.raises(SystemExit) as ended, command_line.one_line_errors(ValueError):
+        try:
+            raise errors.ConfigError("what was\ngiven")
+        except errors.ConfigError as error:
+            raise ValueError("parsing failed") from error
+    assert ended.value.code == "error: what was given"
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError), command_line.one_line_errors():
+        1 / 0  # noqa: B018
