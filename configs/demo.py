@@ -14,8 +14,8 @@ from configs import common
 def get_config(arg=None):
     arg = common.parse_arg(arg, smoke=False)
     config = common.tokenizer("demo", "S-S", **_model())
-    config.data.update(source="digits", crop="center", flip=False, workers=0, eval_images=256)
-    config.train.update(epoch_images=1541, steps=2000, global_batch=64, dtype="float32")
+    config.data.update(source="digits", crop="center", flip=False, workers=0)
+    config.train.update(steps=2000, global_batch=64, dtype="float32")
     config.optim.update(learning_rate=1e-3, warmup_steps=100, ema=0.99, clip=1.0)
     config.loss.update(discriminator="none", teacher="none", perceptual=0.0)
     config.loss.update(missing_weights="skip", shortcut_end=0, entropy=0.02)
