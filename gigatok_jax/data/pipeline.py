@@ -1,0 +1,291 @@
+"""Batches of numpy arrays through Grain. Axes: b batch of this process, h height, w width.
+
+The stream is one endless sequence of positions. What stands at a position depends on the seed
+alone: position p belongs to step p // global_batch, epoch p // len(source) is one permutation of
+the records, and crop and flip are drawn from (seed, p). Workers, processes and the step a run
+resumes at only choose who computes which positions. Nothing here, and so no worker, uses jax.
+"""
+
+import functools
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from absl import flags, logging
+
+from gigatok_jax.data import transforms
+from gigatok_jax.errors import ConfigError, DataError
+
+_FEW_RECORDS = 64  # starting worker processes takes longer than decoding so few images
+_THREADS = 2  # in this process; Pillow lets go of the interpreter while it decodes and resizes
+_BATCHES_AHEAD = 2
+_MOST_UNREADABLE = 100  # of an evaluation, unless said otherwise
+_PIPED_BYTES = 1 << 16  # arrays from this size on travel between processes in shared memory
+
+
+class _Record(NamedTuple):
+    image: np.ndarray  # uint8[h w 3]
+    label: int
+    index: int  # in the source; another than asked for when that one is unreadable
+    small: bool  # its short side is under the crop, which enlarges it
+    unreadable: tuple[tuple[str, str], ...]  # (name, reason) of each record passed over
+    mask: bool = True  # False for padding
+
+
+class Batches:
+    """Iterator of batches that tells the log, once each, what was wrong with the images.
+
+    A batch is `{"image": uint8[b h w 3], "label": int32[b], "index": int64[b]}`. Close it, or use
+    it in a `with` statement: that ends the worker processes.
+
+    Attributes:
+        unreadable: name to reason of every damaged file met by this process, in order.
+        enlarged: set of the indices of images smaller than the crop met by this process.
+    """
+
+    def __init__(self, dataset, image_size: int, records_per_pass: int, max_unreadable: int):
+        self.unreadable: dict[str, str] = {}
+        self.enlarged: set[int] = set()
+        self._iterator = iter(dataset)
+        self._image_size = image_size
+        self._records_left = records_per_pass
+        self._max_unreadable = max_unreadable
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = next(self._iterator)
+        for name, reason in batch.pop("unreadable"):
+            self._count_unreadable(name, reason)
+        self.enlarged.update(batch["index"][batch.pop("small")].tolist())
+        self._records_left -= len(batch["index"])
+        if self._records_left <= 0:
+            self._report_enlarged()
+        return batch
+
+    def _count_unreadable(self, name: str, reason: str) -> None:
+        if name in self.unreadable:
+            return
+        self.unreadable[name] = reason
+        logging.warning("unreadable image %d: %s (%s)", len(self.unreadable), name, reason)
+        if len(self.unreadable) > self._max_unreadable:
+            self.close()
+            raise _too_many(self.unreadable.items(), self._max_unreadable)
+
+    def _report_enlarged(self) -> None:
+        if self.enlarged and self._image_size:
+            count, size = len(self.enlarged), self._image_size
+            logging.warning("%d images smaller than %d px were enlarged", count, size)
+        self._image_size = 0  # said once
+
+    def close(self) -> None:
+        """Ends the worker processes; the log gets what a first pass would have said at its end."""
+        self._report_enlarged()
+        self._iterator.close()
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def train_batches(
+    data,
+    source,
+    image_size: int,
+    global_batch: int,
+    seed: int,
+    start_step: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """Endless training batches from step `start_step` on; the place costs nothing to reach.
+
+    Process i of n gets rows i * b to (i + 1) * b of every global batch, b = global_batch / n, so
+    that the processes' batches joined in order are the batch of a single process. An unreadable
+    file is replaced by the next readable record of the source. With `data.workers` > 0 images are
+    read in processes started by spawning, whose main module needs a `__main__` guard; pixels in
+    memory and sources of up to 64 images are read in threads of this process.
+
+    Args:
+        data: `config.data`; reads crop ("random" | "center"), flip, workers and max_unreadable.
+        source: a source of `gigatok_jax.data.sources`.
+        image_size: side of the crops in pixels.
+        global_batch: images per step over all processes.
+        seed: 0 or more.
+        start_step: steps whose batches are passed over.
+
+    Raises:
+        ConfigError: a batch that the processes do not divide, unknown crop or negative seed.
+        DataError: while iterating: more than `data.max_unreadable` damaged files in this process.
+    """
+    _check(data, global_batch, seed, process_count)
+    load = functools.partial(_train_record, source, data.to_dict(), image_size, seed)
+    positions = grain.MapDataset.range(len(source)).shuffle(seed=_shuffle_seed(seed)).repeat()
+    local_batch = global_batch // process_count
+    batches = positions.map_with_index(load).batch(local_batch, batch_fn=_stack)
+    batches = batches[start_step * process_count + process_index :: process_count]
+    workers = 0 if source.decoded or len(source) <= _FEW_RECORDS else data.workers
+    dataset = _prefetched(batches, workers, local_batch * image_size**2 * 3)
+    return Batches(dataset, image_size, len(source) // process_count, data.max_unreadable)
+
+
+def eval_batches(
+    source,
+    image_size: int,
+    batch: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    max_unreadable: int = _MOST_UNREADABLE,
+) -> Batches:
+    """Centre crops of every record once, in order, in batches of one shape.
+
+    The batches have a `mask`, bool[b]: False where the last batch is padded, and where a file is
+    unreadable; the image there is black. All processes get the same number of batches.
+
+    Args:
+        source, image_size, process_index, process_count: as in `train_batches`.
+        batch: images per batch over all processes.
+
+    Raises:
+        ConfigError: the processes do not divide `batch`.
+        DataError: while iterating: too many damaged files, or no readable one.
+    """
+    _check_division(batch, process_count)
+    load = functools.partial(_eval_record, source, image_size)
+    records = grain.MapDataset.range(-(-len(source) // batch) * batch).map(load)
+    batches = records.batch(batch // process_count, batch_fn=_stack_masked)
+    dataset = _prefetched(batches[process_index::process_count], 0, 0)
+    limit = min(max_unreadable, len(source) - 1)
+    return Batches(dataset, image_size, len(source), limit)
+
+
+def _check(data, global_batch: int, seed: int, process_count: int) -> None:
+    _check_division(global_batch, process_count)
+    if data.crop not in ("random", "center"):
+        raise ConfigError(f"data.crop is {data.crop!r}, expected 'random' or 'center'")
+    if seed < 0:
+        raise ConfigError(f"seed is {seed}, expected 0 or more")
+
+
+def _check_division(global_batch: int, process_count: int) -> None:
+    if global_batch < 1 or global_batch % process_count:
+        raise ConfigError(
+            f"a global batch of {global_batch} images is not a multiple of the "
+            f"{process_count} processes that share it: change train.global_batch"
+        )
+
+
+def _shuffle_seed(seed: int) -> int:
+    # Grain adds the epoch to it: as it stands, epoch 1 of seed 0 would be epoch 0 of seed 1.
+    return int(np.random.SeedSequence(seed).generate_state(1)[0])
+
+
+def _train_record(source, data: dict, size: int, seed: int, position: int, index: int) -> _Record:
+    record = _readable(source, index, size, data["max_unreadable"])
+    rng = np.random.default_rng((seed, position))
+    if data["crop"] == "random":
+        image = transforms.random_crop(record.image, size, rng)
+    else:
+        image = transforms.center_crop(record.image, size)
+    if data["flip"] and rng.random() < 0.5:
+        image = transforms.flip(image)
+    return record._replace(image=image)
+
+
+def _eval_record(source, size: int, index: int) -> _Record:
+    unreadable = ()
+    if index < len(source):
+        try:
+            record = _read(source, index, size)
+            return record._replace(image=transforms.center_crop(record.image, size))
+        except DataError as error:
+            unreadable = ((source.names[index], str(error)),)
+    black = np.zeros((size, size, 3), np.uint8)
+    return _Record(black, -1, -1, False, unreadable, mask=False)
+
+
+def _readable(source, index: int, size: int, limit: int) -> _Record:
+    """The record at `index`, or the first after it, around the end, that can be read."""
+    unreadable = []
+    for turned in range(index, index + min(len(source), limit + 1)):
+        try:
+            record = _read(source, turned % len(source), size)
+            return record._replace(unreadable=tuple(unreadable))
+        except DataError as error:
+            unreadable.append((source.names[turned % len(source)], str(error)))
+    raise _too_many(unreadable, limit)
+
+
+def _read(source, index: int, size: int) -> _Record:
+    record = source[index]
+    image = record["image"] if source.decoded else transforms.decode(record["image"])
+    return _Record(image, record["label"], index, min(image.shape[:2]) < size, ())
+
+
+def _too_many(unreadable, limit: int) -> DataError:
+    unreadable = list(unreadable)
+    first = ", ".join(f"{name} ({reason})" for name, reason in unreadable[:3])
+    return DataError(
+        f"{len(unreadable)} unreadable images where {limit} are allowed, first {first}: repair or "
+        "remove them, or raise data.max_unreadable"
+    )
+
+
+def _stack(records: list[_Record]) -> dict:
+    return {
+        "image": np.stack([record.image for record in records]),  # [b h w 3]
+        "label": np.array([record.label for record in records], np.int32),
+        "index": np.array([record.index for record in records], np.int64),
+        "small": np.array([record.small for record in records]),
+        "unreadable": tuple(one for record in records for one in record.unreadable),
+    }
+
+
+def _stack_masked(records: list[_Record]) -> dict:
+    return _stack(records) | {"mask": np.array([record.mask for record in records])}
+
+
+def _prefetched(batches: grain.MapDataset, workers: int, batch_bytes: int) -> grain.IterDataset:
+    threads = 1 if workers else _THREADS
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_BATCHES_AHEAD)
+    dataset = batches.to_iter_dataset(options)
+    if not workers:
+        return dataset
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain reads flags; a program without absl has the defaults
+    # Per worker one batch in its queue, one on the way in and one in the trainer's hands.
+    smallest = _PIPED_BYTES if _shared_memory(3 * workers * batch_bytes) else 2**62
+    options = grain.experimental.DatasetOptions(min_shm_size=smallest)
+    dataset = grain.experimental.WithOptionsIterDataset(dataset, options)
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
+    return dataset.mp_prefetch(options, worker_init_fn=_start_worker)
+
+
+def _shared_memory(needed: int) -> bool:
+    # A container's /dev/shm often has 64 MB; beyond that the system kills with a bus error.
+    if not os.path.isdir("/dev/shm"):
+        return True
+    free = shutil.disk_usage("/dev/shm").free
+    if free < needed:
+        logging.info("/dev/shm has %d MB free: batches travel in pipes, slower", free >> 20)
+    return free >= needed
+
+
+def _start_worker(index: int, count: int) -> None:
+    del index, count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    # A trainer that is killed cannot stop its workers; they would wait for it for ever.
+    multiprocessing.parent_process().join()
+    os._exit(1)
