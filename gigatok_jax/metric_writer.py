@@ -89,7 +89,7 @@ class MetricWriter:
 
         Args:
             step: optimizer updates done.
-            scalars: numbers or arrays of one element.
+            scalars: numbers or arrays without axes.
             prefix: group such as "train", "eval" or "time".
 
         Raises:
@@ -144,8 +144,12 @@ class MetricWriter:
     def _tensorboard(self) -> tensorboardX.SummaryWriter:
         if self._events is None:
             purge = None if self._resumed is None else self._resumed + 1
+            # The suffix keeps a run that is resumed within a second from replacing its own file.
             self._events = tensorboardX.SummaryWriter(
-                str(self.workdir), purge_step=purge, write_to_disk=True, flush_secs=30
+                str(self.workdir),
+                purge_step=purge,
+                flush_secs=30,
+                filename_suffix=f".{self._last_step}",
             )
         return self._events
 

@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw
 
 from gigatok_jax import files
 
-GAP = 4  # pixels between tiles
-SMALLEST = 64  # pixels; smaller tiles are enlarged by a whole factor so that a person can see them
+GAP, SEAM = 8, 2  # pixels between tiles; between an original and its reconstruction
+SMALLEST = 96  # pixels; smaller tiles are enlarged by a whole factor so that a person can see them
 PAPER, INK, BAR, DEAD = (250, 250, 250), (60, 60, 60), (47, 111, 237), (217, 72, 65)
 
 
@@ -48,7 +48,7 @@ def comparison(originals: np.ndarray, reconstructions: np.ndarray, columns: int 
         columns: pairs side by side.
 
     Returns:
-        uint8[H, W, 3]; tiles narrower than 64 pixels are enlarged by a whole factor.
+        uint8[H, W, 3]; tiles narrower than 96 pixels are enlarged by a whole factor.
 
     Raises:
         ValueError: the two differ in shape or are not uint8.
@@ -57,8 +57,9 @@ def comparison(originals: np.ndarray, reconstructions: np.ndarray, columns: int 
         raise ValueError(f"{originals.shape} originals, {reconstructions.shape} reconstructions")
     if originals.dtype != np.uint8 or reconstructions.dtype != np.uint8:
         raise ValueError(f"pixels are {originals.dtype}, {reconstructions.dtype}, expected uint8")
-    pairs = np.concatenate([originals, reconstructions], axis=1)  # [b 2h w 3]
-    return grid(pairs, columns)
+    top, bottom = _enlarge(originals), _enlarge(reconstructions)
+    seam = np.full((*top.shape[:1], SEAM, *top.shape[2:]), 255, np.uint8)
+    return grid(np.concatenate([top, seam, bottom], axis=1), columns)
 
 
 def grid(tiles: np.ndarray, columns: int = 8) -> np.ndarray:
@@ -69,10 +70,9 @@ def grid(tiles: np.ndarray, columns: int = 8) -> np.ndarray:
         columns: tiles side by side; fewer when b is smaller.
 
     Returns:
-        uint8[H, W, 3]; tiles narrower than 64 pixels are enlarged by a whole factor.
+        uint8[H, W, 3]; tiles narrower than 96 pixels are enlarged by a whole factor.
     """
-    factor = max(1, -(-SMALLEST // tiles.shape[2]))
-    tiles = tiles.repeat(factor, axis=1).repeat(factor, axis=2)
+    tiles = _enlarge(tiles)
     count, height, width, _ = tiles.shape
     columns = min(columns, count)
     rows = -(-count // columns)
@@ -83,6 +83,11 @@ def grid(tiles: np.ndarray, columns: int = 8) -> np.ndarray:
         left = GAP + index % columns * (width + GAP)
         picture[top : top + height, left : left + width] = tile
     return picture
+
+
+def _enlarge(tiles: np.ndarray) -> np.ndarray:
+    factor = max(1, -(-SMALLEST // tiles.shape[2]))
+    return tiles.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def codebook_usage(counts: np.ndarray, width: int = 720, height: int = 220) -> np.ndarray:

@@ -1,0 +1,357 @@
+"""The page of a run: one index.html, opened from disk, that needs no server and no network.
+
+Curves are SVG drawn here; the script on the page only shows the values under the pointer.
+"""
+
+import datetime
+import fnmatch
+import html
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import resources
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from gigatok_jax import files, metric_writer
+
+POINTS = 300  # drawn per line; longer runs are averaged
+COLORS = 5  # that report.html defines
+WIDTH, HEIGHT = 420, 220  # of a chart, in units of its SVG
+LEFT, RIGHT, TOP, BOTTOM = 52, 20, 12, 26  # margins of the plot inside the chart
+
+Points = list[tuple[float, float]]
+Figures = Mapping[str, Any]
+
+
+class Section(NamedTuple):
+    """Curves that belong together: the first section with a matching pattern takes a metric."""
+
+    title: str
+    note: str
+    patterns: tuple[str, ...]
+    together: bool = False  # all metrics in one chart; otherwise one chart per name
+
+
+SECTIONS = (
+    Section(
+        "Quality on held-out images",
+        "Averaged (EMA) weights. PSNR in dB and SSIM: higher is better; LPIPS: lower is better.",
+        ("*/psnr", "*/ssim", "*/lpips"),
+    ),
+    Section(
+        "Codebook",
+        "Share of rows in use, perplexity of the choices, rows that nobody chose.",
+        ("*/codebook_usage", "*/usage", "*perplexity", "*dead*", "*codebook_reset*"),
+    ),
+    Section("Losses", "Terms of both networks.", ("*loss*",)),
+    Section(
+        "Optimizer",
+        "Learning rates and gradient norms.",
+        ("*learning_rate*", "*norm*", "*gradient*"),
+    ),
+    Section("Speed", "Includes compilation in the first interval.", ("time/*second*",)),
+    Section(
+        "Where the time goes",
+        "Shares of each step's wall time.",
+        ("time/*_share",),
+        together=True,
+    ),
+    Section("Other", "", ("*",)),
+)
+
+# Headline figures: name in results.json, label, format. The table below them shows all.
+HEADLINES = (
+    ("psnr", "PSNR, dB", "{:.2f}"),
+    ("ssim", "SSIM", "{:.3f}"),
+    ("lpips", "LPIPS", "{:.3f}"),
+    ("codebook_usage", "codes in use", "{:.0%}"),
+    ("perplexity", "perplexity", "{:,.0f}"),
+    ("images_per_second", "images/s", "{:,.0f}"),
+    ("useful_share", "useful time", "{:.0%}"),
+)
+
+
+def write(workdir: epath.PathLike) -> epath.Path:
+    """Builds `index.html` from the other files of a workdir; missing ones leave their part out.
+
+    May be called at any moment of a run, by process 0.
+
+    Returns:
+        Path of the page.
+    """
+    workdir = epath.Path(workdir)
+    rows = metric_writer.read(workdir)
+    config, results = _json(workdir, "config.json"), _json(workdir, "results.json")
+    parts = [
+        _header(config, results, rows, _json(workdir, "environment.json")),
+        _headlines(results),
+        _pictures(workdir),
+        *_curves(rows),
+        _table("All figures", _flat(results)),
+        _table("Config", _flat(config)),
+        _table("Environment", _flat(_json(workdir, "environment.json"))),
+    ]
+    page = resources.files("gigatok_jax").joinpath("report.html").read_text(encoding="utf-8")
+    page = page.replace("{{title}}", html.escape(_title(config)))
+    path = workdir / "index.html"
+    files.write_bytes(path, page.replace("{{body}}", "\n".join(filter(None, parts))).encode())
+    return path
+
+
+def _json(workdir: epath.Path, name: str) -> dict[str, Any]:
+    path = workdir / name
+    return files.read_json(path) if path.exists() else {}
+
+
+def _title(config: Figures) -> str:
+    return f"{config.get('name') or 'run'} · gigatok_jax"
+
+
+def _header(config: Figures, results: Figures, rows: Sequence[dict], environment: Figures) -> str:
+    kind, status = _status(config, results, rows)
+    devices = ", ".join(f"{n} x {kind}" for kind, n in environment.get("devices", {}).items())
+    about = [
+        config.get("task", "").replace("_", " "),
+        devices,
+        f"commit {environment['commit'][:10]}" if environment.get("commit") else "",
+        f"written {datetime.datetime.now():%Y-%m-%d %H:%M}",
+    ]
+    name = html.escape(str(config.get("name") or "run"))
+    line = html.escape(" · ".join(filter(None, about)))
+    badge = f'<span class="badge {kind}">{html.escape(status)}</span>'
+    return f'<header><h1>{name} {badge}</h1><p class="muted">{line}</p></header>'
+
+
+def _status(config: Figures, results: Figures, rows: Sequence[dict]) -> tuple[str, str]:
+    """Class and text of the badge; results of an earlier, shorter run do not finish this one."""
+    last = max((row["step"] for row in rows), default=0)
+    if results and results.get("step", last) >= last:
+        return "finished", f"finished at step {last:,}" if last else "finished"
+    total = config.get("train", {}).get("steps")
+    return "stopped", f"stopped at step {last:,}" + (f" of {total:,}" if total else "")
+
+
+def _headlines(results: Figures) -> str:
+    cards = []
+    for (name, label, form), (key, value) in itertools.product(HEADLINES, results.items()):
+        if key.rsplit("/", 1)[-1] == name and isinstance(value, int | float):
+            number = html.escape(form.format(value))
+            cards.append(
+                f'<div class="card"><b>{number}</b><span>{html.escape(label)}</span></div>'
+            )
+    return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
+
+
+def _pictures(workdir: epath.Path) -> str:
+    folder = workdir / "pictures"
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    found = sorted((m for n in names if (m := re.fullmatch(r"(.+)_(\d+)\.png", n))), key=_order)
+    groups = itertools.groupby(found, key=lambda match: match[1])
+    return "\n".join(_gallery(kind, list(group)) for kind, group in groups)
+
+
+def _order(match: re.Match) -> tuple[bool, str, int]:
+    """Reconstructions first, then by kind; newest first."""
+    return match[1] != "reconstruction", match[1], -int(match[2])
+
+
+def _gallery(kind: str, found: Sequence[re.Match]) -> str:
+    note = "Originals above, their reconstructions below." if kind == "reconstruction" else ""
+    newest, older = found[0], found[1:]
+    body = _figure(newest)
+    if older:
+        inside = "".join(_figure(match) for match in older)
+        body += f"<details><summary>{len(older)} earlier</summary>"
+        body += f'<div class="older">{inside}</div></details>'
+    return _section(kind.replace("_", " ").capitalize(), note, body)
+
+
+def _figure(match: re.Match) -> str:
+    source = html.escape(f"pictures/{match[0]}", quote=True)
+    caption = f"step {int(match[2]):,}"
+    return (
+        f'<figure><figcaption>{caption}</figcaption><a href="{source}">'
+        f'<img src="{source}" alt="{html.escape(match[1])}, {caption}" loading="lazy"></a></figure>'
+    )
+
+
+def _section(title: str, note: str, body: str) -> str:
+    note = f'<p class="muted">{html.escape(note)}</p>' if note else ""
+    return f"<section><h2>{html.escape(title)}</h2>{note}{body}</section>"
+
+
+def _table(title: str, figures: Figures) -> str:
+    if not figures:
+        return ""
+    cells = "".join(
+        f"<tr><th>{html.escape(key)}</th><td>{html.escape(_show(value))}</td></tr>"
+        for key, value in figures.items()
+    )
+    return f"<details><summary>{html.escape(title)}</summary><table>{cells}</table></details>"
+
+
+def _flat(value: Figures, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            flat |= _flat(inner, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = inner
+    return flat
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _curves(rows: Sequence[dict]) -> Iterator[str]:
+    left = _series(rows)
+    for section in SECTIONS:
+        chosen = [k for k in left if any(fnmatch.fnmatch(k, p) for p in section.patterns)]
+        taken = {key: left.pop(key) for key in chosen}
+        if taken:
+            charts = "".join(
+                _chart(name, lines, not section.together) for name, lines in _charts(section, taken)
+            )
+            yield _section(section.title, section.note, f'<div class="charts">{charts}</div>')
+
+
+def _series(rows: Sequence[dict]) -> dict[str, Points]:
+    """Metric -> points; a value that was not finite is NaN, so that the line has a gap there."""
+    series: dict[str, Points] = {}
+    for row in rows:
+        for key, value in row.items():
+            if key != "step":
+                point = (row["step"], math.nan if value is None else value)
+                series.setdefault(key, []).append(point)
+    return series
+
+
+def _charts(section: Section, series: dict[str, Points]) -> Iterator[tuple[str, dict[str, Points]]]:
+    """(title of a chart, label -> points)."""
+    if section.together:
+        yield "share", {k.rsplit("/", 1)[-1].removesuffix("_share"): p for k, p in series.items()}
+        return
+    for name in dict.fromkeys(key.rsplit("/", 1)[-1] for key in series):
+        lines = {k.rsplit("/", 1)[0]: p for k, p in series.items() if k.rsplit("/", 1)[-1] == name}
+        yield name, lines
+
+
+def _chart(title: str, lines: dict[str, Points], may_log: bool) -> str:
+    lines = {label: _thin(points) for label, points in lines.items()}
+    finite = [(x, y) for points in lines.values() for x, y in points if math.isfinite(y)]
+    if not finite:
+        return ""
+    scale = _scale(finite, may_log)
+    paths = "".join(_path(points, scale, i) for i, points in enumerate(lines.values()))
+    data = json.dumps({"lines": lines, "x": [LEFT, WIDTH - RIGHT, scale.steps]})
+    kind = ' <span class="muted">log</span>' if scale.log else ""
+    return (
+        f'<div class="chart"><h3>{html.escape(title.replace("_", " "))}{kind}</h3>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}"'
+        f' data-chart="{html.escape(data.replace("NaN", "null"))}">{_axes(scale)}{paths}</svg>'
+        f'<div class="legend">{_legend(lines)}</div></div>'
+    )
+
+
+def _legend(lines: dict[str, Points]) -> str:
+    """Each line's colour, label and last value."""
+    keys = []
+    for index, (label, points) in enumerate(lines.items()):
+        value = points[-1][1]
+        last = _number(value) if math.isfinite(value) else "not finite"
+        mark = f'<i class="c{index % COLORS}"></i>'
+        keys.append(f'<span class="key">{mark}{html.escape(label)} <b>{last}</b></span>')
+    return "".join(keys)
+
+
+class _Scale(NamedTuple):
+    steps: float  # at the right edge; the left edge is step 0
+    low: float
+    high: float
+    log: bool
+
+    def x(self, step: float) -> float:
+        return LEFT + step / max(self.steps, 1) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        low, high = self.low, self.high
+        if self.log:
+            value, low, high = math.log(value), math.log(low), math.log(high)
+        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+
+def _scale(points: Points, may_log: bool) -> _Scale:
+    """Fits finite points; logarithmic when they are positive and span a factor above 50."""
+    steps = max(x for x, _ in points)
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    if may_log and low > 0 and high > 50 * low:
+        return _Scale(steps, low / 1.1, high * 1.1, log=True)
+    if 0 <= low < 0.3 * high:
+        low = 0.0
+    margin = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
+    return _Scale(steps, low - margin * (low != 0), high + margin, log=False)
+
+
+def _thin(points: Points) -> Points:
+    """At most POINTS points: means of equal runs of neighbours."""
+    size = -(-len(points) // POINTS)
+    runs = (points[i : i + size] for i in range(0, len(points), size))
+    return [(run[-1][0], sum(y for _, y in run) / len(run)) for run in runs]
+
+
+def _path(points: Points, scale: _Scale, index: int) -> str:
+    """A line with gaps where values were not finite; a point between two gaps is a dot."""
+    runs = itertools.groupby(points, key=lambda point: math.isfinite(point[1]))
+    pieces = [[(scale.x(x), scale.y(y)) for x, y in run] for finite, run in runs if finite]
+    lines = "".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in piece) for piece in pieces)
+    color = f'class="c{index % COLORS}"'
+    dots = "".join(
+        f'<circle {color} cx="{piece[0][0]:.1f}" cy="{piece[0][1]:.1f}" r="2.5"/>'
+        for piece in pieces
+        if len(piece) == 1
+    )
+    return f'<path {color} d="{lines}"/>{dots}'
+
+
+def _axes(scale: _Scale) -> str:
+    marks = []
+    for value in _ticks(scale.low, scale.high, scale.log):
+        y, ends = scale.y(value), f'x1="{LEFT}" x2="{WIDTH - RIGHT}"'
+        marks.append(f'<line class="grid" {ends} y1="{y:.1f}" y2="{y:.1f}"/>')
+        marks.append(_text(LEFT - 6, y + 3.5, "end", value))
+    for value in _ticks(0, scale.steps, log=False):
+        marks.append(_text(scale.x(value), HEIGHT - 8, "middle", value))
+    return "".join(marks)
+
+
+def _text(x: float, y: float, anchor: str, value: float) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{_number(value)}</text>'
+
+
+def _ticks(low: float, high: float, log: bool) -> Iterable[float]:
+    """Round numbers inside [low, high], about four."""
+    if log:
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        every = -(-len(powers) // 5)
+        found = [10.0**p for p in powers[::every] if low <= 10.0**p <= high]
+        return found if len(found) > 1 else [low, high]
+    rough = max(high - low, 1e-12) / 4
+    unit = 10.0 ** math.floor(math.log10(rough))
+    size = next(m * unit for m in (1, 2, 5, 10) if m * unit >= rough * 0.999)
+    first = math.ceil(low / size - 1e-9)
+    return [i * size for i in range(first, math.floor(high / size + 1e-9) + 1)]
+
+
+def _number(value: float) -> str:
+    """Short enough for an axis."""
+    if value and not 1e-3 <= abs(value) < 1e5:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"

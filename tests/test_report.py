@@ -1,0 +1,143 @@
+"""The page of a run opens from disk and shows what the files of the run say."""
+
+import html.parser
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+from gigatok_jax import files, pictures, report
+
+
+class Page(html.parser.HTMLParser):
+    """Tags with attributes, visible text, and a check that tags close in order."""
+
+    VOID = ("meta", "img", "line", "circle", "br")
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.text = [], [], ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, tag, **wanted):
+        return [a for t, a in self.tags if t == tag and wanted.items() <= a.items()]
+
+
+def load(workdir):
+    return Page(report.write(workdir).read_text())
+
+
+def write_rows(workdir, rows):
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A workdir as a finished run of 400 steps leaves it."""
+    rows = [{"step": s, "train/loss": math.exp(-s / 50), "train/gap": 1.0} for s in range(1, 401)]
+    rows[99]["train/gap"] = None
+    rows += [{"step": s, "eval/psnr": s / 20, "train/odd_one": 3} for s in (200, 400)]
+    rows += [{"step": 400, "time/data_share": 0.25, "time/compute_share": 0.75}]
+    write_rows(tmp_path, rows)
+    config = {"name": "demo <&>", "task": "train_tokenizer", "train": {"steps": 400}}
+    files.write_json(tmp_path / "config.json", config)
+    files.write_json(tmp_path / "results.json", {"step": 400, "psnr": 20.125, "other": 3})
+    for step in (200, 400):
+        pictures.save(tmp_path, "reconstruction", step, np.zeros((8, 8, 3), np.uint8))
+    return tmp_path
+
+
+def test_page_shows_status_figures_config_and_every_curve(run):
+    page = load(run)
+    for words in ("demo <&>", "finished at step 400", "20.12", "train.steps", "odd one"):
+        assert words in page.text
+    titles = [a["aria-label"] for a in page.all("svg")]
+    assert titles == ["psnr", "loss", "share", "gap", "odd_one"]
+
+
+def test_page_needs_no_network_and_its_pictures_are_there(run):
+    page = load(run)
+    for _, attributes in page.tags:
+        for name in ("src", "href"):
+            if name in attributes:
+                assert (run / attributes[name]).is_file()
+    text = (run / "index.html").read_text().replace("http://www.w3.org/2000/svg", "")
+    assert "://" not in text and "@import" not in text
+
+
+def test_newest_picture_comes_first(run):
+    assert [a["src"] for a in load(run).all("img")] == [
+        "pictures/reconstruction_00000400.png",
+        "pictures/reconstruction_00000200.png",
+    ]
+
+
+def test_a_curve_passes_through_its_points(tmp_path):
+    rng = np.random.default_rng(0)
+    steps, values = np.sort(rng.choice(1000, 40, replace=False)) + 1, rng.uniform(1, 3, 40)
+    write_rows(
+        tmp_path,
+        [{"step": int(s), "a/x": v} for s, v in zip(steps, values, strict=True)],
+    )
+    path = load(tmp_path).all("path")[0]["d"]
+    x, y = np.array(re.findall(r"([\d.]+) ([\d.]+)", path), float).T
+    # Affine in step and in value: the drawing keeps every ratio of distances, y pointing down.
+    assert np.corrcoef(x, steps)[0, 1] > 1 - 1e-5
+    assert np.corrcoef(y, values)[0, 1] < -1 + 1e-5
+    assert x.min() >= report.LEFT and x.max() <= report.WIDTH - report.RIGHT + 0.05
+    assert y.min() >= report.TOP and y.max() <= report.HEIGHT - report.BOTTOM
+
+
+def test_a_value_that_was_not_finite_leaves_a_gap(tmp_path):
+    write_rows(tmp_path, [{"step": s, "a/x": None if s == 5 else float(s)} for s in range(1, 10)])
+    assert load(tmp_path).all("path")[0]["d"].count("M") == 2
+
+
+def test_long_runs_are_thinned_without_losing_their_mean():
+    values = np.random.default_rng(0).normal(size=12_000)
+    thin = report._thin(list(enumerate(values)))
+    assert len(thin) <= report.POINTS
+    assert np.mean([y for _, y in thin]) == pytest.approx(values.mean())
+    assert thin[-1][0] == 11_999
+
+
+@pytest.mark.parametrize("low, high, log", [(0, 1, False), (-3, 17, False), (2.1, 2.2, False)])
+def test_ticks_are_round_and_inside(low, high, log):
+    ticks = list(report._ticks(low, high, log))
+    assert 3 <= len(ticks) <= 6
+    assert min(ticks) >= low - 1e-9 and max(ticks) <= high + 1e-9
+    assert all(len(f"{t:.6g}".lstrip("-").replace(".", "").strip("0")) <= 3 for t in ticks)
+
+
+@pytest.mark.parametrize("value", [0.0, -2.5, 1e-12, 1e12, 7.0])
+def test_a_constant_draws(tmp_path, value):
+    write_rows(tmp_path, [{"step": s, "a/x": value} for s in (1, 2)])
+    assert len(load(tmp_path).all("svg")) == 1
+
+
+def test_an_interrupted_run_says_where_it_stopped(run):
+    with (run / "metrics.jsonl").open("a") as file:  # resumed to 1000 steps, stopped at 650
+        file.write('{"step": 650, "train/loss": 1}\n{"step": 66')
+    files.write_json(run / "config.json", {"train": {"steps": 1000}})
+    assert "stopped at step 650 of 1,000" in load(run).text
+
+
+def test_an_empty_workdir_still_gives_a_page(tmp_path):
+    assert "stopped at step 0" in load(tmp_path).text
