@@ -1,16 +1,16 @@
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+import rule
 
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.train import optim
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "lr_schedules.npz"
+GOLDEN = rule.golden_path("lr_schedules.npz")
 SETTINGS = ("s0", "s1", "s2")
 
 

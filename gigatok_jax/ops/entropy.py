@@ -42,7 +42,7 @@ def entropy_loss(
     Raises:
         ValueError: the widths differ, or the groups do not divide the batch.
 
-    Source: arXiv:2310.05737, eq. 5, with the mean's entropy -sum p log(p + 1e-5) as in the
+    Source: arXiv:2310.05737, with the mean's entropy -sum p log(p + 1e-5) as in the
         original.
     """
     b, _, e = z.shape

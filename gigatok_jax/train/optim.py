@@ -112,7 +112,7 @@ def wsd(step, base: float, warmup: int, total: int, decay_steps: int, decay="sqr
     Returns:
         Learning rate(s), float64 for numpy steps and float32 for jax ones.
 
-    Source: arXiv:2405.18392, section 4.
+    Source: arXiv:2405.18392.
     """
     xp, step = _float(step)
     start = total - decay_steps
