@@ -9,7 +9,7 @@ import pytest
 from rule import block_images, golden_path, load, pixels, rule_state
 
 from gigatok_jax import errors
-from gigatok_jax.conversion import discriminator as names
+from gigatok_jax.conversion import discriminator as convert
 from gigatok_jax.models.discriminator import BatchNorm, PatchGAN
 
 STATE = {
@@ -51,10 +51,10 @@ def test_parameter_count_is_the_published_one():
 
 def test_weights_go_both_ways_bit_for_bit():
     state = rule_state(STATE.items(), "discriminator.")
-    variables = names.from_torch(state, names.patchgan_rules())
+    variables = convert.from_torch(state, "patchgan")
     shapes = jax.eval_shape(lambda: init(PatchGAN(), jnp.zeros((1, 64, 64, 3))))
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, shapes)
-    back = names.to_torch(variables, names.patchgan_rules())
+    back = convert.to_torch(variables, "patchgan")
     assert back.keys() == state.keys()
     for name, value in state.items():
         np.testing.assert_array_equal(back[name], value)
@@ -62,13 +62,13 @@ def test_weights_go_both_ways_bit_for_bit():
 
 def test_missing_tensor_is_named():
     with pytest.raises(errors.CheckpointError, match=r"main\.0\.weight"):
-        names.from_torch({}, names.patchgan_rules())
+        convert.from_torch({}, "patchgan")
 
 
 def test_matches_the_original():
     golden, _ = load(golden_path("portable/lpips_patchgan_fwd.npz"))
     state = rule_state(STATE.items(), "discriminator.")
-    variables = names.from_torch(state, names.patchgan_rules())
+    variables = convert.from_torch(state, "patchgan")
     x = pixels(block_images()[:2])
     logits = PatchGAN().apply(variables, x, train=False)
     expected = golden["logits_eval"].transpose(0, 2, 3, 1)
@@ -77,7 +77,7 @@ def test_matches_the_original():
     logits, changed = train(PatchGAN(), variables, x)
     expected = golden["logits_train"].transpose(0, 2, 3, 1)
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
-    after = names.to_torch(variables | changed, names.patchgan_rules())
+    after = convert.to_torch(variables | changed, "patchgan")
     for name in (n for n in golden if n.startswith("bn_after_")):
         np.testing.assert_allclose(after[name.removeprefix("bn_after_")], golden[name], rtol=1e-4)
     assert after["main.3.num_batches_tracked"] == 1

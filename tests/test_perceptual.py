@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from rule import block_images, golden_path, load, pixels, rule_tensor
 
-from gigatok_jax.conversion import discriminator as names
-from gigatok_jax.conversion import frozen
+from gigatok_jax.conversion import frozen, names
 from gigatok_jax.models.perceptual import LPIPS, unit_channels
 
 
@@ -17,11 +16,11 @@ def rule_variables():
     """LPIPS by rule with the public heads."""
     state = dict(np.load(golden_path("lpips_lin.npz")))
     shapes = jax.eval_shape(LPIPS().init, jax.random.key(0), *[jnp.zeros((1, 32, 32, 3))] * 2)
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
-    for name, value in names.to_torch(zeros, frozen.lpips_rules()).items():
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes["params"])
+    for name, value in names.to_torch(zeros, frozen.lpips_entries()).items():
         if name.startswith("net."):
             state[name] = rule_tensor("lpips." + name, value.shape)
-    return names.from_torch(state, frozen.lpips_rules()), state
+    return {"params": names.from_torch(state, frozen.lpips_entries())}, state
 
 
 SMALL = LPIPS(widths=(8, 8, 8, 8, 8))
@@ -63,7 +62,7 @@ def test_matches_the_original():
 
 def test_weights_go_both_ways_bit_for_bit():
     variables, state = rule_variables()
-    back = names.to_torch(variables, frozen.lpips_rules())
+    back = names.to_torch(variables["params"], frozen.lpips_entries())
     assert back.keys() == state.keys()
     assert sum(x.size for x in back.values()) == 14_716_160
     for name, value in state.items():
@@ -94,7 +93,7 @@ def test_gradient_is_finite_where_all_features_are_zero():
 
 def torch_distance(torch, variables, a, b):
     """The published definition on torch tensors [b 3 h w], from the same weights."""
-    state = names.to_torch(variables, frozen.lpips_rules())
+    state = names.to_torch(variables["params"], frozen.lpips_entries())
     state = {name: torch.from_numpy(np.array(x)) for name, x in state.items()}
     shift = torch.tensor([-0.030, -0.088, -0.188])[:, None, None]
     scale = torch.tensor([0.458, 0.448, 0.450])[:, None, None]

@@ -1,104 +1,83 @@
-"""Names of the discriminators, ours and PyTorch's.
+"""Names of the discriminators' tensors, ours and PyTorch's, and their weights both ways.
 
-A table row is (our path, their name, transform). A path begins with its collection. A name with
-"{}" stands for one tensor per block; ours holds them stacked along a leading axis.
+Paths begin with the collection: `params`, `batch_stats` (PatchGAN) or `spectral` (DINO heads).
 """
 
 from collections.abc import Mapping
 
 import numpy as np
 
-from gigatok_jax.errors import CheckpointError
-
-# Layout of theirs -> ours as an axis order; ours -> theirs is its inverse.
-_AXES = {"plain": None, "dense": (1, 0), "conv": (2, 3, 1, 0), "conv1d": (2, 1, 0)}
-
-
-def patchgan_rules(num_layers: int = 3) -> list[tuple[str, str, str]]:
-    """Name table of the PatchGAN: modules of the original are numbered in one sequence."""
-    last = 3 * num_layers + 2
-    rules = [
-        ("params/conv_0/kernel", "main.0.weight", "conv"),
-        ("params/conv_0/bias", "main.0.bias", "plain"),
-        (f"params/conv_{num_layers + 1}/kernel", f"main.{last}.weight", "conv"),
-        (f"params/conv_{num_layers + 1}/bias", f"main.{last}.bias", "plain"),
-    ]
-    for i in range(1, num_layers + 1):
-        norm = f"main.{3 * i}"
-        rules += [
-            (f"params/conv_{i}/kernel", f"main.{3 * i - 1}.weight", "conv"),
-            (f"params/norm_{i}/scale", f"{norm}.weight", "plain"),
-            (f"params/norm_{i}/bias", f"{norm}.bias", "plain"),
-            (f"batch_stats/norm_{i}/mean", f"{norm}.running_mean", "plain"),
-            (f"batch_stats/norm_{i}/var", f"{norm}.running_var", "plain"),
-            (f"batch_stats/norm_{i}/count", f"{norm}.num_batches_tracked", "counter"),
-        ]
-    return rules
+from gigatok_jax.conversion import names
+from gigatok_jax.conversion.names import Entry
+from gigatok_jax.errors import ConfigError
 
 
-def from_torch(state: Mapping[str, np.ndarray], rules) -> dict:
-    """Variables of a linen module from a state dict, by a name table.
+def from_torch(state: Mapping, kind: str) -> dict:
+    """Variables of a discriminator from its state dict in PyTorch.
 
     Args:
-        state: arrays by PyTorch name; names outside the table are ignored.
-        rules: rows of (our path, their name, transform).
+        state: arrays by name, "main.0.weight" or "heads.0.0.0.bias" and so on.
+        kind: "patchgan" or "dino" (the trainable heads; the trunk is a frozen network).
 
     Raises:
-        CheckpointError: a name of the table is not in `state`.
+        CheckpointError: a tensor is missing.
+        ConfigError: unknown kind.
     """
-    variables = {}
-    for path, name, transform in rules:
-        *parents, leaf = path.split("/")
-        node = variables
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = _gather(state, name, transform)
+    variables = names.from_torch(state, entries(kind))
+    for entry in _counters(kind):
+        names.set_path(variables, entry.path, np.asarray(state.get(entry.name, 0), np.int32))
     return variables
 
 
-def to_torch(variables: Mapping, rules) -> dict[str, np.ndarray]:
-    """State dict of PyTorch names from linen variables; the inverse of `from_torch`."""
-    state = {}
-    for path, name, transform in rules:
-        leaf = variables
-        for part in path.split("/"):
-            leaf = leaf[part]
-        slices = enumerate(leaf) if "{}" in name else [(None, leaf)]
-        for i, value in slices:
-            key = name if i is None else name.format(i)
-            state[key] = _to_theirs(np.asarray(value), transform)
+def to_torch(variables: Mapping, kind: str) -> dict[str, np.ndarray]:
+    """State dict of PyTorch names from variables; the inverse of `from_torch`."""
+    state = names.to_torch(variables, entries(kind))
+    for entry in _counters(kind):
+        state[entry.name] = np.asarray(names.get_path(variables, entry.path), np.int64)
     return state
 
 
-def _gather(state: Mapping, name: str, transform: str) -> np.ndarray:
-    if "{}" not in name:
-        return _to_ours(_named(state, name), transform)
-    depth = 0
-    while name.format(depth) in state:
-        depth += 1
-    names = [name.format(i) for i in range(max(depth, 1))]
-    return np.stack([_to_ours(_named(state, each), transform) for each in names])
+def entries(kind: str) -> list[Entry]:
+    """Name table of a discriminator's float tensors."""
+    if kind not in ("patchgan", "dino"):
+        raise ConfigError(f"discriminator {kind!r} is unknown; use patchgan or dino")
+    return _patchgan() if kind == "patchgan" else _dino_heads()
 
 
-def _named(state: Mapping, name: str) -> np.ndarray:
-    if name not in state:
-        raise CheckpointError(f"weights have no tensor {name!r}; this file is of another network")
-    return np.asarray(state[name])
+def _patchgan() -> list[Entry]:
+    table = names.layer_pair("params/conv_0", "main.0", "conv")
+    for i in range(1, 4):
+        conv, norm = f"main.{3 * i - 1}", f"main.{3 * i}"
+        table += names.layer_pair(f"params/conv_{i}", conv, "conv", bias=False)
+        table += names.norm_pair(f"params/norm_{i}", norm)
+        table.append(Entry(f"batch_stats/norm_{i}/mean", f"{norm}.running_mean"))
+        table.append(Entry(f"batch_stats/norm_{i}/var", f"{norm}.running_var"))
+    return table + names.layer_pair("params/conv_4", "main.11", "conv")
 
 
-def _to_ours(x: np.ndarray, transform: str) -> np.ndarray:
-    if transform == "counter":
-        return x.astype(np.int32)
-    if transform == "head":  # a 1 x 1 convolution to one channel, here a vector
-        return x.astype(np.float32).reshape(-1)
-    axes = _AXES[transform]
-    return x.astype(np.float32) if axes is None else x.astype(np.float32).transpose(axes)
+def _counters(kind: str) -> list[Entry]:
+    """Batches that each norm has seen: integers, in old files absent."""
+    if kind != "patchgan":
+        return []
+    name = "main.{}.num_batches_tracked"
+    return [Entry(f"batch_stats/norm_{i}/count", name.format(3 * i)) for i in range(1, 4)]
 
 
-def _to_theirs(x: np.ndarray, transform: str) -> np.ndarray:
-    if transform == "counter":
-        return x.astype(np.int64)
-    if transform == "head":
-        return x.reshape(1, -1, 1, 1)
-    axes = _AXES[transform]
-    return x if axes is None else x.transpose(np.argsort(axes))
+def _dino_heads() -> list[Entry]:
+    table = []
+    for i in range(5):
+        ours, theirs = f"head_{i}", f"heads.{i}"
+        for j, name in enumerate((".0.0", ".1.fn.0", ".2")):
+            table += _spectral(f"{ours}/conv_{j}", theirs + name)
+        table += names.norm_pair(f"params/{ours}/norm_0", f"{theirs}.0.1")
+        table += names.norm_pair(f"params/{ours}/norm_1", f"{theirs}.1.fn.1")
+    return table
+
+
+def _spectral(ours: str, theirs: str) -> list[Entry]:
+    return [
+        Entry(f"params/{ours}/kernel", f"{theirs}.weight_orig", "conv1d"),
+        Entry(f"params/{ours}/bias", f"{theirs}.bias"),
+        Entry(f"spectral/{ours}/u", f"{theirs}.weight_u"),
+        Entry(f"spectral/{ours}/v", f"{theirs}.weight_v"),
+    ]

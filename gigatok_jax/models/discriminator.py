@@ -1,10 +1,12 @@
-"""PatchGAN discriminator. Axes: b batch, g groups, h w position, c channel."""
+"""PatchGAN and DINO discriminators. Axes: b batch, g groups, h w position, n tokens, c channel."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from gigatok_jax.errors import ConfigError
+from gigatok_jax.models import dino
+from gigatok_jax.ops import diffaug, image
 
 
 def leaky_relu(x: jax.Array) -> jax.Array:
@@ -125,3 +127,158 @@ class PatchGAN(nn.Module):
             bias_init=_fan_in_uniform(16 * x.shape[-1]),
             name=name,
         )(x)
+
+
+def whole_view(images: jax.Array, size: int) -> jax.Array:
+    """Trunk input f32[b size size 3] of images float[b h w 3] in [-1, 1], resized."""
+    method = image.area if images.shape[1] > size else image.bicubic
+    return image.resize(image.normalise(images, *image.IMAGENET), size, method)
+
+
+def random_view(images: jax.Array, draws: jax.Array, size: int) -> jax.Array:
+    """Trunk input f32[b size size 3]: at even odds a crop, else the whole, the same for all.
+
+    Args:
+        images: float[b h w 3] in [-1, 1]; not larger than `size` they are always resized.
+        draws: float[3] in [0, 1): below a half takes a crop; its row; its column.
+        size: side of the trunk's input in pixels.
+    """
+    room = jnp.array([images.shape[1] - size, images.shape[2] - size])
+    if images.shape[1] <= size or images.shape[2] <= size:
+        return whole_view(images, size)
+    row, column = jnp.floor(draws[1:] * (room + 1)).astype(jnp.int32)
+
+    def crop(images):
+        shape = (images.shape[0], size, size, 3)
+        part = jax.lax.dynamic_slice(images, (0, row, column, 0), shape)
+        return image.normalise(part, *image.IMAGENET)
+
+    return jax.lax.cond(draws[0] <= 0.5, crop, lambda x: whole_view(x, size), images)
+
+
+class SpectralConv(nn.Module):
+    """Convolution over tokens, wrapped at the ends, its matrix divided by its largest stretch.
+
+    The stretch is estimated by one step of power iteration per training call, whose vectors `u`
+    and `v` live in the collection `spectral`; the gradient passes through the matrix alone.
+
+    Source: arXiv:1802.05957.
+    """
+
+    features: int
+    size: int  # odd
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """f[b n c] -> f[b n features]."""
+        fan_in = self.size * x.shape[-1]
+        init, shape = _fan_in_uniform(fan_in), (self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", init, shape)  # [size c features]
+        bias = self.param("bias", init, (self.features,))
+        kernel = (kernel / self._stretch(kernel, train)).astype(self.dtype)
+        x = jnp.pad(x.astype(self.dtype), ((0, 0), (self.size // 2,) * 2, (0, 0)), mode="wrap")
+        form = ("NWC", "WIO", "NWC")
+        x = jax.lax.conv_general_dilated(x, kernel, (1,), "VALID", dimension_numbers=form)
+        return x + bias.astype(self.dtype)
+
+    def _stretch(self, kernel: jax.Array, train: bool) -> jax.Array:
+        matrix = kernel.transpose(2, 1, 0).reshape(self.features, -1)  # [features c*size]
+        u = self.variable("spectral", "u", self._random_unit, matrix.shape[0])
+        v = self.variable("spectral", "v", self._random_unit, matrix.shape[1])
+        if train and not self.is_initializing():
+            fixed = jax.lax.stop_gradient(matrix)
+            v.value = _unit(_product("ij,i->j", fixed, u.value))
+            u.value = _unit(_product("ij,j->i", fixed, v.value))
+        return _product("i,ij,j->", u.value, matrix, v.value)
+
+    def _random_unit(self, size: int) -> jax.Array:
+        return _unit(jax.random.normal(self.make_rng("params"), (size,)))
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    return x / jnp.maximum(jnp.linalg.norm(x), 1e-12)
+
+
+def _product(form: str, *arrays: jax.Array) -> jax.Array:
+    """Products in full float32: the estimate of a norm should not carry rounding to half."""
+    return jnp.einsum(form, *arrays, precision=jax.lax.Precision.HIGHEST)
+
+
+class LocalNorm(nn.Module):
+    """Batch norm over groups of at most 8 examples, without running statistics.
+
+    Both modes use the statistics of the batch at hand, as StyleGAN-T (arXiv:2301.09515).
+    """
+
+    size: int = 8
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """f[b n c] -> f32[b n c]; a batch above 8 is a multiple of its number of groups."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        groups = -(-x.shape[0] // self.size)
+        return grouped_norm(x, groups, eps=1e-6)[0] * scale + bias
+
+
+class DinoHead(nn.Module):
+    """Judges one token map: a mixing layer, a residual layer over neighbours, one logit each."""
+
+    kernel: int = 9
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """f[b n c] -> logits f32[b n]."""
+        x = self._layer(0, x, 1, train)
+        x = (self._layer(1, x, self.kernel, train) + x) * 0.5**0.5
+        return SpectralConv(1, 1, self.dtype, name="conv_2")(x, train)[..., 0].astype(jnp.float32)
+
+    def _layer(self, i: int, x: jax.Array, size: int, train: bool) -> jax.Array:
+        x = SpectralConv(x.shape[-1], size, self.dtype, name=f"conv_{i}")(x, train)
+        return leaky_relu(LocalNorm(name=f"norm_{i}")(x))
+
+
+class DinoDiscriminator(nn.Module):
+    """Judges images by the features of a frozen DINO ViT-S/16 at five depths.
+
+    The parameters here are those of the heads; the trunk's are passed in as the collection
+    `trunk` and never change. With an rng named `augment` the images go through DiffAug and a
+    random view; without it they are seen whole.
+
+    Source: arXiv:2301.09515 (StyleGAN-T, projected discriminator).
+    """
+
+    width: int = 384
+    heads: int = 6
+    depth: int = 12
+    taps: tuple[int, ...] = (2, 5, 8, 11)
+    size: int = 224  # pixels on a side that the trunk sees
+    kernel: int = 9
+    dtype: jnp.dtype = jnp.float32
+
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        """Logits f32[b 5*n] of images float[b h w 3] in [-1, 1]; positive is real.
+
+        `train=True` takes a step of the power iteration: `spectral` must then be mutable.
+        """
+        if not self.has_rng("augment"):
+            return self.logits(whole_view(images, self.size), train)
+        key, view = jax.random.split(self.make_rng("augment"))
+        images = diffaug.random_augment(key, images)
+        return self.logits(random_view(images, jax.random.uniform(view, (3,)), self.size), train)
+
+    @nn.compact
+    def logits(self, view: jax.Array, train: bool) -> jax.Array:
+        """Logits f32[b 5*n] of a trunk input, as `whole_view` and `random_view` make it."""
+        maps = self._maps(view)
+        heads = [DinoHead(self.kernel, self.dtype, name=f"head_{i}") for i in range(len(maps))]
+        return jnp.concatenate([h(x, train) for h, x in zip(heads, maps, strict=True)], axis=1)
+
+    def _maps(self, view: jax.Array) -> list[jax.Array]:
+        if self.is_initializing():  # the heads' shapes need no trunk
+            shape = (view.shape[0], (self.size // 16) ** 2, self.width)
+            return [jnp.zeros(shape)] * (len(self.taps) + 1)
+        trunk = dino.DINO(self.width, self.heads, self.depth, self.taps, self.dtype, parent=None)
+        return trunk.apply({"params": self.variables["trunk"]}, view)

@@ -59,7 +59,7 @@ class LPIPS(nn.Module):
     def setup(self):
         self.vgg = VGG16(self.widths, self.dtype)
         self.heads = [
-            self.param(f"head_{i}", nn.initializers.ones, (width,))
+            self.param(f"head_{i}", nn.initializers.ones, (width, 1))
             for i, width in enumerate(self.widths)
         ]
 
@@ -76,4 +76,4 @@ class LPIPS(nn.Module):
 
 def _stage_distance(x: jax.Array, y: jax.Array, head: jax.Array) -> jax.Array:
     difference = jnp.square(unit_channels(x) - unit_channels(y))  # [b h w c]
-    return (difference.mean((1, 2)) * head).sum(-1)  # [b]
+    return (difference.mean((1, 2)) * head[:, 0]).sum(-1)  # [b]

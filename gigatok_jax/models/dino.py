@@ -1,0 +1,145 @@
+"""Frozen vision transformers, DINOv2 and DINO. Axes: b batch, n tokens, c width, l blocks."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gigatok_jax.errors import ConfigError
+from gigatok_jax.ops import attention
+
+SIZES = {  # width, heads, blocks
+    "dinov2-s": (384, 6, 12),
+    "dinov2-b": (768, 12, 12),
+    "dinov2-l": (1024, 16, 24),
+}
+NAMES = (*SIZES, *(f"{name}-reg" for name in SIZES))  # "reg": with four register tokens
+
+
+class Block(nn.Module):
+    """Pre-norm self-attention and MLP, each optionally scaled per channel (LayerScale)."""
+
+    heads: int
+    layer_scale: bool
+    exact_gelu: bool
+    keep: bool  # also hand out the result, for models that read every depth
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """f[b n c] -> (f[b n c], the same or None): the form that a scan wants."""
+        x = x + self._scale("scale_1", self._attention(self._norm("norm_1", x)))
+        x = x + self._scale("scale_2", self._mlp(self._norm("norm_2", x)))
+        return x, x if self.keep else None
+
+    def _norm(self, name: str, x: jax.Array) -> jax.Array:
+        return layer_norm(self.dtype, name)(x)
+
+    def _scale(self, name: str, x: jax.Array) -> jax.Array:
+        if not self.layer_scale:
+            return x
+        return x * self.param(name, nn.initializers.ones, x.shape[-1:]).astype(self.dtype)
+
+    def _attention(self, x: jax.Array) -> jax.Array:
+        b, n, c = x.shape
+        qkv = nn.Dense(3 * c, dtype=self.dtype, name="qkv")(x)
+        qkv = qkv.reshape(b, n, 3, self.heads, c // self.heads)
+        out = attention.attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])  # [b n h d]
+        return nn.Dense(c, dtype=self.dtype, name="out")(out.reshape(b, n, c))
+
+    def _mlp(self, x: jax.Array) -> jax.Array:
+        hidden = nn.Dense(4 * x.shape[-1], dtype=self.dtype, name="up")(x)
+        hidden = nn.gelu(hidden, approximate=not self.exact_gelu)
+        return nn.Dense(x.shape[-1], dtype=self.dtype, name="down")(hidden)
+
+
+def layer_norm(dtype, name: str) -> nn.LayerNorm:
+    """Layer norm with the epsilon of these models; statistics in float32."""
+    return nn.LayerNorm(epsilon=1e-6, dtype=dtype, name=name, use_fast_variance=False)
+
+
+def blocks(depth: int, **fields) -> nn.Module:
+    """`depth` blocks under one scan, their parameters stacked on a leading axis."""
+    scan = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth)
+    return scan(name="blocks", **fields)
+
+
+def embed(module: nn.Module, x: jax.Array, patch: int) -> jax.Array:
+    """Class token and patch embeddings with positions added, f[b 1+n c], of f32[b h w 3]."""
+    b, side, c = x.shape[0], x.shape[1] // patch, module.width
+    size, stride = (patch, patch), (patch, patch)
+    x = nn.Conv(c, size, stride, padding="VALID", dtype=module.dtype, name="patches")(x)
+    small = nn.initializers.normal(0.02)
+    first = module.param("class_token", small, (1, 1, c))
+    positions = module.param("positions", small, (1, 1 + side * side, c))
+    first = jnp.broadcast_to(first, (b, 1, c))
+    x = jnp.concatenate([first, x.reshape(b, -1, c).astype(jnp.float32)], axis=1)
+    return (x + positions).astype(module.dtype)  # [b 1+n c]
+
+
+class DINOv2(nn.Module):
+    """Teacher of the alignment loss: patch tokens of a frozen ViT with patches of 14 pixels.
+
+    Source: arXiv:2304.07193; registers arXiv:2309.16588.
+    """
+
+    width: int = 768
+    heads: int = 12
+    depth: int = 12
+    registers: int = 0  # extra tokens beside the class token, 4 in the "reg" models
+    dtype: jnp.dtype = jnp.float32
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Patch tokens f32[b n width], n = (h/14)^2, of `ops.image.teacher_input` f32[b h w 3]."""
+        return self.tokens(x)[:, 1 + self.registers :]
+
+    @nn.compact
+    def tokens(self, x: jax.Array) -> jax.Array:
+        """All tokens f32[b 1+registers+n width] after the last norm, class token first."""
+        x = embed(self, x, 14)
+        if self.registers:
+            shape = (self.registers, self.width)
+            extra = self.param("register_tokens", nn.initializers.normal(0.02), (1, *shape))
+            extra = jnp.broadcast_to(extra.astype(self.dtype), (x.shape[0], *shape))
+            x = jnp.concatenate([x[:, :1], extra, x[:, 1:]], axis=1)
+        fields = {"heads": self.heads, "layer_scale": True, "exact_gelu": True, "keep": False}
+        x, _ = blocks(self.depth, dtype=self.dtype, **fields)(x)
+        return layer_norm(jnp.float32, "norm")(x)  # [b 1+registers+n c]
+
+
+def teacher(name: str, dtype=jnp.float32) -> DINOv2:
+    """The published DINOv2 of a name in `NAMES`.
+
+    Raises:
+        ConfigError: no such name.
+    """
+    if name not in NAMES:
+        raise ConfigError(f"teacher {name!r} is unknown; use one of {', '.join(NAMES)}")
+    width, heads, depth = SIZES[name.removesuffix("-reg")]
+    return DINOv2(width, heads, depth, 4 if name.endswith("-reg") else 0, dtype=dtype)
+
+
+class DINO(nn.Module):
+    """Frozen ViT-S/16 under the DINO discriminator; reads the input and four depths.
+
+    Source: arXiv:2104.14294, read out as in StyleGAN-T (arXiv:2301.09515).
+    """
+
+    width: int = 384
+    heads: int = 6
+    depth: int = 12
+    taps: tuple[int, ...] = (2, 5, 8, 11)  # blocks whose results are read, counted from 0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        """Maps f32[b n c], the class token added to every patch, of f32[b h w 3].
+
+        Args:
+            x: 16-pixel patches of images normalised by ImageNet's statistics, side 224 unless
+                the position table is made for another.
+        """
+        x = embed(self, x, 16)
+        fields = {"heads": self.heads, "layer_scale": False, "exact_gelu": False, "keep": True}
+        _, depths = blocks(self.depth, dtype=self.dtype, **fields)(x)  # [l b n c]
+        read = [x] + [depths[i] for i in self.taps]
+        return [(y[:, 1:] + y[:, :1]).astype(jnp.float32) for y in read]
