@@ -336,13 +336,13 @@ def _text(x: float, y: float, anchor: str, value: float) -> str:
 
 
 def _ticks(low: float, high: float, log: bool) -> Iterable[float]:
-    """Round numbers inside [low, high], about four."""
+    """Round numbers inside [low, high], three to six."""
     if log:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         every = -(-len(powers) // 5)
         found = [10.0**p for p in powers[::every] if low <= 10.0**p <= high]
         return found if len(found) > 1 else [low, high]
-    rough = max(high - low, 1e-12) / 4
+    rough = max(high - low, 1e-12) / 5
     unit = 10.0 ** math.floor(math.log10(rough))
     size = next(m * unit for m in (1, 2, 5, 10) if m * unit >= rough * 0.999)
     first = math.ceil(low / size - 1e-9)
