@@ -37,24 +37,43 @@ class _Record(NamedTuple):
     mask: bool = True  # False for padding
 
 
-class Batches:
-    """Iterator of batches that tells the log, once each, what was wrong with the images.
-
-    A batch is `{"image": uint8[b h w 3], "label": int32[b], "index": int64[b]}`. Close it, or use
-    it in a `with` statement: that ends the worker processes.
+class Report:
+    """What was wrong with the images this process met; the log is told each thing once.
 
     Attributes:
-        unreadable: name to reason of every damaged file met by this process, in order.
-        enlarged: set of the indices of images smaller than the crop met by this process.
+        unreadable: name to reason of every damaged file, in the order met.
+        enlarged: indices of the images smaller than the crop.
     """
 
-    def __init__(self, dataset, image_size: int, records_per_pass: int, max_unreadable: int):
+    def __init__(self):
         self.unreadable: dict[str, str] = {}
         self.enlarged: set[int] = set()
+        self._told = False
+
+    def add_unreadable(self, name: str, reason: str) -> None:
+        if name not in self.unreadable:
+            self.unreadable[name] = reason
+            logging.warning("unreadable image %d: %s (%s)", len(self.unreadable), name, reason)
+
+    def tell_enlarged(self, size: int) -> None:
+        if self.enlarged and not self._told:
+            logging.warning("%d images smaller than %d px were enlarged", len(self.enlarged), size)
+            self._told = True
+
+
+class Batches:
+    """Iterator of batches, `{"image": uint8[b h w 3], "label": int32[b], "index": int64[b]}`.
+
+    Close it, or use it in a `with` statement: that ends the worker processes. `report` is what
+    was wrong with the images so far.
+    """
+
+    def __init__(self, dataset, image_size: int, share: int, limit: int, report: Report):
+        self.report = report
         self._iterator = iter(dataset)
         self._image_size = image_size
-        self._records_left = records_per_pass
-        self._max_unreadable = max_unreadable
+        self._records_left = share  # of the first pass over this process's share of the source
+        self._limit = limit
 
     def __iter__(self) -> "Batches":
         return self
@@ -62,31 +81,19 @@ class Batches:
     def __next__(self) -> dict[str, np.ndarray]:
         batch = next(self._iterator)
         for name, reason in batch.pop("unreadable"):
-            self._count_unreadable(name, reason)
-        self.enlarged.update(batch["index"][batch.pop("small")].tolist())
+            self.report.add_unreadable(name, reason)
+        if len(self.report.unreadable) > self._limit:
+            self.close()
+            raise _too_many(self.report.unreadable.items(), self._limit)
+        self.report.enlarged.update(batch["index"][batch.pop("small")].tolist())
         self._records_left -= len(batch["index"])
         if self._records_left <= 0:
-            self._report_enlarged()
+            self.report.tell_enlarged(self._image_size)
         return batch
-
-    def _count_unreadable(self, name: str, reason: str) -> None:
-        if name in self.unreadable:
-            return
-        self.unreadable[name] = reason
-        logging.warning("unreadable image %d: %s (%s)", len(self.unreadable), name, reason)
-        if len(self.unreadable) > self._max_unreadable:
-            self.close()
-            raise _too_many(self.unreadable.items(), self._max_unreadable)
-
-    def _report_enlarged(self) -> None:
-        if self.enlarged and self._image_size:
-            count, size = len(self.enlarged), self._image_size
-            logging.warning("%d images smaller than %d px were enlarged", count, size)
-        self._image_size = 0  # said once
 
     def close(self) -> None:
         """Ends the worker processes; the log gets what a first pass would have said at its end."""
-        self._report_enlarged()
+        self.report.tell_enlarged(self._image_size)
         self._iterator.close()
 
     def __enter__(self) -> "Batches":
@@ -134,7 +141,8 @@ def train_batches(
     batches = batches[start_step * process_count + process_index :: process_count]
     workers = 0 if source.decoded or len(source) <= _FEW_RECORDS else data.workers
     dataset = _prefetched(batches, workers, local_batch * image_size**2 * 3)
-    return Batches(dataset, image_size, len(source) // process_count, data.max_unreadable)
+    share = len(source) // process_count
+    return Batches(dataset, image_size, share, data.max_unreadable, Report())
 
 
 def eval_batches(
@@ -144,6 +152,7 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     max_unreadable: int = _MOST_UNREADABLE,
+    report: Report | None = None,
 ) -> Batches:
     """Centre crops of every record once, in order, in batches of one shape.
 
@@ -153,6 +162,8 @@ def eval_batches(
     Args:
         source, image_size, process_index, process_count: as in `train_batches`.
         batch: images per batch over all processes.
+        max_unreadable: damaged files that are put up with, in this process.
+        report: that of an evaluation before, so that the log does not hear of the same again.
 
     Raises:
         ConfigError: the processes do not divide `batch`.
@@ -163,8 +174,8 @@ def eval_batches(
     records = grain.MapDataset.range(-(-len(source) // batch) * batch).map(load)
     batches = records.batch(batch // process_count, batch_fn=_stack_masked)
     dataset = _prefetched(batches[process_index::process_count], 0, 0)
-    limit = min(max_unreadable, len(source) - 1)
-    return Batches(dataset, image_size, len(source), limit)
+    share, limit = len(source) // process_count, min(max_unreadable, len(source) - 1)
+    return Batches(dataset, image_size, share, limit, report or Report())
 
 
 def _check(data, global_batch: int, seed: int, process_count: int) -> None:
@@ -254,11 +265,10 @@ def _stack_masked(records: list[_Record]) -> dict:
 
 
 def _prefetched(batches: grain.MapDataset, workers: int, batch_bytes: int) -> grain.IterDataset:
-    threads = 1 if workers else _THREADS
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_BATCHES_AHEAD)
-    dataset = batches.to_iter_dataset(options)
     if not workers:
-        return dataset
+        return batches.to_iter_dataset(grain.ReadOptions(_THREADS, _BATCHES_AHEAD))
+    # A worker makes one batch at a time: it has to end the one at hand before it can be stopped.
+    dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads flags; a program without absl has the defaults
     # Per worker one batch in its queue, one on the way in and one in the trainer's hands.
@@ -281,7 +291,9 @@ def _shared_memory(needed: int) -> bool:
 
 def _start_worker(index: int, count: int) -> None:
     del index, count
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
+    # Ctrl-C and a cluster's notice reach every process: they are the trainer's to handle.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
 
 

@@ -102,20 +102,22 @@ class DigitsSource:
         digits = load_digits()
         rank = np.array([(digits.target[:i] == t).sum() for i, t in enumerate(digits.target)])
         chosen = np.flatnonzero((rank % 10 == 9) == (split == "held_out"))
-        self.size = size
         self.labels = digits.target[chosen].astype(np.int32)
         self.names = [f"{self.labels[i]}/{record:04d}" for i, record in enumerate(chosen)]
-        self._small = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # [n 8 8]
+        small = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
+        self._grey = np.stack([_enlarged(one, size) for one in small])  # [n size size]
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> dict:
         """Record with uint8[size size 3]."""
-        small = Image.fromarray(self._small[index])
-        grey = np.asarray(small.resize((self.size, self.size), Image.Resampling.BICUBIC))
-        image = np.repeat(grey[..., None], 3, axis=-1)
+        image = np.repeat(self._grey[index, ..., None], 3, axis=-1)
         return {"image": image, "label": int(self.labels[index]), "name": self.names[index]}
+
+
+def _enlarged(grey: np.ndarray, size: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(grey).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def make_source(data, split: str, image_size: int):

@@ -114,6 +114,8 @@ def resize(image: np.ndarray, short_side: int) -> np.ndarray:
     step. Source: image_datasets.py of guided-diffusion (MIT), as in the published recipes.
     """
     *halves, (height, width) = _resized_shapes(*image.shape[:2], short_side)
+    if image.shape[:2] == (height, width):
+        return image  # what Pillow would return too
     picture = Image.fromarray(image)
     for half_height, half_width in halves:
         picture = picture.resize((half_width, half_height), resample=Image.Resampling.BOX)
