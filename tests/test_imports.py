@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -88,7 +89,9 @@ def test_installed_package_works_outside_the_checkout(tmp_path):
     """`pip install .` in an empty environment, then an import and one reconstruction."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
     python = tmp_path / "env" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", ROOT], check=True)
+    away = shutil.ignore_patterns(".*", "build", "runs", "tests", "*.egg-info")
+    source = shutil.copytree(ROOT, tmp_path / "source", ignore=away)  # pip builds in the folder
+    subprocess.run([python, "-m", "pip", "install", "-q", source], check=True)
     code = (
         "import pathlib, gigatok_jax, jax, jax.numpy as jnp;"
         "from gigatok_jax.models import tokenizer;"
