@@ -38,7 +38,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     with one_line_errors(*_PARSING):
         if not any(argument.lstrip("-").startswith("help") for argument in argv):
             config = _load_config(_config_value(argv))
-            _check_overrides(argv, dict(_flatten(config)))
+            _check_overrides(argv, dict(flatten(config)))
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise ConfigError(f"{rest[1]!r} is not an option; options look like --config.seed=1")
@@ -91,10 +91,10 @@ def _nearest(name, known) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _flatten(config, prefix=""):
-    """(dotted key, value) of every leaf."""
+def flatten(config, prefix=""):
+    """(dotted key, value) of every leaf of a config."""
     for name, value in config.items():
         if hasattr(value, "items"):
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

@@ -4,11 +4,13 @@ import ast
 import importlib
 import json
 import pathlib
+import re
 
 import pytest
 
+import main
 from configs import common
-from gigatok_jax import dry_run, errors, model_config
+from gigatok_jax import command_line, dry_run, errors, model_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 COUNTS = json.loads((ROOT / "tests/golden/manifests/_summary.json").read_text())
@@ -37,6 +39,7 @@ def get(name, arg=None):
 def test_config_locks_and_names_itself(name):
     config = get(name).lock()
     assert config.name == name
+    assert config.task in main.TASKS
     with pytest.raises((AttributeError, KeyError)):
         config.no_such_key = 1
 
@@ -145,3 +148,12 @@ def test_configs_import_names_and_sizes_alone(name):
     froms = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     allowed = {"configs", "gigatok_jax.model_config", "gigatok_jax.errors"}
     assert froms <= allowed
+
+
+@pytest.mark.parametrize("name", ["ss", "demo", "reconstruct"])
+def test_every_key_is_read(name):
+    pytest.importorskip(main.TASKS[get(name).task][0])
+    sources = [ROOT / "main.py", *(ROOT / "gigatok_jax").glob("**/*.py")]
+    text = "\n".join(path.read_text() for path in sources)
+    keys = {key.rpartition(".")[2] for key, _ in command_line.flatten(get(name))}
+    assert not {key for key in keys if not re.search(rf'\.{key}\b|"{key}"', text)}
