@@ -188,9 +188,10 @@ def _shorten(config, steps, batch):
     """Every phase, an evaluation, a save and a picture within `steps` steps."""
     config.data.update(source="digits", workers=0, eval_images=batch)
     config.train.update(steps=steps, global_batch=batch, dtype="float32", remat="none")
+    half = 1 + steps // 2  # one step ends and starts phases, to compile only twice
+    config.loss.discriminator_start = half
     if config.loss.shortcut_end:
-        config.loss.shortcut_end = 1 + steps // 3
-    config.loss.discriminator_start = 2 * steps // 3
+        config.loss.shortcut_end = half
     config.loss.missing_weights = "skip"
     if config.optim.warmup_epochs:
         config.optim.update(warmup_epochs=0.0, warmup_steps=steps // 3)
