@@ -22,7 +22,6 @@ def get_config(arg=None):
             "input": "",  # an image or a folder of images
             "weights_kind": "auto",  # "ema", "raw"; auto takes the EMA copy
             "eval": {"batch": 16},
-            "data": {"max_unreadable": 100},
             "weights": {"folder": ""},  # frozen networks; "" is ~/.cache/gigatok_jax
         }
     )
