@@ -1,16 +1,20 @@
-"""Facts about the PatchGAN."""
+"""Facts about the PatchGAN and the DINO discriminator."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rule import block_images, golden_path, load, pixels, rule_state
+from PIL import Image
+from rule import block_images, golden_path, load, pixels, rule_state, shared_path
 
 from gigatok_jax import errors
 from gigatok_jax.conversion import discriminator as convert
-from gigatok_jax.models.discriminator import BatchNorm, PatchGAN
+from gigatok_jax.conversion import frozen
+from gigatok_jax.models import dino, discriminator
+from gigatok_jax.models.discriminator import BatchNorm, DinoDiscriminator, LocalNorm, PatchGAN
 
 STATE = {
     "main.0.weight": (64, 3, 4, 4),
@@ -143,10 +147,8 @@ def test_one_logit_sees_seventy_pixels():
 
 
 def test_batch_that_groups_do_not_divide_is_refused():
-    x = images(3)
-    variables = init(small(), x)
     with pytest.raises(errors.ConfigError, match="3 examples for 2 groups"):
-        small(groups=2).apply(variables, x, train=True, mutable=["batch_stats"])
+        discriminator.grouped_norm(images(3), groups=2, eps=1e-5)
 
 
 def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32():
@@ -158,3 +160,199 @@ def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32():
     assert {v.dtype for v in floats} | {logits.dtype} == {jnp.dtype("float32")}
     exact, _ = train(small(), variables, x)
     np.testing.assert_allclose(logits, exact, atol=0.05)
+
+
+# DINO discriminator
+
+SMALL = DinoDiscriminator(width=16, heads=2, depth=2, taps=(0, 1), size=32, kernel=3)
+
+
+@functools.cache
+def small_dino():
+    """Variables of `SMALL` with a random trunk."""
+    trunk = dino.DINO(width=16, heads=2, depth=2, taps=(0, 1))
+    x = jnp.zeros((1, 32, 32, 3))
+    variables = jax.jit(lambda: SMALL.init(jax.random.key(0), x, train=True))()
+    return variables | {"trunk": jax.jit(trunk.init)(jax.random.key(1), x)["params"]}
+
+
+@functools.partial(jax.jit, static_argnames="train")
+def judge(variables, x, key=None, *, train=True):
+    rngs = {} if key is None else {"augment": key}
+    return SMALL.apply(variables, x, train=train, rngs=rngs, mutable=["spectral"])
+
+
+def test_dino_heads_have_the_published_parameters_and_names():
+    shapes = jax.eval_shape(
+        lambda: DinoDiscriminator().init(jax.random.key(0), jnp.zeros((1, 256, 256, 3)), train=True)
+    )
+    assert set(shapes) == {"params", "spectral"}  # the frozen trunk is not among them
+    assert sum(x.size for x in jax.tree.leaves(shapes["params"])) == 7_386_245
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
+    named = convert.to_torch(zeros, "dino")
+    state = rule_state([(name, x.shape) for name, x in named.items()], "dino_disc.")
+    assert len(state) == 80 and state["heads.4.1.fn.0.weight_orig"].shape == (384, 384, 9)
+    variables = convert.from_torch(state, "dino")
+    assert jax.tree.map(np.shape, variables) == jax.tree.map(jnp.shape, shapes)
+    for name, value in convert.to_torch(variables, "dino").items():
+        np.testing.assert_array_equal(value, state[name])
+
+
+def test_power_iteration_finds_the_largest_singular_value():
+    variables = small_dino()
+    kernel = variables["params"]["head_0"]["conv_1"]["kernel"]  # [3 16 16]
+    matrix = np.asarray(kernel).transpose(2, 1, 0).reshape(16, -1)
+    conv = discriminator.SpectralConv(16, 3)
+    x, own = images(2)[:, :4, :16].mean(-1), {}
+    own["params"] = variables["params"]["head_0"]["conv_1"] | {"bias": jnp.zeros(16)}
+    own["spectral"] = variables["spectral"]["head_0"]["conv_1"]
+    step = jax.jit(lambda v: conv.apply(v, x, train=True, mutable=["spectral"]))
+    for _ in range(200):
+        y, changed = step(own)
+        own |= changed
+    u, v = own["spectral"]["u"], own["spectral"]["v"]
+    largest = np.linalg.svd(matrix, compute_uv=False)[0]
+    np.testing.assert_allclose(u @ matrix @ v, largest, rtol=1e-4)
+    # The convolution wraps: a rolled sequence gives a rolled answer.
+    run = jax.jit(lambda x: conv.apply(own, x, train=False))
+    rolled, y = run(jnp.roll(x, 1, axis=1)), run(x)
+    np.testing.assert_allclose(rolled, jnp.roll(y, 1, axis=1), atol=1e-5)
+    # Its scale is that of the matrix over its largest singular value.
+    tokens = np.stack([np.roll(x, shift, axis=1) for shift in (1, 0, -1)])  # [3 b n c]
+    expected = np.einsum("kbnc,kcd->bnd", tokens, np.asarray(kernel) / largest)
+    np.testing.assert_allclose(y, expected, atol=1e-4)
+
+
+def test_only_training_moves_the_power_iteration():
+    variables, x = small_dino(), images(2)
+    _, changed = judge(variables, x, train=False)
+    jax.tree.map(np.testing.assert_array_equal, changed["spectral"], variables["spectral"])
+    _, changed = judge(variables, x)
+    for old, new in zip(
+        *map(jax.tree.leaves, (variables["spectral"], changed["spectral"])), strict=True
+    ):
+        assert old.size == 1 or np.abs(old - new).max() > 1e-3
+        np.testing.assert_allclose(np.linalg.norm(new), 1, rtol=1e-5)
+
+
+def test_the_stretch_of_a_kernel_does_not_change_the_logits():
+    variables, x = small_dino(), images(2)
+    tripled = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: 3 * leaf if path[-1].key == "kernel" else leaf, variables["params"]
+    )
+    logits = judge(variables, x)[0]
+    np.testing.assert_allclose(judge(variables | {"params": tripled}, x)[0], logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [3, 8, 16, 18])
+def test_local_norm_has_groups_of_at_most_eight(batch):
+    x = np.random.default_rng(0).normal(2.0, 3.0, (batch, 5, 4)).astype(np.float32)
+    ones = {"params": {"scale": jnp.ones(4), "bias": jnp.zeros(4)}}
+    y = np.asarray(LocalNorm().apply(ones, x))
+    groups = int(np.ceil(batch / 8))
+    for part in np.split(y, groups):
+        np.testing.assert_allclose(part.mean((0, 1)), 0, atol=1e-5)
+        np.testing.assert_allclose(part.std((0, 1)), 1, rtol=1e-4)
+
+
+def test_local_norm_refuses_a_batch_that_does_not_split():
+    with pytest.raises(errors.ConfigError, match="9 examples for 2 groups"):
+        LocalNorm().init(jax.random.key(0), jnp.zeros((9, 5, 4)))
+
+
+def test_views_are_crops_at_even_odds():
+    x = images(2, 40)
+    normed = discriminator.image.normalise(x, *discriminator.image.IMAGENET)
+    view = jax.jit(functools.partial(discriminator.random_view, size=32))
+    crop = view(x, np.float32([0.4, 3.5 / 9, 0.999]))
+    np.testing.assert_allclose(crop, normed[:, 3:35, 8:40], atol=1e-6)
+    whole = view(x, np.float32([0.6, 0.5, 0.5]))
+    np.testing.assert_allclose(whole, discriminator.whole_view(x, 32), atol=1e-6)
+    small = images(2, 20)
+    small_view = view(small, np.float32([0.4, 0.5, 0.5]))
+    np.testing.assert_allclose(small_view, discriminator.whole_view(small, 32), atol=1e-6)
+
+
+def test_augmentation_draws_depend_on_the_key_alone():
+    variables, x = small_dino(), images(2, 40)
+    first, again, other = (judge(variables, x, jax.random.key(i))[0] for i in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-3
+    assert first.shape == (2, 3 * 4)
+
+
+def test_gradient_reaches_images_and_heads():
+    variables, x = small_dino(), images(2, 40)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def grad(argument, params, x):
+        def mean(params, x):
+            return judge(variables | {"params": params}, x, jax.random.key(0))[0].mean()
+
+        return jax.grad(mean, argument)(params, x)
+
+    assert np.isfinite(grad(1, variables["params"], x)).all()
+    assert np.abs(grad(1, variables["params"], x)).max() > 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grad(0, variables["params"], x)):
+        # A bias in front of a norm moves nothing: no gradient, as for the original.
+        silent = path[-1].key == "bias" and path[-2].key in ("conv_0", "conv_1")
+        assert np.isfinite(leaf).all() and (silent or np.abs(leaf).max() > 0), path
+
+
+@functools.cache
+def published_dino():
+    """Full size by rule, and the two photographs."""
+    shapes = json.loads(shared_path("manifests/disc_dino_heads.json").read_text())
+    variables = convert.from_torch(rule_state(shapes["state_dict"].items(), "dino_disc."), "dino")
+    shapes = json.loads(shared_path("manifests/disc_dino_backbone_vits16.json").read_text())
+    named = [(k, v) for k, v in shapes["state_dict"].items() if not k.startswith("x_")]
+    variables["trunk"] = frozen.dino_params(rule_state(named, "dino_backbone."))
+    paths = [shared_path(f"images/00000{i}_gt.png") for i in (1, 2)]
+    x = pixels(np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths]))
+    return variables, x, load(shared_path("dino_disc.npz"))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def published_logits(variables, view, train):
+    model = DinoDiscriminator()
+    return model.apply(variables, view, train, method="logits", mutable=["spectral"])
+
+
+@pytest.mark.goldens
+@pytest.mark.parametrize("name", ["resize", "crop", "x224"])
+def test_dino_logits_match_the_original(name):
+    variables, x, (golden, meta) = published_dino()
+    top, left = meta["crop_top_left"]
+    draws = np.float32([0.0 if name == "crop" else 0.9, (top + 0.5) / 33, (left + 0.5) / 33])
+    view = discriminator.random_view(x, draws, 224)
+    if name == "x224":
+        x = discriminator.image.resize(x, 224, discriminator.image.area)
+        view = discriminator.whole_view(x, 224)
+    logits, changed = published_logits(variables, view, True)
+    np.testing.assert_allclose(logits, golden[f"{name}_train"], atol=1e-3)
+    logits, _ = published_logits(variables, view, False)
+    np.testing.assert_allclose(logits, golden[f"{name}_eval"], rtol=1e-3, atol=1e-3)
+    if name == "resize":
+        after = convert.to_torch(variables | changed, "dino")
+        for key in (key for key in golden if key.startswith("after_")):
+            np.testing.assert_allclose(after[key[6:]], golden[key], atol=1e-5)
+
+
+@pytest.mark.goldens
+def test_dino_maps_and_gradient_match_the_original():
+    variables, x, (golden, meta) = published_dino()
+    view = discriminator.whole_view(x, 224)
+    maps = jax.jit(dino.DINO().apply)({"params": variables["trunk"]}, view)
+    for i, found in enumerate(maps):
+        found = np.asarray(found).transpose(0, 2, 1)[:, ::8, ::4]
+        np.testing.assert_allclose(found, golden[f"act{i}_c8t4"], atol=1e-3)
+
+    def mean(x):
+        logits, _ = published_logits(variables, discriminator.whole_view(x, 224), True)
+        return logits.mean()
+
+    grad = np.asarray(jax.jit(jax.grad(mean))(x))
+    np.testing.assert_allclose(np.linalg.norm(grad), meta["grad_in_norm"], rtol=1e-3)
+    expected = golden["grad_in_s4"]
+    found = grad.transpose(0, 3, 1, 2)[..., ::4, ::4]
+    np.testing.assert_allclose(found, expected, atol=2e-3 * np.abs(expected).max())

@@ -126,7 +126,6 @@ _ALLOWED = {
     ("torch", "Size"): tuple,
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("argparse", "Namespace"): argparse.Namespace,
-    ("builtins", "set"): set,
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
     ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
@@ -154,6 +153,7 @@ def _load_zip(path: epath.Path, file) -> Any:
 
 def _load_legacy(path: epath.Path, file) -> Any:
     """The older format: pickles of header and object, then each storage behind its length."""
+    file.seek(0)
     if _Unpickler(file).load() != _LEGACY_MAGIC:
         raise CheckpointError("is not a file of torch.save")
     _Unpickler(file).load()  # protocol version
