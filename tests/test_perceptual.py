@@ -6,20 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rule import block_images, golden_path, load, pixels, rule_tensor
+from rule import block_images, golden_path, load, lpips_state, pixels
 
 from gigatok_jax.conversion import frozen, names
 from gigatok_jax.models.perceptual import LPIPS, unit_channels
 
 
 def rule_variables():
-    """LPIPS by rule with the public heads."""
-    state = dict(np.load(golden_path("lpips_lin.npz")))
-    shapes = jax.eval_shape(LPIPS().init, jax.random.key(0), *[jnp.zeros((1, 32, 32, 3))] * 2)
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes["params"])
-    for name, value in names.to_torch(zeros, frozen.lpips_entries()).items():
-        if name.startswith("net."):
-            state[name] = rule_tensor("lpips." + name, value.shape)
+    """LPIPS by rule with the public heads, here and under the original's names."""
+    state = lpips_state()
     return {"params": names.from_torch(state, frozen.lpips_entries())}, state
 
 
@@ -29,8 +24,17 @@ distance = jax.jit(SMALL.apply)
 
 @functools.cache
 def small_variables():
-    x = jnp.zeros((1, 16, 16, 3))
-    return jax.jit(SMALL.init)(jax.random.key(0), x, x)
+    """Random variables of `SMALL`; drawn in numpy, as compiling the initialisers is slow."""
+    rng, x = np.random.default_rng(1), jnp.zeros((1, 16, 16, 3))
+    shapes = jax.eval_shape(SMALL.init, jax.random.key(0), x, x)
+
+    def draw(path, leaf):
+        if path[-1].key.startswith("head"):
+            return rng.random(leaf.shape, np.float32)  # distances are not negative
+        deviation = np.prod(leaf.shape[:-1]) ** -0.5
+        return rng.normal(0, deviation, leaf.shape).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 @functools.cache
