@@ -98,3 +98,28 @@ def block_images() -> np.ndarray:
 def pixels(images: np.ndarray) -> np.ndarray:
     """float32 in [-1, 1] from uint8, with the arithmetic of the goldens."""
     return (images.astype(np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
+
+
+def lpips_heads() -> list[np.ndarray]:
+    """The five public LPIPS v0.1 heads f32[c]; skips when no package or file here has them."""
+    from gigatok_jax.conversion import frozen
+
+    if frozen.available("lpips-vgg16"):
+        params = frozen.load_frozen("lpips-vgg16")
+        return [np.asarray(params[f"head_{i}"]) for i in range(5)]
+    with np.load(shared_path("lpips_lin.npz")) as file:
+        return [file[f"lin{i}.model.1.weight"].reshape(-1) for i in range(5)]
+
+
+def lpips_state() -> dict[str, np.ndarray]:
+    """State dict of LPIPS under the original's names: VGG16 by rule, the public heads."""
+    heads = lpips_heads()
+    state = {f"lin{i}.model.1.weight": h.reshape(1, -1, 1, 1) for i, h in enumerate(heads)}
+    widths = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
+    slots = [(1, 0), (1, 2), (2, 5), (2, 7), (3, 10), (3, 12), (3, 14), (4, 17), (4, 19), (4, 21),
+             (5, 24), (5, 26), (5, 28)]  # fmt: skip
+    for (stage, index), ins, outs in zip(slots, widths[:-1], widths[1:], strict=True):
+        for leaf, shape in (("weight", (outs, ins, 3, 3)), ("bias", (outs,))):
+            name = f"net.slice{stage}.{index}.{leaf}"
+            state[name] = rule_tensor("lpips." + name, shape)
+    return state

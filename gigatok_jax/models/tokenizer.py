@@ -99,8 +99,9 @@ def make(model, dtype=jnp.float32, remat: str = "none") -> Tokenizer:
         encoder |= {"latent_tokens": model.latent_tokens, "query_init": model.query_init}
         decoder |= {"query_init": model.decoder_query_init}
         shared |= {"qk_norm": model.qk_norm}
-        parts = qformer.QFormerEncoder(**encoder, **shared), qformer.QFormerDecoder(
-            **decoder, **shared
+        parts = (
+            qformer.QFormerEncoder(**encoder, **shared),
+            qformer.QFormerDecoder(**decoder, **shared),
         )
     else:
         shared |= {"layer": model.layer_2d}

@@ -1,0 +1,81 @@
+"""The networks of a tokenizer run and the weights of those that stay frozen."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import ml_collections
+from absl import logging
+
+from gigatok_jax.errors import ConfigError
+from gigatok_jax.load import available, load_frozen
+from gigatok_jax.models import dino, discriminator, perceptual, tokenizer
+from gigatok_jax.train.state import Networks
+
+DTYPES = ("bfloat16", "float32")
+
+
+class Parts(NamedTuple):
+    networks: Networks
+    frozen: dict  # parameters by name: "lpips", "teacher", "dino"
+    loss: ml_collections.ConfigDict  # `config.loss` without what was left out
+
+
+def build(config, groups: int) -> Parts:
+    """Modules and frozen weights for a training config.
+
+    Args:
+        config: of the run.
+        groups: parts of a batch with batch statistics of their own.
+
+    Raises:
+        MissingWeightsError: a loss needs weights that are not here and `loss.missing_weights` is
+            "refuse"; with "skip" the loss is left out and named in the log.
+        ConfigError: an unknown discriminator, type or value.
+    """
+    if config.train.dtype not in DTYPES:
+        raise ConfigError(f"train.dtype is {config.train.dtype!r}, expected one of {DTYPES}")
+    dtype = jnp.dtype(config.train.dtype)
+    loss = config.loss.copy_and_resolve_references()
+    frozen = _load(config, loss)
+    networks = Networks(
+        tokenizer.make(config.model, dtype, config.train.remat),
+        _discriminator(loss, groups, dtype),
+        perceptual.LPIPS(dtype=dtype) if "lpips" in frozen else None,
+        dino.teacher(loss.teacher, dtype) if "teacher" in frozen else None,
+    )
+    return Parts(networks, frozen, loss)
+
+
+def _load(config, loss) -> dict:
+    """Frozen parameters by name; changes `loss` where some are left out."""
+    if loss.missing_weights not in ("refuse", "skip"):
+        raise ConfigError(
+            f"loss.missing_weights is {loss.missing_weights!r}, expected 'refuse' or 'skip'"
+        )
+    wanted = {}
+    if loss.perceptual > 0:
+        wanted["lpips"] = ("lpips-vgg16", "perceptual", 0.0)
+    if loss.alignment > 0 and loss.teacher != "none" and config.model.align_block:
+        wanted["teacher"] = (loss.teacher, "teacher", "none")
+    if loss.discriminator == "dino":
+        wanted["dino"] = ("dino-s16", "discriminator", "none")
+    frozen = {}
+    for key, (name, field, off) in wanted.items():
+        if loss.missing_weights == "skip" and not available(name, config.weights.folder):
+            logging.warning("weights of %s are not here: loss.%s is left out", name, field)
+            loss[field] = off
+        else:
+            frozen[key] = load_frozen(name, config.weights.folder)
+    return frozen
+
+
+def _discriminator(loss, groups: int, dtype):
+    if loss.discriminator == "none":
+        return None
+    if loss.discriminator == "patchgan":
+        return discriminator.PatchGAN(loss.discriminator_filters, groups=groups, dtype=dtype)
+    if loss.discriminator == "dino":
+        return discriminator.DinoDiscriminator(dtype=dtype)
+    raise ConfigError(
+        f"loss.discriminator is {loss.discriminator!r}, expected 'patchgan', 'dino' or 'none'"
+    )
