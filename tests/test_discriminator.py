@@ -72,6 +72,12 @@ def test_parameter_count_is_the_published_one():
     assert sum(x.size for x in jax.tree.leaves(shapes["params"])) == 2_765_633
 
 
+def test_one_example_is_enough_to_initialise_groups():
+    x, model = jnp.zeros((1, 32, 32, 3)), small(groups=4)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=True))
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(np.shape, small_variables())
+
+
 def test_weights_go_both_ways_bit_for_bit():
     state = rule_state(STATE.items(), "discriminator.")
     variables = convert.from_torch(state, "patchgan")

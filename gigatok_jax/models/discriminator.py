@@ -48,14 +48,13 @@ class BatchNorm(nn.Module):
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (c,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (c,))
         count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
-        if not train:
+        if not train or self.is_initializing():  # which one example is enough for
             factor = scale * jax.lax.rsqrt(running_var.value + self.eps)
             return (x.astype(jnp.float32) - running_mean.value) * factor + bias
         normed, mean, var, size = grouped_norm(x, self.groups, self.eps)
-        if not self.is_initializing():
-            running_mean.value += self.momentum * (mean - running_mean.value)
-            running_var.value += self.momentum * (var * size / (size - 1) - running_var.value)
-            count.value += 1
+        running_mean.value += self.momentum * (mean - running_mean.value)
+        running_var.value += self.momentum * (var * size / (size - 1) - running_var.value)
+        count.value += 1
         return normed * scale + bias
 
 
