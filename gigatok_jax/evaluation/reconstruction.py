@@ -165,7 +165,6 @@ def reconstruct(config, workdir: epath.PathLike) -> None:
         scores.append(score(images, made))
         counts += np.bincount(made.codes.reshape(-1), minlength=len(counts))
         figures |= _write(workdir, names, made, scores[-1])
-        logging.info("reconstructed %d images", len(figures))
     if not scores:
         raise DataError(f"no readable image at {config.input}")
     merged = jax.tree.map(lambda *parts: np.concatenate(parts), *scores)

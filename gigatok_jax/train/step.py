@@ -25,13 +25,16 @@ class Gradients(NamedTuple):
     latents: jax.Array  # f32[b n e]
 
 
-def make(networks: Networks, optimizers: Optimizers, config, groups: int) -> Callable:
+def make(
+    networks: Networks, optimizers: Optimizers, config, groups: int, micro_batches: int = 1
+) -> Callable:
     """The jitted training step; it donates its state.
 
     Args:
         networks, optimizers: of the run.
-        config: of the run: loss, codebook, optim.ema, train.micro_batches.
+        config: of the run: loss, codebook, optim.ema.
         groups: parts of a micro-batch with batch statistics of their own; 1 is global.
+        micro_batches: parts of the batch that go through the networks one after the other.
 
     Returns:
         `step(state, images, frozen, phase)` with uint8 images [b h w 3] to the next state and
@@ -40,7 +43,7 @@ def make(networks: Networks, optimizers: Optimizers, config, groups: int) -> Cal
 
     @functools.partial(jax.jit, donate_argnums=0, static_argnames="phase")
     def step(state: TokenizerState, images: jax.Array, frozen, phase: Phase):
-        grads = gradients(state, images, frozen, phase, networks, config, groups)
+        grads = gradients(state, images, frozen, phase, networks, config, groups, micro_batches)
         state, scalars = _update(state, grads, optimizers, config, phase)
         return state, scalars
 
@@ -52,7 +55,7 @@ def to_pixels(images: jax.Array) -> jax.Array:
     return (images.astype(jnp.float32) / 255.0 - 0.5) / 0.5
 
 
-def gradients(state, images, frozen, phase, networks, config, groups) -> Gradients:
+def gradients(state, images, frozen, phase, networks, config, groups, micro_batches=1) -> Gradients:
     """Gradients of both networks, averaged over the micro-batches.
 
     Statistics of the discriminator follow the first micro-batch, as the original keeps those of
@@ -62,12 +65,11 @@ def gradients(state, images, frozen, phase, networks, config, groups) -> Gradien
     one = functools.partial(
         _micro_batch, state, frozen, phase=phase, networks=networks, config=config, groups=groups
     )
-    k = config.train.micro_batches
-    if k == 1:
+    if micro_batches == 1:
         return one(images, rng)
     # Every device keeps its share of each micro-batch: example i goes to micro-batch i % k.
-    split = images.reshape(-1, k, *images.shape[1:]).swapaxes(0, 1)  # [k b/k h w 3]
-    return _accumulate(one, split, jax.random.split(rng, k))
+    split = images.reshape(-1, micro_batches, *images.shape[1:]).swapaxes(0, 1)  # [k b/k h w 3]
+    return _accumulate(one, split, jax.random.split(rng, micro_batches))
 
 
 def _accumulate(one: Callable, split: jax.Array, keys: jax.Array) -> Gradients:

@@ -23,6 +23,7 @@ from gigatok_jax.train import networks as networks_lib
 from gigatok_jax.train import objective, optim
 from gigatok_jax.train import state as state_lib
 from gigatok_jax.train import step as step_lib
+from gigatok_jax.train.fit import FittedStep
 from gigatok_jax.train.loop import Interrupts, LateScalars
 
 SHOWN = ("loss", "reconstruction", "perceptual", "alignment", "adversarial", "codebook_usage")
@@ -65,7 +66,7 @@ def train(config, workdir: epath.PathLike) -> None:
             done = loop(run, state, start, source, interrupts)
             finish(run, done, interrupts)
         else:
-            logging.info("the run has its %d steps already", start)
+            print(f"the run has its {start} steps already; train.steps continues it")
 
 
 @contextlib.contextmanager
@@ -97,6 +98,10 @@ def make_run(config, workdir: epath.Path, mesh) -> Run:
         return state_lib.create(parts.networks, optimizers, size, config.seed)
 
     frozen = jax.device_put(parts.frozen, same)
+
+    def make_step(micro_batches):
+        return step_lib.make(parts.networks, optimizers, local, groups, micro_batches)
+
     shapes = jax.eval_shape(create)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=same), shapes)
     return Run(
@@ -108,7 +113,7 @@ def make_run(config, workdir: epath.Path, mesh) -> Run:
         frozen=frozen,
         abstract=abstract,
         create=jax.jit(create, out_shardings=same),
-        step=step_lib.make(parts.networks, optimizers, local, groups),
+        step=FittedStep(make_step, mesh, config.train.micro_batches),
         held_out=HeldOut(local, parts, frozen),
         checkpoints=checkpoint.Checkpoints(workdir, config.save.keep, config.save.milestone_every),
         writer=metric_writer.MetricWriter(workdir, total_steps(config), config.train.global_batch),
@@ -209,7 +214,7 @@ def restore(run: Run, fingerprint: str) -> tuple[state_lib.TokenizerState, int]:
     if extras["data"]["fingerprint"] != fingerprint:
         logging.warning("the images are not those of the checkpoint: other names or another count")
     run.writer.truncate_after(step)
-    logging.info("resuming at step %d of %d", step, run.total_steps)
+    print(f"resuming at step {step} of {run.total_steps}", flush=True)
     return state, step
 
 
@@ -338,4 +343,4 @@ class Profile:
         if self._running:
             jax.profiler.stop_trace()
             self._running = False
-            logging.info("profile: %s, for xprof or TensorBoard", self._folder)
+            print(f"profile: {self._folder}, for xprof or TensorBoard", flush=True)

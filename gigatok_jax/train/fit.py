@@ -1,0 +1,66 @@
+"""Compiles the step of each phase, cut into micro-batches until it fits the devices' memory."""
+
+from collections.abc import Callable
+
+import jax
+from absl import logging
+
+from gigatok_jax import parallel
+from gigatok_jax.errors import ConfigError
+
+
+class FittedStep:
+    """`step(state, images, frozen, phase)` for a training loop; compiles each phase once."""
+
+    def __init__(self, make: Callable, mesh: jax.sharding.Mesh, micro_batches: int):
+        """Args:
+        make: micro-batches to a jitted step of (state, images, frozen, phase).
+        mesh: devices of the run.
+        micro_batches: to begin with; doubled while the step needs more memory than there is.
+        """
+        self._make, self._mesh, self._micro_batches = make, mesh, micro_batches
+        self._compiled = {}
+
+    def __call__(self, state, images, frozen, phase):
+        if phase not in self._compiled:
+            self._compiled[phase] = self._fit(state, images, frozen, phase)
+        return self._compiled[phase](state, images, frozen)
+
+    def _fit(self, *arguments):
+        """The compiled step with the fewest micro-batches that fit.
+
+        Raises:
+            ConfigError: not even one image at a time and device fits.
+        """
+        batch, limit = arguments[1].shape[0], memory_limit()
+        while True:
+            compiled = self._make(self._micro_batches).lower(*arguments).compile()
+            needed = memory_needed(compiled)
+            if limit is None or needed is None or needed <= limit:
+                return compiled
+            if batch % (parallel.batch_shards(self._mesh) * self._micro_batches * 2):
+                raise ConfigError(
+                    f"a step needs {needed / 2**30:.1f} GiB of {limit / 2**30:.1f} GiB even in"
+                    f" {self._micro_batches} micro-batches: lower train.global_batch or set"
+                    " train.remat"
+                )
+            self._micro_batches *= 2
+            logging.warning(
+                "a step needs %.1f GiB of %.1f GiB: the batch of %d is cut into %d micro-batches",
+                needed / 2**30, limit / 2**30, batch, self._micro_batches,
+            )  # fmt: skip
+
+
+def memory_needed(compiled) -> int | None:
+    """Bytes per device of a compiled program with its arguments; None where nobody knows."""
+    stats = compiled.memory_analysis()
+    if stats is None:
+        return None
+    held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return held + stats.temp_size_in_bytes
+
+
+def memory_limit() -> int | None:
+    """Bytes that one device offers this process; None on a CPU."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit")
