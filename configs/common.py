@@ -167,11 +167,11 @@ def finish(config, arg) -> ml_collections.ConfigDict:
 def shrink(config) -> None:
     """The same code paths at tiny widths on embedded data: about a minute on a CPU."""
     config.name += "_smoke"
-    config.model.update(image_size=64, cnn_channels=32, encoder="pico", decoder="pico")
-    config.model.update(latent_tokens=16, codebook_size=64)
+    config.model.update(image_size=32, patch_size=4, cnn_channels=32)
+    config.model.update(encoder="pico", decoder="pico", latent_tokens=16, codebook_size=64)
     config.loss.discriminator_filters = 8
-    _shorten(config, steps=24, batch=8)
-    config.log.every = 4
+    _shorten(config, steps=12, batch=4)
+    config.eval.batch = 16
 
 
 def smoke_full(config) -> None:

@@ -6,7 +6,7 @@ import pathlib
 import runpy
 import sys
 
-from absl import flags
+from absl import flags, logging
 
 from gigatok_jax.errors import ConfigError, GigatokError
 
@@ -42,6 +42,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise ConfigError(f"{rest[1]!r} is not an option; options look like --config.seed=1")
+        if flags.FLAGS["verbosity"].using_default_value:
+            flags.FLAGS.verbosity = logging.WARNING  # Orbax tells every save in ten lines
         return rest
 
 
