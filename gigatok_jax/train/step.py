@@ -74,21 +74,23 @@ def gradients(state, images, frozen, phase, networks, config, groups, micro_batc
 
 def _accumulate(one: Callable, split: jax.Array, keys: jax.Array) -> Gradients:
     """Mean of the micro-batches, one at a time."""
-    first = one(split[0], keys[0])
+
+    def averaged(grads):
+        return grads.generator, grads.discriminator, grads.scalars
 
     def add(total, inputs):
         grads = one(*inputs)
-        averaged = (grads.generator, grads.discriminator, grads.scalars)
-        return jax.tree.map(jnp.add, total, averaged), (grads.codes, grads.latents)
+        rest = grads.stats, grads.codes, grads.latents
+        return jax.tree.map(jnp.add, total, averaged(grads)), rest
 
-    start = (first.generator, first.discriminator, first.scalars)
-    total, (codes, latents) = jax.lax.scan(add, start, (split[1:], keys[1:]))
-    generator, discriminator, scalars = jax.tree.map(lambda x: x / len(split), total)
-    joined = [
-        jnp.concatenate([a[None], b]).reshape(-1, *a.shape[1:])
-        for a, b in ((first.codes, codes), (first.latents, latents))
-    ]
-    return Gradients(generator, discriminator, first.stats, scalars, *joined)
+    # From zeros, not from the first micro-batch: its program is compiled once, inside the scan.
+    shapes = averaged(jax.eval_shape(one, split[0], keys[0]))
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, (stats, *parts) = jax.lax.scan(add, start, (split, keys))
+    total = jax.tree.map(lambda x: x / len(split), total)
+    codes, latents = (x.reshape(-1, *x.shape[2:]) for x in parts)
+    first = jax.tree.map(lambda x: x[0], stats)
+    return Gradients(total[0], total[1], first, total[2], codes, latents)
 
 
 def _micro_batch(
