@@ -86,7 +86,7 @@ def from_torch(state: Mapping, entries: list[Entry]) -> dict:
         value = tensor if entry.part is None else np.split(tensor, 3)[entry.part]
         value = LAYOUTS[entry.layout][0](value)
         if entry.layer is None:
-            set_path(tree, entry.path, np.ascontiguousarray(value))
+            set_path(tree, entry.path, np.asarray(value, order="C"))
             continue
         if entry.path not in stacks:
             stacks[entry.path] = np.empty((depth[entry.path], *value.shape), value.dtype)
@@ -108,7 +108,7 @@ def to_torch(params: Mapping, entries: list[Entry]) -> dict[str, np.ndarray]:
             if len(parts[entry.name]) == 3:
                 state[entry.name] = np.concatenate(parts.pop(entry.name))
             continue
-        state[entry.name] = np.ascontiguousarray(value)
+        state[entry.name] = np.asarray(value, order="C")
     return state
 
 
