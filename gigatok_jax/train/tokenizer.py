@@ -234,9 +234,11 @@ def loop(run: Run, state, start: int, source, interrupts: Interrupts):
             with run.timer.measure("compute"):
                 phase = objective.phase_at(done - 1, config.loss, config.codebook)
                 state, scalars = run.step(state, batch, run.frozen, phase)
-                report_scalars(run, late.push(done, scalars))
+                ready = [late.push(done, scalars)]
                 if is_due(run, done) or interrupts.received:
-                    report_scalars(run, late.pop())
+                    ready.append(late.pop())
+            for one in ready:
+                report_scalars(run, one)
             record(run, state, done, fingerprint, bool(interrupts.received))
             if interrupts.received:
                 break
