@@ -127,6 +127,7 @@ def make_source(data, split: str, image_size: int):
     chosen by a hash of the file's name so that it stays the same when files come or go:
     `data.eval_images` of them, or with 0 one in twenty, at least 1 and at most 5000. A folder of
     one image is trained and evaluated on that image. `eval_images` also shortens an `eval_folder`.
+    The embedded digits stand in for a folder: naming one replaces them.
 
     Args:
         data: `config.data`; reads source, folder, eval_folder, eval_images and min_size.
@@ -142,9 +143,9 @@ def make_source(data, split: str, image_size: int):
     """
     if split not in ("train", "held_out"):
         raise ConfigError(f"split is {split!r}, expected 'train' or 'held_out'")
-    if data.source == "digits":
+    if data.source == "digits" and not data.folder:
         return DigitsSource(split, image_size)
-    if data.source != "folder":
+    if data.source not in ("folder", "digits"):
         raise ConfigError(f"data.source is {data.source!r}, expected 'folder' or 'digits'")
     if not data.folder:
         raise ConfigError("data.folder is empty: name the images with --config.data.folder=DIR")

@@ -61,12 +61,10 @@ def train(config, workdir: epath.PathLike) -> None:
     """
     source = sources.make_source(config.data, "train", config.model.image_size)
     with open_run(config, epath.Path(workdir)) as run, Interrupts() as interrupts:
-        state, start = restore(run, sources.fingerprint(source))
-        if start < run.total_steps:
-            done = loop(run, state, start, source, interrupts)
-            finish(run, done, interrupts)
-        else:
-            print(f"the run has its {start} steps already; train.steps continues it")
+        state, done = restore(run, sources.fingerprint(source))
+        if done < run.total_steps:
+            done = loop(run, state, done, source, interrupts)
+        finish(run, done, interrupts)
 
 
 @contextlib.contextmanager
@@ -293,20 +291,20 @@ def draw(run: Run, state, done: int) -> None:
 
 
 def finish(run: Run, done: int, interrupts: Interrupts) -> None:
-    """Waits for the last save; writes the results and the page."""
+    """Waits for the last save; writes the page, and the results of a run that is complete."""
     with run.timer.measure("save"):
         run.checkpoints.wait()
     seconds, shares = run.timer.total()
-    if not interrupts.received:
+    share = shares.get("compute", 0.0)
+    if done >= run.total_steps:
         rows = [row for row in metric_writer.read(run.workdir) if row["step"] == done]
         figures = {name: row[name] for row in rows for name in row if name.startswith("eval/")}
         results = {name.removeprefix("eval/"): value for name, value in figures.items()}
-        results |= {"step": done, "seconds": seconds, "useful_share": shares.get("compute", 0.0)}
+        results |= {"step": done, "seconds": seconds, "useful_share": share}
         files.write_json(run.workdir / "results.json", results)
     page = report.write(run.workdir)
-    share = shares.get("compute", 0.0)
     print(f"{share:.0%} of {metric_writer.duration(seconds)} spent computing; page: {page}")
-    if interrupts.received:
+    if done < run.total_steps:
         print(f"stopped at step {done} of {run.total_steps}; the same command resumes", flush=True)
         raise SystemExit(128 + interrupts.received)
 
