@@ -1,15 +1,21 @@
 """The smallest networks and runs that still pass through every part of training."""
 
+import atexit
+import contextlib
 import functools
+import pathlib
+import tempfile
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from configs import common
 from gigatok_jax.models import cnn, discriminator, qformer, quantizer, tokenizer
 from gigatok_jax.train import optim, state
+from gigatok_jax.train import tokenizer as loop
 
 SIZE, PATCH, ROWS = 32, 8, 32  # pixels a side, pixels per token, codebook rows
 
@@ -102,3 +108,66 @@ def images(count: int = 8, seed: int = 1) -> np.ndarray:
     """uint8[count SIZE SIZE 3]"""
     small = np.random.default_rng(seed).integers(0, 256, (count, SIZE // 4, SIZE // 4, 3))
     return np.repeat(np.repeat(small, 4, 1), 4, 2).astype(np.uint8)
+
+
+# Whole runs, through configs.
+
+SCRIPT = """
+import sys, tiny
+
+with tiny.small_programs(sys.argv[1]):
+    tiny.train(sys.argv[2])
+"""
+OPTIONS = {  # ours, and what jax starts with
+    "jax_disable_most_optimizations": (True, False),
+    "jax_persistent_cache_min_compile_time_secs": (0.0, 1.0),
+    "jax_persistent_cache_min_entry_size_bytes": (-1, 0),
+}
+
+
+@contextlib.contextmanager
+def small_programs(cache):
+    """Runs train the linear tokenizer; what is compiled is kept in the folder `cache`."""
+    made = tokenizer.make
+    tokenizer.make = lambda model, dtype=jnp.float32, remat="none": linear_tokenizer(dtype)
+    _configure({name: ours for name, (ours, _) in OPTIONS.items()}, str(cache))
+    try:
+        yield
+    finally:
+        tokenizer.make = made
+        _configure({name: start for name, (_, start) in OPTIONS.items()}, None)
+
+
+def _configure(options, cache):
+    for name, value in (options | {"jax_compilation_cache_dir": cache}).items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def run_config():
+    """Eight steps in two phases, which change at step 4; saved every other step."""
+    made = config(shortcut_end=4, discriminator_start=4)
+    made.codebook.update(data_init=True, reset_every=3)
+    made.save.update(every=2, keep=9, milestone_every=0)
+    made.eval.update(every=4, batch=60)
+    made.log.update(every=1, pictures_every=4)
+    return made
+
+
+def train(workdir, made=None) -> None:
+    loop.train(made or run_config(), workdir)
+
+
+@functools.cache
+def session() -> pathlib.Path:
+    """A folder that goes when the tests end."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return pathlib.Path(folder.name)
+
+
+@functools.cache
+def finished_run() -> pathlib.Path:
+    """The workdir of an uninterrupted run, made under `small_programs`; not to be changed."""
+    train(session() / "whole")
+    return session() / "whole"

@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import ml_collections
 from absl import logging
 
+from gigatok_jax import losses
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.load import available, load_frozen
 from gigatok_jax.models import dino, discriminator, perceptual, tokenizer
+from gigatok_jax.models.layers import REMAT
 from gigatok_jax.train.state import Networks
 
 DTYPES = ("bfloat16", "float32")
@@ -32,8 +34,7 @@ def build(config, groups: int) -> Parts:
             "refuse"; with "skip" the loss is left out and named in the log.
         ConfigError: an unknown discriminator, type or value.
     """
-    if config.train.dtype not in DTYPES:
-        raise ConfigError(f"train.dtype is {config.train.dtype!r}, expected one of {DTYPES}")
+    _check_choices(config)
     dtype = jnp.dtype(config.train.dtype)
     loss = config.loss.copy_and_resolve_references()
     frozen = _load(config, loss)
@@ -46,12 +47,23 @@ def build(config, groups: int) -> Parts:
     return Parts(networks, frozen, loss)
 
 
+def _check_choices(config) -> None:
+    """Refuses unknown names here, before anything is compiled."""
+    choices = {
+        "train.dtype": DTYPES,
+        "train.remat": tuple(REMAT),
+        "loss.adversarial_type": losses.ADVERSARIAL,
+        "loss.reconstruction_type": losses.RECONSTRUCTION,
+        "loss.missing_weights": ("refuse", "skip"),
+    }
+    for name, known in choices.items():
+        part, _, key = name.partition(".")
+        if config[part][key] not in known:
+            raise ConfigError(f"{name} is {config[part][key]!r}, expected one of {known}")
+
+
 def _load(config, loss) -> dict:
     """Frozen parameters by name; changes `loss` where some are left out."""
-    if loss.missing_weights not in ("refuse", "skip"):
-        raise ConfigError(
-            f"loss.missing_weights is {loss.missing_weights!r}, expected 'refuse' or 'skip'"
-        )
     wanted = {}
     if loss.perceptual > 0:
         wanted["lpips"] = ("lpips-vgg16", "perceptual", 0.0)

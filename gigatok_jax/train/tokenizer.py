@@ -232,11 +232,12 @@ def loop(run: Run, state, start: int, source, interrupts: Interrupts):
             with run.timer.measure("compute"):
                 phase = objective.phase_at(done - 1, config.loss, config.codebook)
                 state, scalars = run.step(state, batch, run.frozen, phase)
-                ready = [late.push(done, scalars)]
-                if is_due(run, done) or interrupts.received:
-                    ready.append(late.pop())
-            for one in ready:
-                report_scalars(run, one)
+                ready = late.push(done, scalars)
+            report_scalars(run, ready)
+            if is_due(run, done) or interrupts.received:
+                with run.timer.measure("compute"):
+                    ready = late.pop()
+                report_scalars(run, ready)
             record(run, state, done, fingerprint, bool(interrupts.received))
             if interrupts.received:
                 break
