@@ -142,19 +142,20 @@ def load(path: epath.PathLike, kind: str = "auto") -> Model:
 def reconstruct(config, workdir: epath.PathLike) -> None:
     """The task: pictures and figures of a file or folder under a checkpoint.
 
-    Writes `<name>.png` of every reconstruction and a comparison under `pictures/`,
+    Writes every reconstruction to `reconstructions/<name>.png`, a comparison under `pictures/`,
     `figures.json` with PSNR, SSIM and LPIPS by image, and `results.json` with their means.
 
     Raises:
-        ConfigError: no checkpoint or input named.
+        ConfigError: no checkpoint or input named, or a batch of none.
         DataError: nothing readable at the input.
     """
     if not config.input:
         raise ConfigError("input is empty: name an image or a folder with --config.input=PATH")
+    if config.eval.batch < 1:
+        raise ConfigError(f"eval.batch is {config.eval.batch}, expected at least 1")
     workdir = epath.Path(workdir)
     model = load(config.checkpoint, config.weights_kind)
     run = _runner(model, config.weights.folder)
-    (workdir / "reconstructions").mkdir(parents=True, exist_ok=True)
     figures, scores, counts = {}, [], np.zeros(model.config.codebook_size, np.int64)
     for i, (names, images) in enumerate(_batches(config, model.config.image_size)):
         made = _take(jax.device_get(run(_padded(images, config.eval.batch))), len(images))
@@ -211,7 +212,8 @@ def _write(workdir, names: list[str], made: Reconstructed, scores: Score) -> dic
     """PNG of every image; its figures by name."""
     figures = {}
     for i, name in enumerate(names):
-        path = workdir / "reconstructions" / f"{name.replace('/', '_')}.png"
+        path = workdir / "reconstructions" / f"{name}.png"  # in sub-folders, as the originals
+        path.parent.mkdir(parents=True, exist_ok=True)
         files.write_bytes(path, pictures.encode(metrics.to_uint8(made.images[i])))
         values = {key: float(x[i]) for key, x in scores._asdict().items() if x is not None}
         figures[name] = values
