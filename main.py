@@ -38,7 +38,7 @@ def main(argv):
 def run(config, workdir):
     """Runs the task of a config and prints its results last."""
     print(f"workdir: {workdir}", flush=True)
-    start_jax()
+    start_jax(config)
     module, function = TASKS[config.task]
     getattr(importlib.import_module(module), function)(config, workdir)
     results = epath.Path(workdir) / "results.json"
@@ -46,9 +46,14 @@ def run(config, workdir):
         print(results.read_text().strip())
 
 
-def start_jax():
+def start_jax(config):
     """Keeps compiled programs between runs, and joins a cluster where there is one."""
     import jax
+
+    if config.get("mesh") and config.mesh.cpu_devices != 1:
+        # Small steps do not spread over cores by themselves; shares of the batch do.
+        cores = 1 << min(os.cpu_count(), 8).bit_length() - 1  # a power of two divides the batch
+        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices or cores)
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = os.path.expanduser("~/.cache/gigatok_jax/compiled")

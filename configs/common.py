@@ -75,6 +75,7 @@ def tokenizer(name: str, size: str, **model) -> ml_collections.ConfigDict:
     config.log = ml_collections.ConfigDict({"every": 100, "pictures_every": 5000})
     config.profile = ""  # "start:count" in steps writes a trace
     config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.mesh.cpu_devices = 1  # parts of a host without accelerator; 0 is one per core
     return config
 
 
@@ -167,7 +168,7 @@ def finish(config, arg) -> ml_collections.ConfigDict:
 def shrink(config) -> None:
     """The same code paths at tiny widths on embedded data: about a minute on a CPU."""
     config.name += "_smoke"
-    config.model.update(image_size=32, patch_size=4, cnn_channels=32)
+    config.model.update(image_size=32, patch_size=2, cnn_channels=32)
     config.model.update(encoder="pico", decoder="pico", latent_tokens=16, codebook_size=64)
     config.loss.discriminator_filters = 8
     _shorten(config, steps=12, batch=4)

@@ -129,8 +129,10 @@ class MetricWriter:
         left = (self._total_steps - step) * seconds / steps
         split = {f"{part}_share": share for part, share in shares.items()}
         times = {"images_per_second": speed, "step_seconds": seconds / steps} | split
-        self.write(step, times, "time")
+        memory = peak_memory()
+        self.write(step, times | memory, "time")
         parts = [f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005]
+        parts += [f"memory {gib:.1f} GiB" for gib in memory.values()]
         numbers = [f"{name} {float(value):.4g}" for name, value in losses.items()]
         head = f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}"
         line = [head, f"{speed:.1f} images/s", f"{duration(left)} left", " ".join(parts)]
@@ -164,6 +166,13 @@ def read(workdir: epath.PathLike) -> list[dict[str, float | None]]:
             if isinstance(row, dict) and "step" in row:
                 rows.append(row)
     return rows
+
+
+def peak_memory() -> dict[str, float]:
+    """{"peak_memory_gib": most that the first device has held}; empty on a CPU."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    peak = stats.get("peak_bytes_in_use")
+    return {} if peak is None else {"peak_memory_gib": peak / 2**30}
 
 
 def duration(seconds: float) -> str:
