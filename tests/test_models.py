@@ -181,10 +181,10 @@ def shapes_of(model):
     return jax.eval_shape(module.init_with_output, jax.random.key(0), images)
 
 
-@pytest.mark.parametrize("count", [2**i for i in range(10)])
+@pytest.mark.parametrize("count", [1, 2, 8, 256, 512])
 def test_every_power_of_two_of_latent_tokens_works(count):
     (encoding, decoding), _ = shapes_of(
-        model_config(encoder="pico", decoder="pico", cnn_channels=32, latent_tokens=count)
+        model_config(encoder="pico", decoder="pico", stem="patch", latent_tokens=count)
     )
     assert encoding.quantized.codes.shape == (2, count)
     assert decoding.images.shape == (2, 256, 256, 3)
@@ -198,8 +198,7 @@ def test_other_numbers_of_latent_tokens_are_refused(count):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("kind", ["1d", "2d"])
-@pytest.mark.parametrize("size", [32, 64, 384, 512])
+@pytest.mark.parametrize("kind, size", [("1d", 32), ("1d", 384), ("2d", 512)])
 def test_other_image_sizes_build(kind, size):
     small = {"encoder": "pico", "decoder": "pico", "cnn_channels": 32, "latent_tokens": 4}
     model = model_config(kind=kind, image_size=size, **small)

@@ -131,7 +131,7 @@ def test_a_finished_run_has_nothing_to_do(whole, tmp_path, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_run_resumes(whole, tmp_path, monkeypatch, number, capsys):
-    workdir, seen = tmp_path / "run", []
+    workdir, seen = cut(whole, tmp_path / "run", 4), []
     original = training.objective.phase_at
 
     def phase_at(done, *rest):
@@ -141,13 +141,14 @@ def test_a_signal_saves_and_the_run_resumes(whole, tmp_path, monkeypatch, number
         return original(done, *rest)
 
     monkeypatch.setattr(training.objective, "phase_at", phase_at)
-    before = signal.getsignal(number)
+    before, started = signal.getsignal(number), time.time()
     with pytest.raises(SystemExit) as ended:
         tiny.train(workdir)
     assert ended.value.code == 128 + number
     assert signal.getsignal(number) is before
     assert "stopped at step 5 of 8" in capsys.readouterr().out
-    assert (workdir / "index.html").exists() and not (workdir / "results.json").exists()
+    assert not (workdir / "results.json").exists()
+    assert (workdir / "index.html").stat().st_mtime > started
     assert checkpoint.damage(workdir / "checkpoints" / "5") is None
     tiny.train(workdir)
     assert_same_run(workdir, whole)
