@@ -26,7 +26,12 @@ class Gradients(NamedTuple):
 
 
 def make(
-    networks: Networks, optimizers: Optimizers, config, groups: int, micro_batches: int = 1
+    networks: Networks,
+    optimizers: Optimizers,
+    config,
+    groups: int,
+    micro_batches: int = 1,
+    sharding=None,
 ) -> Callable:
     """The jitted training step; it donates its state.
 
@@ -35,13 +40,16 @@ def make(
         config: of the run: loss, codebook, optim.ema.
         groups: parts of a micro-batch with batch statistics of their own; 1 is global.
         micro_batches: parts of the batch that go through the networks one after the other.
+        sharding: of the state that comes out, one or a tree of them; None leaves it to XLA.
 
     Returns:
         `step(state, images, frozen, phase)` with uint8 images [b h w 3] to the next state and
         {name: f32[]}; `phase` is static.
     """
 
-    @functools.partial(jax.jit, donate_argnums=0, static_argnames="phase")
+    out = {} if sharding is None else {"out_shardings": (sharding, None)}
+
+    @functools.partial(jax.jit, donate_argnums=0, static_argnames="phase", **out)
     def step(state: TokenizerState, images: jax.Array, frozen, phase: Phase):
         grads = gradients(state, images, frozen, phase, networks, config, groups, micro_batches)
         state, scalars = _update(state, grads, optimizers, config, phase)

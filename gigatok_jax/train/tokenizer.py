@@ -98,7 +98,7 @@ def make_run(config, workdir: epath.Path, mesh) -> Run:
     frozen = jax.device_put(parts.frozen, same)
 
     def make_step(micro_batches):
-        return step_lib.make(parts.networks, optimizers, local, groups, micro_batches)
+        return step_lib.make(parts.networks, optimizers, local, groups, micro_batches, same)
 
     shapes = jax.eval_shape(create)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=same), shapes)
