@@ -1,5 +1,6 @@
 """Meshes over devices, and that sharing a batch among 8 of them changes nothing but the speed."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -8,8 +9,9 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
+import tiny
 
-from gigatok_jax import parallel
+from gigatok_jax import metric_writer, parallel
 from gigatok_jax.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -105,11 +107,31 @@ def test_rows_of_one_process_are_the_whole_array():
     assert parallel.replicated(mesh).is_fully_replicated
 
 
+def on_devices(count, *arguments) -> subprocess.CompletedProcess:
+    flags = f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0"
+    more = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}/tests:{ROOT}"}
+    command = [sys.executable, "-c", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | more, capture_output=True, text=True, check=False
+    )
+
+
 def test_eight_devices_give_the_gradients_of_one():
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    environment = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}/tests:{ROOT}"}
-    done = subprocess.run(
-        [sys.executable, "-c", ON_EIGHT_DEVICES],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = on_devices(8, ON_EIGHT_DEVICES)
     assert done.stdout.split() == ["same"], done.stderr
+
+
+def test_a_run_on_two_devices_goes_through_its_phases(tmp_path):
+    done = on_devices(2, tiny.SCRIPT, tmp_path / "cache", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    with tiny.small_programs(tiny.session() / "cache"):
+        alone = metric_writer.read(tiny.finished_run())
+    ours = metric_writer.read(tmp_path / "run")
+    first = [
+        next(row["train/loss"] for row in rows if "train/loss" in row) for rows in (ours, alone)
+    ]
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
+    last = [
+        next(row["eval/psnr"] for row in rows[::-1] if "eval/psnr" in row) for rows in (ours, alone)
+    ]
+    assert last[0] == pytest.approx(last[1], abs=0.2)  # dB; the codes of near ties may differ
