@@ -1,6 +1,5 @@
 """Whole runs: what they leave, that a resumed one is the uninterrupted one, what stops one."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -26,7 +25,7 @@ from gigatok_jax.errors import (
     MissingWeightsError,
     NonFiniteError,
 )
-from gigatok_jax.train import fit, loop, networks, state
+from gigatok_jax.train import fit, loop, networks
 from gigatok_jax.train import tokenizer as training
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -45,7 +44,10 @@ def whole():
 
 def arrays(workdir) -> dict[str, np.ndarray]:
     """Every array of the newest checkpoint by path."""
-    names = [field.name for field in dataclasses.fields(state.TokenizerState)]
+    root, _ = checkpoint.find(workdir)
+    newest = max(int(folder.name) for folder in root.iterdir() if folder.name.isdigit())
+    names = list(checkpoint._saved_tree(root / str(newest)))  # no discriminator leaves no entry
+    assert {"params", "ema_params", "opt_state", "rng", "step"} <= set(names)
     trees, _ = checkpoint.load_params(workdir, names)
     return {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_flatten_with_path(trees)[0]}
 
