@@ -32,22 +32,24 @@ class FittedStep:
         Raises:
             ConfigError: not even one image at a time and device fits.
         """
-        batch, limit = arguments[1].shape[0], memory_limit()
+        # Each phase begins anew, so that a resumed run cuts as the uninterrupted one did.
+        batch, limit, parts = arguments[1].shape[0], memory_limit(), self._micro_batches
         while True:
-            compiled = self._make(self._micro_batches).lower(*arguments).compile()
+            compiled = self._make(parts).lower(*arguments).compile()
             needed = memory_needed(compiled)
             if limit is None or needed is None or needed <= limit:
                 return compiled
-            if batch % (parallel.batch_shards(self._mesh) * self._micro_batches * 2):
+            if batch % (parallel.batch_shards(self._mesh) * parts * 2):
                 raise ConfigError(
                     f"a step needs {needed / 2**30:.1f} GiB of {limit / 2**30:.1f} GiB even in"
-                    f" {self._micro_batches} micro-batches: lower train.global_batch or set"
+                    f" {parts} micro-batches: lower train.global_batch or set"
                     " train.remat"
                 )
-            self._micro_batches *= 2
+            parts *= 2
             logging.warning(
-                "a step needs %.1f GiB of %.1f GiB: the batch of %d is cut into %d micro-batches",
-                needed / 2**30, limit / 2**30, batch, self._micro_batches,
+                "a step needs %.1f GiB of %.1f GiB: the batch of %d is cut into %d micro-batches,"
+                " over each of which the discriminator's batch statistics are taken",
+                needed / 2**30, limit / 2**30, batch, parts,
             )  # fmt: skip
 
 

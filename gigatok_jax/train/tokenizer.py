@@ -62,9 +62,9 @@ def train(config, workdir: epath.PathLike) -> None:
     source = sources.make_source(config.data, "train", config.model.image_size)
     with open_run(config, epath.Path(workdir)) as run, Interrupts() as interrupts:
         state, done = restore(run, sources.fingerprint(source))
-        if done < run.total_steps:
+        if done < run.total_steps or not has_results(run.workdir, done):
             done = loop(run, state, done, source, interrupts)
-        finish(run, done, interrupts)
+            finish(run, done, interrupts)
 
 
 @contextlib.contextmanager
@@ -220,6 +220,7 @@ def loop(run: Run, state, start: int, source, interrupts: Interrupts):
     """Steps from `start` to the end or a signal; returns the updates done."""
     config, late, images = run.config, LateScalars(), parallel.split_batch(run.mesh)
     fingerprint, profile = sources.fingerprint(source), Profile(config.profile, run.workdir)
+    done = start
     batches = pipeline.train_batches(
         config.data, source, config.model.image_size, config.train.global_batch, config.seed,
         start, jax.process_index(), jax.process_count(),
@@ -289,6 +290,12 @@ def draw(run: Run, state, done: int) -> None:
         pictures.save(run.workdir, name, done, picture)
         run.writer.picture(done, name, picture)
     report.write(run.workdir)
+
+
+def has_results(workdir: epath.Path, step: int) -> bool:
+    """Whether the results of a run of that many steps are there already."""
+    path = workdir / "results.json"
+    return path.exists() and files.read_json(path).get("step") == step
 
 
 def finish(run: Run, done: int, interrupts: Interrupts) -> None:
