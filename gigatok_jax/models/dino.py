@@ -43,7 +43,9 @@ class Block(nn.Module):
         b, n, c = x.shape
         qkv = nn.Dense(3 * c, dtype=self.dtype, name="qkv")(x)
         qkv = qkv.reshape(b, n, 3, self.heads, c // self.heads)
-        out = attention.attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])  # [b n h d]
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        # The trunk that keeps its depths is differentiated through, the teacher never.
+        out = attention.attend(q, k, v, gradient=self.keep)  # [b n h d]
         return nn.Dense(c, dtype=self.dtype, name="out")(out.reshape(b, n, c))
 
     def _mlp(self, x: jax.Array) -> jax.Array:
