@@ -5,7 +5,8 @@
     python main.py --config=configs/bl_dinodisc.py:smoke_full  # these widths, batch 2, 3 steps
 
 Published (arXiv:2504.08736), 200 epochs: rFID 0.51, LPIPS 0.206, PSNR 21.32, SSIM 0.691 on
-ImageNet val; with a 111M prior gFID 3.33, probing 67.7%. Ours: not run yet.
+ImageNet val; with a 111M prior gFID 3.33, probing 67.7%. Ours: not run yet. On an H200 (jax
+0.11.2) its step was still being compiled after six minutes: expect a long start, or take bl.
 """
 
 from configs import common

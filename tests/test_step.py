@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import tiny
 
+from gigatok_jax.conversion import tokenizer as convert
+from gigatok_jax.model_config import model_config
 from gigatok_jax.models import dino, discriminator
 from gigatok_jax.train import objective, optim, step
 from gigatok_jax.train import tokenizer as loop
@@ -436,3 +438,10 @@ def test_decay_follows_the_mask_and_the_schedule_reaches_the_update():
     params = {"w": jnp.ones(3)}
     out = optim.apply(optimizer, {"w": jnp.zeros(3)}, optimizer.init(params), params, 0.1)
     np.testing.assert_allclose(out.params["w"], 1 - 0.1 * 0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", ["S-S", "XL-XXL", "B-L-2D", "S-S-2D"])
+def test_decay_spares_what_the_original_calls_norm(size):
+    names = convert.original_names(model_config(size))
+    for path, name in names.items():
+        assert loop.is_decayed(path) == ("norm" not in name), (path, name)
