@@ -51,8 +51,13 @@ for groups in (1, 8):  # global statistics; those of each device
     ours = run(groups, lambda x: jax.device_put(x, parallel.replicated(mesh)), spread)
     expected = run(groups, jax.device_put, jax.device_put)
     np.testing.assert_array_equal(ours.codes, expected.codes)
-    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * np.abs(y).max() + 1e-9)
+    for part in ("generator", "discriminator", "stats", "scalars", "latents"):
+        ours_part, expected_part = getattr(ours, part), getattr(expected, part)
+        # Where addends cancel, the rounding is theirs: hence a share of the largest of all.
+        largest = max(np.abs(y).max() for y in jax.tree.leaves(expected_part))
+        for x, y in zip(jax.tree.leaves(ours_part), jax.tree.leaves(expected_part), strict=True):
+            bound = 2e-5 * np.abs(y).max() + 1e-6 * largest
+            np.testing.assert_allclose(x, y, rtol=0, atol=bound)
 print("same")
 """
 

@@ -39,12 +39,16 @@ def gradients(parts, config, images, phase, groups=1, micro_batches=1):
 
 
 def assert_close(ours, expected, tolerance=2e-5):
-    """Largest difference relative to the largest value of each array."""
+    """Largest difference relative to the largest value of each array.
+
+    Where addends cancel, the rounding is theirs: hence the share of the largest value of all.
+    """
     assert jax.tree.structure(ours) == jax.tree.structure(expected)
+    largest = max(np.abs(y).max() for y in jax.tree.leaves(expected))
     for (path, x), y in zip(
         jax.tree_util.tree_flatten_with_path(ours)[0], jax.tree.leaves(expected), strict=True
     ):
-        bound = tolerance * np.abs(y).max() + 1e-8
+        bound = tolerance * np.abs(y).max() + 1e-6 * largest
         np.testing.assert_allclose(x, y, rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path))
 
 
