@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gigatok_jax import losses
 from gigatok_jax.train import objective, optim
 from gigatok_jax.train.objective import Phase
 from gigatok_jax.train.state import HISTORY, Networks, Optimizers, TokenizerState
@@ -153,7 +154,7 @@ def _update_discriminator(state, grads, optimizers: Optimizers, config):
     averaged = state.step >= config.loss.discriminator_start + LECAM_DELAY
     decay = jnp.where(averaged, 0.99, 0.0)
     lecam = {
-        name: decay * state.lecam[name] + (1 - decay) * grads.scalars[f"logits_{name}"]
+        name: losses.lecam_average(state.lecam[name], grads.scalars[f"logits_{name}"], decay)
         for name in ("real", "fake")
     }
     state = state.replace(
