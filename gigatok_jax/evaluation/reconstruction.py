@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import logging
@@ -19,6 +18,7 @@ from gigatok_jax.errors import ConfigError, DataError
 from gigatok_jax.evaluation import metrics
 from gigatok_jax.load import available, load_frozen
 from gigatok_jax.models import perceptual, tokenizer
+from gigatok_jax.ops.image import to_pixels
 
 SHOWN = 16  # images of a comparison picture
 
@@ -45,7 +45,7 @@ def make_reconstruct(module, lpips=None) -> Callable[..., Reconstructed]:
 
     @jax.jit
     def reconstruct(params, images, lpips_params=None) -> Reconstructed:
-        pixels = (images.astype(jnp.float32) / 255.0 - 0.5) / 0.5
+        pixels = to_pixels(images)
         encoding = module.apply({"params": params}, pixels, method="encode")
         codes = encoding.quantized.codes
         made = module.apply({"params": params}, codes, method="decode_codes").images

@@ -26,6 +26,11 @@ def _cubic(x: np.ndarray, a: float) -> np.ndarray:
     return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
 
 
+def to_pixels(images: jax.Array) -> jax.Array:
+    """uint8 to the float32 in [-1, 1] that every network here takes."""
+    return (images.astype(jnp.float32) / 255.0 - 0.5) / 0.5
+
+
 @functools.cache
 def bicubic(source: int, target: int) -> np.ndarray:
     """f32[target source]: bicubic interpolation without antialiasing, edges repeated.

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gigatok_jax import losses
+from gigatok_jax.ops.image import to_pixels
 from gigatok_jax.train import objective, optim
 from gigatok_jax.train.objective import Phase
 from gigatok_jax.train.state import HISTORY, Networks, Optimizers, TokenizerState
@@ -57,11 +58,6 @@ def make(
         return state, scalars
 
     return step
-
-
-def to_pixels(images: jax.Array) -> jax.Array:
-    """uint8 -> float32 in [-1, 1]."""
-    return (images.astype(jnp.float32) / 255.0 - 0.5) / 0.5
 
 
 def gradients(state, images, frozen, phase, networks, config, groups, micro_batches=1) -> Gradients:
@@ -176,9 +172,14 @@ def _remember(history: jax.Array, codes: jax.Array, phase: Phase) -> jax.Array:
     return jnp.concatenate([history, codes.reshape(-1).astype(history.dtype)])[-HISTORY:]
 
 
+def _row_counts(history: jax.Array, size: int) -> jax.Array:
+    """How often each row stands in the window: f32[k]."""
+    return jnp.zeros(size).at[history.astype(jnp.int32)].add(1.0)
+
+
 def codebook_scalars(history: jax.Array, size: int) -> dict[str, jax.Array]:
     """Usage (a share of all rows), perplexity and dead rows over the window of latest codes."""
-    counts = jnp.zeros(size).at[history.astype(jnp.int32)].add(1.0)
+    counts = _row_counts(history, size)
     share = counts / counts.sum()
     entropy = -jnp.sum(share * jnp.log(jnp.where(share > 0, share, 1.0)))
     dead = jnp.sum(counts == 0)
@@ -199,7 +200,7 @@ def _revive_codebook(state: TokenizerState, latents: jax.Array, cure) -> Tokeniz
         return state
     size = state.params["quantizer"]["codebook"].shape[0]
     done = state.step + 1
-    counts = jnp.zeros(size).at[state.codebook_used.astype(jnp.int32)].add(1.0)
+    counts = _row_counts(state.codebook_used, size)
     due = jnp.zeros(size, bool)
     if cure.reset_every:
         due = (counts == 0) & (done > cure.warmup_steps) & (done % cure.reset_every == 0)

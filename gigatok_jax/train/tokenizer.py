@@ -61,9 +61,10 @@ def train(config, workdir: epath.PathLike) -> None:
     """
     source = sources.make_source(config.data, "train", config.model.image_size)
     with open_run(config, epath.Path(workdir)) as run, Interrupts() as interrupts:
-        state, done = restore(run, sources.fingerprint(source))
+        fingerprint = sources.fingerprint(source)
+        state, done = restore(run, fingerprint)
         if done < run.total_steps or not has_results(run.workdir, done):
-            done = loop(run, state, done, source, interrupts)
+            done = loop(run, state, done, source, fingerprint, interrupts)
             finish(run, done, interrupts)
 
 
@@ -216,11 +217,10 @@ def restore(run: Run, fingerprint: str) -> tuple[state_lib.TokenizerState, int]:
     return state, step
 
 
-def loop(run: Run, state, start: int, source, interrupts: Interrupts):
+def loop(run: Run, state, start: int, source, fingerprint: str, interrupts: Interrupts) -> int:
     """Steps from `start` to the end or a signal; returns the updates done."""
     config, late, images = run.config, LateScalars(), parallel.split_batch(run.mesh)
-    fingerprint, profile = sources.fingerprint(source), Profile(config.profile, run.workdir)
-    done = start
+    profile, done = Profile(config.profile, run.workdir), start
     batches = pipeline.train_batches(
         config.data, source, config.model.image_size, config.train.global_batch, config.seed,
         start, jax.process_index(), jax.process_count(),
