@@ -1,4 +1,7 @@
-"""Scaled dot-product attention. Axes: b batch, n queries, m keys, h heads, d head width."""
+"""Scaled dot-product attention.
+
+Axes: b batch, n queries, m keys, h heads, g key/value heads, d head width.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +21,7 @@ def attend(
 
     Args:
         query: f[b n h d].
-        key: f[b m h d], as `value`; `m` equals `n` when causal.
+        key: f[b m g d], as `value`; `m` equals `n` when causal, g divides h.
         causal: position i sees positions 0..i only.
         gradient: False for a frozen network that nothing is differentiated through; the fused
             kernel then takes odd lengths too, whose gradient cuDNN does not have.
@@ -35,3 +38,26 @@ def attend(
     return jax.nn.dot_product_attention(
         query, key, value, is_causal=causal, implementation="cudnn" if fused else "xla"
     )
+
+
+def attend_cached(
+    query: jax.Array, keys: jax.Array, values: jax.Array, position: jax.Array
+) -> jax.Array:
+    """Attention of one query to the cached positions up to its own; scores and softmax float32.
+
+    Args:
+        query: f[b h d].
+        keys: f[b g m d], as `values`; g divides h, and m exceeds the position.
+        position: i32[], of the query; later ones are not read.
+
+    Returns:
+        f[b h d] in the type of `query`.
+    """
+    batch, heads, width = query.shape
+    grouped = query.reshape(batch, keys.shape[1], -1, width)  # [b g r d]
+    exact = {"preferred_element_type": jnp.float32}
+    scores = jnp.einsum("bgrd,bgmd->bgrm", grouped, keys, **exact) * width**-0.5
+    seen = jnp.arange(keys.shape[2]) <= position
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+    out = jnp.einsum("bgrm,bgmd->bgrd", weights.astype(values.dtype), values, **exact)
+    return out.reshape(query.shape).astype(query.dtype)

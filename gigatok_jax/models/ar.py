@@ -1,0 +1,426 @@
+"""Autoregressive prior over the codes of an image, conditioned on its class (arXiv:2504.08736).
+
+Axes: b batch, n positions, m positions read from a cache, c width, h heads, g key/value heads,
+d head width, v vocabulary. Position 0 is the class, position t the code t - 1; the output at
+position t predicts code t. `Prior` is the whole sequence at once; `prefill` and `decode_step` are
+one position after the other through the same blocks.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gigatok_jax.models import layers
+from gigatok_jax.ops import attention
+
+ROTARY_BASE = 10_000.0
+HIDDEN_MULTIPLE = 256  # the SwiGLU's hidden width is rounded up to it
+
+
+class Dropouts(NamedTuple):
+    """Probabilities in training. Stochastic depth takes the place of `residual`."""
+
+    token: float = 0.1  # features of the embedded sequence
+    residual: float = 0.1  # features leaving attention and MLP
+    condition: float = 0.1  # the whole class, for guidance
+    path: float = 0.0  # a block's whole branch: 0 in the first, this in the last, linear between
+
+
+class Shared(NamedTuple):
+    """What all blocks of one pass read."""
+
+    rotary: tuple[jax.Array, jax.Array] | None  # cosines and sines f32[n d/2]
+    condition: jax.Array | None  # f[b 1 c], of adaln="full"
+    modulation: jax.Array | None  # f[b 1 6c], of adaln="shared"
+
+
+class LayerCache(NamedTuple):
+    keys: jax.Array  # f[b g n d]
+    values: jax.Array  # f[b g n d]
+
+
+class Cache(NamedTuple):
+    """Keys and values of the positions so far, and what conditions the adaptive norms."""
+
+    layers: tuple[LayerCache, ...]
+    condition: jax.Array  # f[b c]
+
+
+class Place(NamedTuple):
+    """Where a cached pass stands."""
+
+    position: jax.Array  # i32[]
+    read: int  # positions read from the cache, all up to `position` among them
+
+
+def hidden_width(width: int) -> int:
+    """Of the SwiGLU: two thirds of four times the width, rounded up to a multiple of 256."""
+    return -(-int(8 * width / 3) // HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE
+
+
+def rotary_angles(positions: jax.Array, head_width: int) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of position * 10000^(-2i/d), each f32[n d/2] (arXiv:2104.09864)."""
+    rates = ROTARY_BASE ** (-jnp.arange(0, head_width, 2) / head_width)
+    angles = positions[:, None].astype(jnp.float32) * rates
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns each pair of neighbouring features of f[b n h d] by its angle, in float32."""
+    cos, sin = (part[:, None] for part in rotary)
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    a, b = pairs[..., 0], pairs[..., 1]
+    return jnp.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(x.shape).astype(x.dtype)
+
+
+def dense(features: int, dtype, name: str, init=layers.weight_init) -> nn.Dense:
+    """Linear layer without bias."""
+    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, name=name)
+
+
+def modulation(parts: int, width: int, dtype, name: str) -> nn.Dense:
+    """Shifts, scales and gates from the condition; zero at first, so that nothing is modulated."""
+    zeros = nn.initializers.zeros
+    return nn.Dense(parts * width, dtype=dtype, kernel_init=zeros, name=name)
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """x (1 + scale) + shift."""
+    return x * (1 + scale) + shift
+
+
+class Attention(nn.Module):
+    """Causal attention with one projection for queries, keys and values."""
+
+    heads: int
+    kv_heads: int
+    qk_norm: bool = False  # layer norm over each head's query and key, shared by the heads
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, rotary, cache: LayerCache | None = None, place: Place | None = None):
+        """f[b n c] -> (f[b n c], cache); with a cache n is 1."""
+        width = x.shape[-1] // self.heads
+        joint = dense((self.heads + 2 * self.kv_heads) * width, self.dtype, "qkv")(x)
+        joint = joint.reshape(*x.shape[:2], -1, width)
+        q, k, v = jnp.split(joint, [self.heads, self.heads + self.kv_heads], axis=2)
+        if self.qk_norm:
+            q = layers.layer_norm(self.dtype, "query_norm")(q)
+            k = layers.layer_norm(self.dtype, "key_norm")(k)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        if cache is None:
+            out = attention.attend(q, k, v, causal=True)  # [b n h d]
+        else:
+            cache = _write(cache, k, v, place.position)
+            keys, values = (x[:, :, : place.read] for x in cache)
+            out = attention.attend_cached(q[:, 0], keys, values, place.position)  # [b h d]
+        return dense(x.shape[-1], self.dtype, "out")(out.reshape(x.shape)), cache
+
+
+def _write(cache: LayerCache, key: jax.Array, value: jax.Array, position) -> LayerCache:
+    def put(into, new):
+        new = new.swapaxes(1, 2).astype(into.dtype)  # [b g 1 d]
+        return jax.lax.dynamic_update_slice_in_dim(into, new, position, axis=2)
+
+    return LayerCache(put(cache.keys, key), put(cache.values, value))
+
+
+class SwiGLU(nn.Module):
+    """silu(x W1) * (x W3) through W2 (arXiv:2002.05202); W1 and W3 are one parameter."""
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """f[b n c] -> f[b n c]."""
+        hidden = hidden_width(x.shape[-1])
+        both = dense(2 * hidden, self.dtype, "gate_up")(x)
+        gate, up = jnp.split(both, 2, axis=-1)
+        return dense(x.shape[-1], self.dtype, "down")(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and SwiGLU, optionally modulated by the condition."""
+
+    heads: int
+    kv_heads: int
+    qk_norm: bool = False
+    adaln: str = "none"
+    dropouts: Dropouts | None = None  # None is inference
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        drop_path: jax.Array,
+        shared: Shared,
+        cache: LayerCache | None = None,
+        place: Place | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """f[b n c], f32[] -> (f[b n c], cache): the form that a scan wants."""
+        steps = self._modulation(x.shape[-1], shared)
+        y = self._norm(x, "norm1", steps[:2])
+        attend = Attention(self.heads, self.kv_heads, self.qk_norm, self.dtype, name="attention")
+        y, cache = attend(y, shared.rotary, cache, place)
+        x = x + self._branch(y, drop_path, steps[2])
+        y = SwiGLU(self.dtype, name="mlp")(self._norm(x, "norm2", steps[3:5]))
+        return x + self._branch(y, drop_path, steps[5]), cache
+
+    def _modulation(self, width: int, shared: Shared) -> list[jax.Array | None]:
+        """Shift, scale and gate of attention, then of the MLP."""
+        if self.adaln == "none":
+            return [None] * 6
+        if self.adaln == "full":
+            made = modulation(6, width, self.dtype, "modulation")(nn.silu(shared.condition))
+        else:
+            own = self.param("modulation", layers.position_init, (6, width))
+            made = shared.modulation + own.reshape(-1).astype(self.dtype)
+        return jnp.split(made, 6, axis=-1)  # each [b 1 c]
+
+    def _norm(self, x, name, steps):
+        x = rms_norm(self.dtype, name)(x)
+        return x if steps[0] is None else modulate(x, *steps)
+
+    def _branch(self, y, drop_path, gate):
+        """What a branch adds to the stream."""
+        if self.dropouts is not None:
+            if self.dropouts.path:
+                y = _drop_examples(y, drop_path, self.make_rng("dropout"))
+            elif self.dropouts.residual:
+                y = nn.Dropout(self.dropouts.residual, deterministic=False)(y)
+        return y if gate is None else gate * y
+
+
+def rms_norm(dtype, name: str) -> nn.RMSNorm:
+    """Root-mean-square norm in float32; result in `dtype`."""
+    return nn.RMSNorm(epsilon=1e-5, dtype=dtype, name=name)
+
+
+def _drop_examples(y: jax.Array, rate: jax.Array, rng: jax.Array) -> jax.Array:
+    """Stochastic depth (arXiv:1603.09382): zero for a share `rate` of the examples."""
+    keep = jax.random.bernoulli(rng, 1 - rate, (y.shape[0], 1, 1))
+    return jnp.where(keep, y / (1 - rate).astype(y.dtype), 0)
+
+
+class Prior(nn.Module):
+    """The prior over whole sequences; also creates every parameter."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    width: int
+    vocab: int
+    tokens: int
+    classes: int
+    rope: bool = False
+    qk_norm: bool = False
+    adaln: str = "none"
+    dropouts: Dropouts | None = None  # None is inference
+    remat: str = "none"  # what the backward pass recomputes, a key of `layers.REMAT`
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        embed = functools.partial(
+            nn.Embed, features=self.width, embedding_init=layers.weight_init, dtype=self.dtype
+        )
+        self.class_embedding = embed(self.classes + 1)  # the last row drops the condition
+        self.code_embedding = embed(self.vocab)
+        if not self.rope:
+            shape = (self.tokens + 1, self.width)
+            self.positions = self.param("positions", layers.position_init, shape)
+        if self.adaln == "shared":
+            self.modulation = modulation(6, self.width, self.dtype, None)
+        if self.adaln != "none":
+            self.final_modulation = modulation(2, self.width, self.dtype, None)
+        if self.dropouts is not None:
+            self.token_dropout = nn.Dropout(self.dropouts.token, deterministic=False)
+        self.blocks = _scanned(self.remat)(**block_fields(self), length=self.layers)
+        self.norm = rms_norm(self.dtype, None)
+        exact = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+        zeros = nn.initializers.zeros  # all codes are equally likely before training
+        self.head = nn.Dense(self.vocab, False, self.dtype, kernel_init=zeros, dot_general=exact)
+
+    def __call__(self, class_ids: jax.Array, codes: jax.Array) -> jax.Array:
+        """Logits of every code given the class and the codes before it.
+
+        Args:
+            class_ids: i32[b] in [0, classes]; `classes` is the null class.
+            codes: i32[b n] in [0, vocab), n up to `tokens`; the last one is not read.
+
+        Returns:
+            f32[b n v]; row t predicts codes[:, t].
+        """
+        x, condition = self.embed(class_ids, codes[:, :-1])
+        rates = drop_path_rates(self)
+        x, _ = self.blocks(x, rates, self.shared(condition, jnp.arange(x.shape[1])))
+        return self.logits(x, condition)
+
+    def embed(self, class_ids: jax.Array, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """i32[b], i32[b n-1] -> f[b n c], the stream, and f[b 1 c], the condition."""
+        condition = self.embed_class(class_ids)
+        x = self.code_embedding(codes)
+        if not self.rope:
+            x = x + self.positions[1 : x.shape[1] + 1].astype(x.dtype)
+        x = jnp.concatenate([condition, x], axis=1)
+        return (x if self.dropouts is None else self.token_dropout(x)), condition
+
+    def embed_class(self, class_ids: jax.Array) -> jax.Array:
+        """i32[b] -> f[b 1 c], position 0."""
+        if self.dropouts is not None and self.dropouts.condition:
+            shape = class_ids.shape
+            drop = jax.random.bernoulli(self.make_rng("dropout"), self.dropouts.condition, shape)
+            class_ids = jnp.where(drop, self.classes, class_ids)
+        x = self.class_embedding(class_ids)[:, None]
+        return x if self.rope else x + self.positions[:1].astype(x.dtype)
+
+    def embed_code(self, codes: jax.Array, position: jax.Array) -> jax.Array:
+        """i32[b] at one position -> f[b 1 c]."""
+        x = self.code_embedding(codes)[:, None]
+        return x if self.rope else x + self.positions[position].astype(x.dtype)
+
+    def shared(self, condition: jax.Array, positions: jax.Array) -> Shared:
+        """What the blocks read at these positions i32[n]."""
+        rotary = rotary_angles(positions, self.width // self.heads) if self.rope else None
+        made = self.modulation(nn.silu(condition)) if self.adaln == "shared" else None
+        return Shared(rotary, condition if self.adaln == "full" else None, made)
+
+    def logits(self, x: jax.Array, condition: jax.Array) -> jax.Array:
+        """f[b n c] after the blocks -> f32[b n v]."""
+        x = self.norm(x)
+        if self.adaln != "none":
+            steps = self.final_modulation(nn.silu(condition))
+            x = modulate(x, *jnp.split(steps, 2, axis=-1))
+        return self.head(x)
+
+
+def block_fields(prior: Prior) -> dict[str, Any]:
+    """Fields of one block of a prior."""
+    names = ("heads", "kv_heads", "qk_norm", "adaln", "dropouts", "dtype")
+    return {name: getattr(prior, name) for name in names}
+
+
+def drop_path_rates(prior: Prior) -> jax.Array:
+    """f32[layers], rising linearly from 0."""
+    highest = prior.dropouts.path if prior.dropouts is not None else 0.0
+    return jnp.linspace(0.0, highest, prior.layers, dtype=jnp.float32)
+
+
+def _scanned(remat: str):
+    """Block over a leading axis of its parameters: one compiled body whatever the depth."""
+    block = Block
+    if remat != "none":
+        block = nn.remat(block, prevent_cse=False, policy=layers.REMAT[remat])
+
+    def make(length, **fields):
+        stacked = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast),
+            length=length,
+        )
+        return stacked(**fields)
+
+    return make
+
+
+def make(
+    model, dtype=jnp.float32, *, remat: str = "none", dropouts: Dropouts | None = None
+) -> Prior:
+    """The module of a config from `model_config`.
+
+    Args:
+        model: ConfigDict of a prior.
+        dtype: compute type; parameters are float32.
+        remat: what the backward pass recomputes, a key of `layers.REMAT`.
+        dropouts: for training; the module then needs a "dropout" key. None is inference.
+    """
+    fields = {name: value for name, value in model.items() if name != "kind"}
+    return Prior(**fields, dtype=dtype, remat=remat, dropouts=dropouts)
+
+
+def unstack(blocks: Any) -> tuple[Any, ...]:
+    """Parameters of each block from the stacked ones; what is unstacked already stays."""
+    if isinstance(blocks, tuple):
+        return blocks
+    count = jax.tree.leaves(blocks)[0].shape[0]
+    return tuple(jax.tree.map(lambda x, i=i: x[i], blocks) for i in range(count))
+
+
+def empty_cache(prior: Prior, batch: int) -> Cache:
+    """Cache of a batch before its first position, in the prior's compute type."""
+    shape = (batch, prior.kv_heads, prior.tokens, prior.width // prior.heads)
+    one = LayerCache(jnp.zeros(shape, prior.dtype), jnp.zeros(shape, prior.dtype))
+    condition = jnp.zeros((batch, prior.width), prior.dtype)
+    return Cache((one,) * prior.layers, condition)
+
+
+def prefill(prior: Prior, params, class_ids: jax.Array, cache: Cache):
+    """The first position: the class.
+
+    Args:
+        prior: made without dropouts.
+        params: of the prior; `blocks` stacked or already through `unstack`.
+        class_ids: i32[b] in [0, classes].
+        cache: from `empty_cache`.
+
+    Returns:
+        f32[b v], logits of code 0, and the cache with position 0.
+    """
+    x = _apply(prior, params, class_ids, method="embed_class")
+    cache = cache._replace(condition=x[:, 0])
+    return _advance(prior, params, x, cache, Place(jnp.int32(0), 1))
+
+
+def decode_step(prior: Prior, params, codes: jax.Array, cache: Cache, place: Place):
+    """One more position.
+
+    Args:
+        prior, params: as for `prefill`.
+        codes: i32[b], code `position - 1` of each image.
+        cache: of the positions before.
+        place: the position, in [1, tokens), and how much of the cache is read (static, more than
+            the position); less to read is faster.
+
+    Returns:
+        f32[b v], logits of code `position`, and the cache with this position.
+    """
+    x = _apply(prior, params, codes, place.position, method="embed_code")
+    return _advance(prior, params, x, cache, place)
+
+
+def _advance(prior, params, x, cache, place):
+    condition = cache.condition[:, None]
+    shared = _apply(prior, params, condition, place.position[None], method="shared")
+    block, written = Block(**block_fields(prior)), []
+    for layer, own in zip(unstack(params["blocks"]), cache.layers, strict=True):
+        x, own = block.apply({"params": layer}, x, jnp.float32(0), shared, own, place)
+        written.append(own)
+    logits = _apply(prior, params, x, condition, method="logits")
+    return logits[:, 0], cache._replace(layers=tuple(written))
+
+
+def _apply(prior, params, *arguments, method):
+    outside = {name: value for name, value in params.items() if name != "blocks"}
+    return prior.apply({"params": outside}, *arguments, method=method)
+
+
+def features(prior: Prior, params, class_ids: jax.Array, codes: jax.Array, block: int):
+    """Output of block `block`, counted from 1: f[b n c], the class position first.
+
+    What linear probing reads, with the null class and block layers // 2.
+    """
+    x, condition = _apply(prior, params, class_ids, codes[:, :-1], method="embed")
+    shared = _apply(prior, params, condition, jnp.arange(x.shape[1]), method="shared")
+    one = Block(**block_fields(prior))
+
+    def body(x, layer):
+        return one.apply({"params": layer}, x, jnp.float32(0), shared)[0], None
+
+    first = jax.tree.map(lambda x: x[:block], params["blocks"])
+    return jax.lax.scan(body, x, first)[0]
