@@ -344,6 +344,15 @@ def make(
     return Prior(**fields, dtype=dtype, remat=remat, dropouts=dropouts)
 
 
+def decayed(path: str) -> bool:
+    """Whether weight decay applies to the parameter at `path`: to all but norms and biases.
+
+    For `optim.decay_mask = "matrices"`. The axes of an array do not tell: the layers' vectors are
+    stacked, and the original's own offsets of shared modulation, [1 1 6 c], are decayed.
+    """
+    return path.rpartition("/")[2] not in ("scale", "bias")
+
+
 def unstack(blocks: Any) -> tuple[Any, ...]:
     """Parameters of each block from the stacked ones; what is unstacked already stays."""
     if isinstance(blocks, tuple):
