@@ -1,6 +1,27 @@
 """GigaTok image tokenizers and autoregressive priors in JAX."""
 
+import importlib
+
 from gigatok_jax.model_config import model_config
 
-__all__ = ["model_config"]
+_LATER = {  # imported at first use, since models take seconds to import
+    "Prior": "library",
+    "Tokenizer": "library",
+    "decode": "library",
+    "encode": "library",
+    "load_prior": "library",
+    "load_tokenizer": "library",
+    "to_uint8": "evaluation.metrics",
+}
+__all__ = ["model_config", *_LATER]
 __version__ = "0.1.0"
+
+
+def __getattr__(name):
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
+
+
+def __dir__():
+    return [*globals(), *_LATER]

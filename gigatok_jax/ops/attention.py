@@ -53,8 +53,8 @@ def attend_cached(
     Returns:
         f[b h d] in the type of `query`.
     """
-    batch, heads, width = query.shape
-    grouped = query.reshape(batch, keys.shape[1], -1, width)  # [b g r d]
+    batch, groups, _, width = keys.shape
+    grouped = query.reshape(batch, groups, -1, width)  # [b g r d]
     exact = {"preferred_element_type": jnp.float32}
     scores = jnp.einsum("bgrd,bgmd->bgrm", grouped, keys, **exact) * width**-0.5
     seen = jnp.arange(keys.shape[2]) <= position

@@ -1,0 +1,223 @@
+"""Codes drawn from a prior: guidance over positions, filters, and the loop as one program.
+
+Axes: b batch, n codes of an image, v vocabulary.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gigatok_jax.errors import ConfigError
+from gigatok_jax.models import ar
+
+SEGMENT = (
+    64  # positions that read the same length of the cache; shorter reads less, compiles longer
+)
+NEARLY_ONE = 1.0001  # where a schedule asks for no guidance, as the original has it
+PEAK = 0.5  # of the triangular schedule
+
+SCHEDULES = {  # share of (scale - 1) at a share `x` of the way, inside or outside the window
+    "constant": lambda x, inside: np.ones_like(x),
+    "linear": lambda x, inside: x,
+    "linear_re": lambda x, inside: 1 - x,
+    "triangular": lambda x, inside: np.where(x < PEAK, x / PEAK, (1 - x) / (1 - PEAK)),
+    "cosine": lambda x, inside: 0.5 * (1 + np.cos(np.pi * x)),
+    "step": lambda x, inside: inside.astype(x.dtype),
+    "rectangular": lambda x, inside: inside.astype(x.dtype),
+}
+RAISED = ("linear", "linear_re", "triangular")  # the original adds 1e-4 to these everywhere
+
+
+class Draw(NamedTuple):
+    """How a code is drawn from guided logits; arrays, so that other values compile nothing."""
+
+    temperature: jax.Array  # f32[]; 0 takes the most likely code
+    top_k: jax.Array  # i32[]; 0 keeps all
+    top_p: jax.Array  # f32[]; 1 keeps all
+
+
+def weights(
+    tokens: int,
+    scale: float,
+    schedule: str = "constant",
+    start: float = 0.0,
+    end: float = 1.0,
+    interval: int = -1,
+) -> np.ndarray:
+    """Guidance weight of each position.
+
+    The first code always has the whole scale; the schedule runs over the others, the last of which
+    is at 1. "step" and "rectangular" are the same: the scale from `start` to `end`, 1.0001 outside.
+    "cosine" falls from the scale to 1, which the original meant but could not run.
+
+    Args:
+        tokens: codes of an image.
+        scale: 1 is no guidance.
+        schedule: a key of `SCHEDULES`.
+        start, end: window in [0, 1] of "step" and "rectangular"; the other schedules ignore it.
+        interval: positions after this many decoded codes take the condition alone; -1 is never.
+
+    Returns:
+        f32[tokens]; exactly 1 is the condition alone.
+
+    Raises:
+        ConfigError: unknown schedule, a scale under 1 or a window that is none.
+
+    Source: guided = uncond + (cond - uncond) * weight (arXiv:2207.12598); the original's schedules.
+    """
+    check_guidance(scale, schedule, start, end)
+    if scale == 1:
+        return np.ones(tokens, np.float32)
+    i = np.arange(tokens - 1)
+    x = (i + 1) / max(tokens - 1, 1)
+    share = SCHEDULES[schedule](x, (start <= x) & (x <= end))
+    later = 1 + (scale - 1) * share + (1e-4 if schedule in RAISED else 0.0)
+    if schedule in ("step", "rectangular"):
+        later = np.where(share > 0, scale, NEARLY_ONE)
+    if interval >= 0:
+        later = np.where(i > interval, 1.0, later)
+    return np.concatenate([[scale], later])[:tokens].astype(np.float32)
+
+
+def check_guidance(scale: float, schedule: str, start: float, end: float) -> None:
+    """Raises ConfigError, one line, for guidance settings that mean nothing."""
+    if schedule not in SCHEDULES:
+        known = ", ".join(SCHEDULES)
+        raise ConfigError(f"guidance schedule {schedule!r} is unknown, choose one of {known}")
+    if not 1 <= scale < float("inf"):
+        raise ConfigError(f"guidance scale is {scale}, expected 1 (no guidance) or more")
+    if not 0 <= start <= end <= 1:
+        raise ConfigError(
+            f"guidance window is {start} to {end}, expected 0 <= start <= end <= 1, shares of the"
+            " sequence"
+        )
+
+
+def make_draw(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Draw:
+    """Checked settings of a draw.
+
+    Raises:
+        ConfigError: a value outside its range.
+    """
+    if not 0 <= temperature < float("inf"):
+        raise ConfigError(f"temperature is {temperature}, expected 0 (most likely code) or more")
+    if top_k < 0:
+        raise ConfigError(f"top_k is {top_k}, expected 0 (all codes) or more")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"top_p is {top_p}, expected more than 0 and at most 1 (all codes)")
+    return Draw(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
+
+
+def filtered(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Logits with -inf where top-k, then top-p of what is left, drop a code.
+
+    Codes that tie with the last one kept stay. Top-p keeps the code that crosses the threshold.
+
+    Args:
+        logits: f32[b v], after the temperature.
+        top_k: i32[]; 0 keeps all.
+        top_p: f32[] in (0, 1]; 1 keeps all.
+
+    Source: arXiv:1904.09751, section 3.1.
+    """
+    falling = -jnp.sort(-logits, axis=-1)
+    size = logits.shape[-1]
+    kept = jnp.where(top_k > 0, jnp.minimum(top_k, size), size)
+    falling = jnp.where(jnp.arange(size) < kept, falling, -jnp.inf)
+    # The sum before each code: the code that crosses the threshold is kept, the first one always.
+    probability = jax.nn.softmax(falling, axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    inside = (before <= top_p) | (top_p >= 1)
+    lowest = jnp.min(jnp.where(inside & (falling > -jnp.inf), falling, jnp.inf), -1, keepdims=True)
+    return jnp.where(logits >= lowest, logits, -jnp.inf)
+
+
+def draw(logits: jax.Array, keys: jax.Array, position, settings: Draw, filters: bool) -> jax.Array:
+    """One code of each image: f32[b v], keys[b] -> i32[b].
+
+    The draw of an image depends on its key and the position alone, never on its neighbours.
+    """
+    cold = settings.temperature == 0
+    logits = logits / jnp.where(cold, 1.0, settings.temperature)
+    if filters:
+        logits = filtered(logits, settings.top_k, settings.top_p)
+
+    def noise(key):
+        return jax.random.gumbel(jax.random.fold_in(key, position), logits.shape[1:])
+
+    # The largest of logits plus Gumbel noise is a draw from their softmax.
+    return jnp.argmax(logits + jnp.where(cold, 0.0, jax.vmap(noise)(keys)), -1).astype(jnp.int32)
+
+
+def guide(logits: jax.Array, weight: jax.Array) -> jax.Array:
+    """f32[2b v], each image with and then without its class -> f32[b v]."""
+    with_class, without = jnp.moveaxis(logits.reshape(-1, 2, logits.shape[-1]), 1, 0)
+    guided = without + (with_class - without) * weight
+    return jnp.where(weight == 1, with_class, guided)
+
+
+@functools.partial(jax.jit, static_argnames=("prior", "guided", "filters"))
+def generate(
+    prior: ar.Prior,
+    params,
+    class_ids: jax.Array,
+    image_ids: jax.Array,
+    rng: jax.Array,
+    weight: jax.Array,
+    settings: Draw,
+    *,
+    guided: bool,
+    filters: bool,
+) -> jax.Array:
+    """Codes of a batch: the whole loop is one program.
+
+    Args:
+        prior: made without dropouts.
+        params: of the prior.
+        class_ids: i32[b] in [0, classes].
+        image_ids: i32[b], names of the draws: the same key and id give the same image.
+        rng: key of the seed.
+        weight: f32[n], from `weights`.
+        settings: from `make_draw`.
+        guided: False leaves out the pass without the class; every weight is then taken as 1.
+        filters: whether top-k or top-p can drop anything.
+
+    Returns:
+        i32[b n] in [0, vocab).
+    """
+    params = _for_decoding(prior, params)
+    keys = jax.vmap(lambda image: jax.random.fold_in(rng, image))(image_ids)
+    rows = class_ids
+    if guided:  # neighbours in one batch, so that splitting it keeps them together
+        rows = jnp.stack([class_ids, jnp.full_like(class_ids, prior.classes)], 1).reshape(-1)
+
+    def choose(logits, position):
+        logits = guide(logits, weight[position]) if guided else logits
+        return draw(logits, keys, position, settings, filters)
+
+    def step(carry, position, *, read):
+        codes, cache = carry
+        given = jnp.repeat(codes, 2) if guided else codes
+        place = ar.Place(position, read)
+        logits, cache = ar.decode_step(prior, params, given, cache, place)
+        codes = choose(logits, position)
+        return (codes, cache), codes
+
+    logits, cache = ar.prefill(prior, params, rows, ar.empty_cache(prior, len(rows)))
+    first = choose(logits, jnp.int32(0))
+    parts, carry = [first[None]], (first, cache)
+    for start in range(0, prior.tokens, SEGMENT):
+        end = min(start + SEGMENT, prior.tokens)
+        positions = jnp.arange(max(start, 1), end)
+        carry, codes = jax.lax.scan(functools.partial(step, read=end), carry, positions)
+        parts.append(codes)
+    return jnp.concatenate(parts).T  # [b n]
+
+
+def _for_decoding(prior: ar.Prior, params):
+    """One tree per block, matrices in the compute type: what each of the steps reads whole."""
+    split = params | {"blocks": ar.unstack(params["blocks"])}
+    return jax.tree.map(lambda x: x.astype(prior.dtype) if x.ndim > 1 else x, split)
