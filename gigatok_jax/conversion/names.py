@@ -17,6 +17,7 @@ class Entry(NamedTuple):
     layout: str = "same"  # a key of LAYOUTS
     part: int | None = None  # third of a fused query-key-value tensor
     layer: int | None = None  # index on the leading axis of a scanned stack
+    half: int | None = None  # of a parameter here whose last axis joins two tensors there
 
 
 # From a PyTorch tensor to an array here, and back.
@@ -27,6 +28,7 @@ LAYOUTS = {
     "conv1x1": (lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None]),  # a linear layer here
     "conv1d": (lambda x: x.transpose(2, 1, 0), lambda x: x.transpose(2, 1, 0)),  # OIW and WIO
     "sequence": (lambda x: x[:, 0], lambda x: x[:, None]),  # [n 1 c] and [n c]
+    "table": (lambda x: x[0, 0], lambda x: x[None, None]),  # [1 1 n c] and [n c]
 }
 
 
@@ -78,20 +80,20 @@ def from_torch(state: Mapping, entries: list[Entry]) -> dict:
             f"{len(missing)} tensors are missing, first {', '.join(missing[:3])}: is this a state"
             " dict of another model?"
         )
-    depth = _stack_depths(entries)
-    tree, stacks, name, tensor = {}, {}, None, None
+    depths = _stack_depths(entries)
+    tree, made, name, tensor = {}, {}, None, None
     for entry in entries:
         if entry.name != name:
             name, tensor = entry.name, np.asarray(state[entry.name])
         value = tensor if entry.part is None else np.split(tensor, 3)[entry.part]
         value = LAYOUTS[entry.layout][0](value)
-        if entry.layer is None:
+        if entry.layer is None and entry.half is None:
             set_path(tree, entry.path, np.asarray(value, order="C"))
             continue
-        if entry.path not in stacks:
-            stacks[entry.path] = np.empty((depth[entry.path], *value.shape), value.dtype)
-            set_path(tree, entry.path, stacks[entry.path])
-        stacks[entry.path][entry.layer] = value
+        if entry.path not in made:
+            made[entry.path] = _room(entry, value, depths)
+            set_path(tree, entry.path, made[entry.path])
+        _piece(made[entry.path], entry)[...] = value
     return tree
 
 
@@ -99,8 +101,7 @@ def to_torch(params: Mapping, entries: list[Entry]) -> dict[str, np.ndarray]:
     """State dict of numpy arrays, in the order of the entries."""
     state, parts = {}, {}
     for entry in entries:
-        value = np.asarray(get_path(params, entry.path))
-        value = value if entry.layer is None else value[entry.layer]
+        value = _piece(np.asarray(get_path(params, entry.path)), entry)
         value = LAYOUTS[entry.layout][1](value)
         if entry.part is not None:
             parts.setdefault(entry.name, []).append(value)
@@ -110,6 +111,19 @@ def to_torch(params: Mapping, entries: list[Entry]) -> dict[str, np.ndarray]:
             continue
         state[entry.name] = np.asarray(value, order="C")
     return state
+
+
+def _room(entry: Entry, value: np.ndarray, depths: Mapping[str, int]) -> np.ndarray:
+    """An array for a whole parameter, of which `value` is one piece."""
+    shape = value.shape if entry.half is None else (*value.shape[:-1], 2 * value.shape[-1])
+    stack = () if entry.layer is None else (depths[entry.path],)
+    return np.empty((*stack, *shape), value.dtype)
+
+
+def _piece(array: np.ndarray, entry: Entry) -> np.ndarray:
+    """The view of a whole parameter that an entry stands for."""
+    array = array if entry.layer is None else array[entry.layer]
+    return array if entry.half is None else np.split(array, 2, axis=-1)[entry.half]
 
 
 def _stack_depths(entries: list[Entry]) -> dict[str, int]:
