@@ -122,7 +122,7 @@ def _room(entry: Entry, value: np.ndarray, depths: Mapping[str, int]) -> np.ndar
 
 def _piece(array: np.ndarray, entry: Entry) -> np.ndarray:
     """The view of a whole parameter that an entry stands for."""
-    array = array if entry.layer is None else array[entry.layer]
+    array = array if entry.layer is None else array[entry.layer, ...]  # a view of one number too
     return array if entry.half is None else np.split(array, 2, axis=-1)[entry.half]
 
 
