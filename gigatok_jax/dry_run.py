@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.model_config import validate
-from gigatok_jax.models import tokenizer
+from gigatok_jax.models import ar, tokenizer
 
 GIB = 2**30
 STATE_COPIES = 4  # parameters, EMA and the two moments of AdamW, all float32
@@ -23,15 +23,20 @@ class Row(NamedTuple):
 
 
 def abstract_params(model) -> dict:
-    """Nested dict of `jax.ShapeDtypeStruct`, the parameters of a tokenizer config."""
+    """Nested dict of `jax.ShapeDtypeStruct`, the parameters of a tokenizer's or prior's config."""
+    module, inputs = _prior(model) if model.kind == "prior" else _tokenizer(model)
+    return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+
+
+def _tokenizer(model):
+    """The module and the shapes of what it takes."""
     size = model.image_size
-    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    module = tokenizer.make(model, jnp.float32)
+    return tokenizer.make(model), [jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)]
 
-    def init(images):
-        return module.init(jax.random.key(0), images)["params"]
 
-    return jax.eval_shape(init, images)
+def _prior(model):
+    shapes = (1,), (1, model.tokens)  # class ids and codes
+    return ar.make(model), [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes]
 
 
 def rows(params) -> list[Row]:
@@ -63,7 +68,7 @@ def report(config) -> str:
         raise ConfigError(f"{config.name} takes its model from a checkpoint: nothing to plan")
     validate(config.model)
     params = abstract_params(config.model)
-    lines = [*_table(rows(params)), "", *_totals(params), "", *_memory(count(params))]
+    lines = [*_table(rows(params)), "", *_totals(params), "", *_memory(config.model, params)]
     return "\n".join(lines)
 
 
@@ -78,14 +83,19 @@ def _table(rows) -> list[str]:
 def _totals(params) -> list[str]:
     parts = {name: count(part) for name, part in params.items()}
     total, alignment = sum(parts.values()), count_alignment(params)
-    parts |= {"total": total, "without alignment MLP": total - alignment}
+    parts["total"] = total
+    if alignment:
+        parts["without alignment MLP"] = total - alignment
     return [f"{name:24}{number:>16,}" for name, number in parts.items()]
 
 
-def _memory(total: int) -> list[str]:
-    size = total * 4 / GIB
+def _memory(model, params) -> list[str]:
+    size = count(params) * 4 / GIB
+    others = (
+        "the frozen tokenizer" if model.kind == "prior" else "discriminator and frozen networks"
+    )
     return [
         f"training state: {STATE_COPIES * size:.2f} GiB (parameters, EMA, two moments, float32),"
         f" and {size:.2f} GiB of gradients",
-        "not counted: activations, discriminator and frozen networks",
+        f"not counted: activations, {others}",
     ]

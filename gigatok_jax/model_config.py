@@ -51,6 +51,8 @@ _CHOICES = {
     "encoder": tuple(SIZES),
     "decoder": tuple(SIZES),
 }
+_PRIOR_COUNTS = ("layers", "heads", "kv_heads", "width", "vocab", "tokens", "classes")
+_PRIOR_CHOICES = {"adaln": ("none", "full", "shared")}
 
 
 def tokenizer(**overrides) -> ml_collections.ConfigDict:
@@ -88,7 +90,11 @@ def tokenizer(**overrides) -> ml_collections.ConfigDict:
 
 
 def prior(**overrides) -> ml_collections.ConfigDict:
-    """Config of an autoregressive prior; the defaults are the published 111M one."""
+    """Config of an autoregressive prior; the defaults are the published 111M one.
+
+    Raises:
+        ConfigError: an override does not exist or the result cannot be built.
+    """
     layers, heads, width = PRIORS["prior-B"]
     config = ml_collections.ConfigDict(
         {
@@ -135,9 +141,12 @@ def _override(config, overrides):
     for name, value in overrides.items():
         if name not in config:
             raise ConfigError(f"a model has no field {name!r}; it has {', '.join(config)}")
-        config[name] = value
-    if config.kind != "prior":
-        validate(config)
+        try:
+            config[name] = value
+        except TypeError:
+            kind = type(config[name]).__name__
+            raise ConfigError(f"model.{name} is {value!r}, expected a value of {kind}") from None
+    validate(config)
     return config
 
 
@@ -152,20 +161,51 @@ def num_tokens(model) -> int:
 
 
 def validate(model) -> None:
-    """Refuses a tokenizer that cannot be built, with what to change.
+    """Refuses a tokenizer or prior that cannot be built, with what to change.
 
     Raises:
-        ConfigError: an unknown choice, an image that the grid does not fit, or latent tokens that
-            the pooled queries cannot make.
+        ConfigError: an unknown choice, an image that the grid does not fit, latent tokens that
+            the pooled queries cannot make, or heads that do not divide what they share.
     """
-    for field, choices in _CHOICES.items():
-        if model[field] not in choices:
-            raise ConfigError(f"model.{field} is {model[field]!r}, expected one of {choices}")
+    if model.kind == "prior":
+        _validate_prior(model)
+    else:
+        _validate_tokenizer(model)
+
+
+def _validate_tokenizer(model) -> None:
+    _validate_choices(model, _CHOICES)
     _validate_grid(model)
     if not 0 <= model.align_block <= SIZES[model.decoder][0]:
         raise ConfigError(
             f"model.align_block is {model.align_block}, but decoder {model.decoder!r} has"
             f" {SIZES[model.decoder][0]} blocks; 0 turns alignment off"
+        )
+
+
+def _validate_choices(model, known) -> None:
+    for field, choices in known.items():
+        if model[field] not in choices:
+            raise ConfigError(f"model.{field} is {model[field]!r}, expected one of {choices}")
+
+
+def _validate_prior(model) -> None:
+    _validate_choices(model, _PRIOR_CHOICES)
+    for field in _PRIOR_COUNTS:
+        if model[field] < 1:
+            raise ConfigError(f"model.{field} is {model[field]}, expected at least 1")
+    if model.width % model.heads:
+        raise ConfigError(
+            f"model.width is {model.width}, expected a multiple of the {model.heads} heads"
+        )
+    if model.heads % model.kv_heads:
+        raise ConfigError(
+            f"model.kv_heads is {model.kv_heads}, expected a divisor of the {model.heads} heads"
+        )
+    if model.rope and model.width // model.heads % 2:
+        raise ConfigError(
+            f"model.rope turns pairs of features, but a head is {model.width // model.heads} wide;"
+            " take another width or number of heads"
         )
 
 
