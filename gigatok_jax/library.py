@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from gigatok_jax import checkpoint, sampling
+from gigatok_jax import checkpoint, parallel, sampling
 from gigatok_jax.errors import CheckpointError, ConfigError, DataError
 from gigatok_jax.model_config import num_tokens
 from gigatok_jax.models import ar
@@ -106,7 +106,7 @@ class Tokenizer:
             raise DataError(
                 f"images are {images.shape}, expected [b, {', '.join(map(str, expected))}]"
             )
-        return _in_batches(functools.partial(self._encode, self.params), MOST_IMAGES, images)
+        return _in_batches(self._encode, self.params, MOST_IMAGES, images)
 
     def decode(self, codes) -> jax.Array:
         """i32[b n] -> f32[b h w 3], nominally in [-1, 1], not clamped.
@@ -115,7 +115,7 @@ class Tokenizer:
             DataError: another number of codes, or a code outside the codebook.
         """
         check_codes(codes, self.num_tokens, self.config.codebook_size)
-        return _in_batches(functools.partial(self._decode, self.params), MOST_IMAGES, codes)
+        return _in_batches(self._decode, self.params, MOST_IMAGES, codes)
 
 
 class Prior:
@@ -173,14 +173,13 @@ class Prior:
         run = functools.partial(
             sampling.generate,
             self._module,
-            self.params,
             rng=jax.random.key(seed),
             weight=weight,
             settings=sampling.make_draw(temperature, top_k, top_p),
             guided=cfg_scale != 1,
             filters=top_k > 0 or top_p < 1,
         )
-        return _in_batches(run, MOST_SEQUENCES, class_ids, image_ids)
+        return _in_batches(run, self.params, MOST_SEQUENCES, class_ids, image_ids)
 
 
 def load_tokenizer(path: epath.PathLike, dtype=None, sharding=None, weights="auto") -> Tokenizer:
@@ -269,15 +268,25 @@ def _placed(params, dtype):
     return placed
 
 
-def _in_batches(run: Callable[..., jax.Array], most: int, *arrays) -> jax.Array:
-    """`run` over pieces padded to powers of two; the padding is cut off again."""
+def _in_batches(run: Callable[..., jax.Array], params, most: int, *arrays) -> jax.Array:
+    """`run(params, ...)` over pieces padded to powers of two; the padding is cut off again."""
+    place, shards = _batch_sharding(params)
     count, done = len(arrays[0]), []
     for start in range(0, max(count, 1), most):
         pieces = [array[start : start + most] for array in arrays]
         size = len(pieces[0])
-        room = 1 << max(size - 1, 0).bit_length()
-        done.append(run(*(_padded(piece, room - size) for piece in pieces))[:size])
+        room = -(-(1 << max(size - 1, 0).bit_length()) // shards) * shards
+        padded = [_padded(piece, room - size) for piece in pieces]
+        done.append(run(params, *jax.device_put(padded, place))[:size])
     return done[0] if len(done) == 1 else jnp.concatenate(done)
+
+
+def _batch_sharding(params):
+    """Examples are divided over the mesh that the parameters lie on; its sharding and parts."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return sharding, 1
+    return parallel.split_batch(sharding.mesh), parallel.batch_shards(sharding.mesh)
 
 
 def _padded(array, count: int) -> np.ndarray:
