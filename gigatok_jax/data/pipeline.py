@@ -7,11 +7,13 @@ resumes at only choose who computes which positions. Nothing here, and so no wor
 """
 
 import functools
+import math
 import multiprocessing
 import os
 import shutil
 import signal
 import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 import grain
@@ -133,9 +135,9 @@ def train_batches(
         ConfigError: a batch that the processes do not divide, unknown crop or negative seed.
         DataError: while iterating: more than `data.max_unreadable` damaged files in this process.
     """
-    _check(data, global_batch, seed, process_count)
+    _check(data, global_batch, process_count)
     load = functools.partial(_train_record, source, data.to_dict(), image_size, seed)
-    positions = grain.MapDataset.range(len(source)).shuffle(seed=_shuffle_seed(seed)).repeat()
+    positions = order(len(source), seed)
     local_batch = global_batch // process_count
     batches = positions.map_with_index(load).batch(local_batch, batch_fn=_stack)
     batches = batches[start_step * process_count + process_index :: process_count]
@@ -153,6 +155,10 @@ def eval_batches(
     process_count: int = 1,
     max_unreadable: int = _MOST_UNREADABLE,
     report: Report | None = None,
+    *,
+    views: Callable[[np.ndarray, int], np.ndarray] = transforms.center_crop,
+    first: int = 0,
+    workers: int = 0,
 ) -> Batches:
     """Centre crops of every record once, in order, in batches of one shape.
 
@@ -164,29 +170,45 @@ def eval_batches(
         batch: images per batch over all processes.
         max_unreadable: damaged files that are put up with, in this process.
         report: that of an evaluation before, so that the log does not hear of the same again.
+        views: image and `image_size` to what is shown of it, uint8[...], the same shape for all.
+        first: record to begin with.
+        workers: processes that read the images, as in `train_batches`.
 
     Raises:
         ConfigError: the processes do not divide `batch`.
         DataError: while iterating: too many damaged files, or no readable one.
     """
-    _check_division(batch, process_count)
-    load = functools.partial(_eval_record, source, image_size)
-    records = grain.MapDataset.range(-(-len(source) // batch) * batch).map(load)
+    check_division(batch, process_count)
+    load = functools.partial(_eval_record, source, image_size, views)
+    count = -(-(len(source) - first) // batch) * batch
+    records = grain.MapDataset.range(first, first + count).map(load)
     batches = records.batch(batch // process_count, batch_fn=_stack_masked)
-    dataset = _prefetched(batches[process_index::process_count], 0, 0)
+    workers = 0 if source.decoded or count <= _FEW_RECORDS else workers
+    shape = views(np.zeros((image_size, image_size, 3), np.uint8), image_size).shape
+    shown = batch // process_count * math.prod(shape)
+    dataset = _prefetched(batches[process_index::process_count], workers, shown)
     share, limit = len(source) // process_count, min(max_unreadable, len(source) - 1)
     return Batches(dataset, image_size, share, limit, report or Report())
 
 
-def _check(data, global_batch: int, seed: int, process_count: int) -> None:
-    _check_division(global_batch, process_count)
-    if data.crop not in ("random", "center"):
-        raise ConfigError(f"data.crop is {data.crop!r}, expected 'random' or 'center'")
+def order(records: int, seed: int) -> grain.MapDataset:
+    """Record at each position of the endless stream: every epoch is another permutation.
+
+    Raises:
+        ConfigError: a negative seed.
+    """
     if seed < 0:
         raise ConfigError(f"seed is {seed}, expected 0 or more")
+    return grain.MapDataset.range(records).shuffle(seed=_shuffle_seed(seed)).repeat()
 
 
-def _check_division(global_batch: int, process_count: int) -> None:
+def _check(data, global_batch: int, process_count: int) -> None:
+    check_division(global_batch, process_count)
+    if data.crop not in ("random", "center"):
+        raise ConfigError(f"data.crop is {data.crop!r}, expected 'random' or 'center'")
+
+
+def check_division(global_batch: int, process_count: int) -> None:
     if global_batch < 1 or global_batch % process_count:
         raise ConfigError(
             f"a global batch of {global_batch} images is not a multiple of the "
@@ -211,15 +233,15 @@ def _train_record(source, data: dict, size: int, seed: int, position: int, index
     return record._replace(image=image)
 
 
-def _eval_record(source, size: int, index: int) -> _Record:
+def _eval_record(source, size: int, views: Callable, index: int) -> _Record:
     unreadable = ()
     if index < len(source):
         try:
             record = _read(source, index, size)
-            return record._replace(image=transforms.center_crop(record.image, size))
+            return record._replace(image=views(record.image, size))
         except DataError as error:
             unreadable = ((source.names[index], str(error)),)
-    black = np.zeros((size, size, 3), np.uint8)
+    black = views(np.zeros((size, size, 3), np.uint8), size)
     return _Record(black, -1, -1, False, unreadable, mask=False)
 
 

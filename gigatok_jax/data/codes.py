@@ -1,0 +1,437 @@
+"""Codes of a set of images on disk: what `extract_codes` writes and a prior learns from.
+
+    codes.npy     int16 or int32 [records, augmentations, n], records in the order of the images
+    labels.npy    int32[records]
+    parts.jsonl   records, CRC-32 and unreadable records of each part of codes.npy, in order
+    codes.json    what the codes are of, see `Header`; `complete` once every record is there
+
+A part counts only when its line is whole and its checksum is right, so a writer that is killed at
+any moment goes on behind its last whole part. The folder is on a local disk: codes are read through
+a memory map. Axes: b batch, a augmentations, n codes of an image.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from gigatok_jax import files
+from gigatok_jax.data import pipeline, transforms
+from gigatok_jax.errors import ConfigError, DataError
+
+CODES, LABELS, PARTS, HEADER = "codes.npy", "labels.npy", "parts.jsonl", "codes.json"
+AUGMENTATIONS = {"center": 1, "flip": 2, "ten_crop": 10, "ten_crop_both": 20}
+RATIOS = {"ten_crop": (1.1,), "ten_crop_both": (1.1, 1.05)}  # of the crop that ten are cut from
+UNREADABLE = -1  # in the place of every code of an image that could not be read
+SMALL_VOCAB = 1 << 15  # up to here codes are int16
+READERS = 8  # threads that compute checksums
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What the codes of a folder are of."""
+
+    tokenizer: str  # fingerprint of the tokenizer
+    model: dict[str, Any]  # config of the tokenizer, JSON values
+    vocab: int
+    tokens: int  # codes of an image
+    crops: str  # key of `AUGMENTATIONS`
+    data: str  # fingerprint of the images
+    records: int
+    class_names: list[str]
+    complete: bool = False
+    labels_crc32: str = ""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Records, augmentations, codes."""
+        return self.records, AUGMENTATIONS[self.crops], self.tokens
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.int16 if self.vocab <= SMALL_VOCAB else np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Records that were written at once."""
+
+    records: int
+    crc32: str
+    unreadable: list[int]  # records, counted from the first of the file
+
+
+def crops_of(image: np.ndarray, size: int, crops: str) -> np.ndarray:
+    """The crops of one image whose codes are kept.
+
+    Args:
+        image: uint8[h w 3].
+        size: of a crop, pixels a side.
+        crops: "center", "flip" (and its mirror image), "ten_crop" of a centre crop 1.1 times as
+            large, or "ten_crop_both" (and 1.05 times); the published priors learn from the last.
+
+    Returns:
+        uint8[a size size 3].
+    """
+    if crops in RATIOS:
+        return np.concatenate([transforms.ten_crop(image, size, r) for r in RATIOS[crops]])
+    middle = transforms.center_crop(image, size)
+    return np.stack([middle, transforms.flip(middle)][: AUGMENTATIONS[crops]])
+
+
+class CodesWriter:
+    """Writes the folder, record after record; `done` says how many are there already."""
+
+    def __init__(self, folder: epath.PathLike, header: Header, labels: np.ndarray):
+        """Makes the folder, or opens one that was left unfinished and checks what is in it.
+
+        Args:
+            folder: local; made when missing.
+            header: of what will be written.
+            labels: i32[records], -1 for an image without a class.
+
+        Raises:
+            ConfigError: the folder holds other codes.
+            DataError: it cannot be written.
+        """
+        self._folder = epath.Path(folder)
+        labels = np.ascontiguousarray(labels, np.int32)
+        self._header = dataclasses.replace(header, labels_crc32=_crc32(labels))
+        with _writing(self._folder):
+            if not (self._folder / HEADER).exists():
+                self._start(labels)
+            self._check_same()
+            self.parts = self._whole_parts()
+            self._codes = (self._folder / CODES).open("ab")
+            self._lines = (self._folder / PARTS).open("a")
+
+    @property
+    def done(self) -> int:
+        """Records written."""
+        return sum(part.records for part in self.parts)
+
+    def write(self, codes: np.ndarray, unreadable: Sequence[int] = ()) -> None:
+        """Appends int[b a n] codes of the next b records; `unreadable` are records in [0, b)."""
+        rows = np.ascontiguousarray(codes, self._header.dtype)
+        rows[list(unreadable)] = UNREADABLE
+        part = Part(len(rows), _crc32(rows), [self.done + int(i) for i in unreadable])
+        with _writing(self._folder):
+            self._codes.write(rows.tobytes())
+            self._codes.flush()  # before the line that vouches for it
+            self._lines.write(json.dumps(dataclasses.asdict(part)) + "\n")
+            self._lines.flush()
+        self.parts.append(part)
+
+    def finish(self) -> None:
+        """Marks the folder complete, once every record is written."""
+        header = dataclasses.replace(self._header, complete=True)
+        with _writing(self._folder):
+            files.write_json(self._folder / HEADER, dataclasses.asdict(header))
+
+    def close(self) -> None:
+        self._codes.close()
+        self._lines.close()
+
+    def __enter__(self) -> "CodesWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _start(self, labels: np.ndarray) -> None:
+        """An empty folder; its header comes last."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / PARTS).write_text("")
+        with (self._folder / LABELS).open("wb") as file:
+            np.save(file, labels)
+        with (self._folder / CODES).open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, _npy_header(self._header))
+        files.write_json(self._folder / HEADER, dataclasses.asdict(self._header))
+
+    def _check_same(self) -> None:
+        there = read_header(self._folder)
+        for name, found in dataclasses.asdict(there).items():
+            given = getattr(self._header, name)
+            if name != "complete" and found != given:
+                raise ConfigError(
+                    f"{self._folder} holds other codes, {name} is {_short(found)} there and"
+                    f" {_short(given)} here: choose another --workdir"
+                )
+
+    def _whole_parts(self) -> list[Part]:
+        """Parts that are on disk as they were written; whatever comes after them is cut off."""
+        start, row = _layout(self._folder / CODES, self._header)
+        parts, place = [], start
+        with (self._folder / CODES).open("rb") as file:
+            file.seek(start)
+            for part in _read_parts(self._folder):
+                data = file.read(part.records * row)
+                if len(data) != part.records * row or _crc32(data) != part.crc32:
+                    break
+                parts.append(part)
+                place += len(data)
+        os.truncate(self._folder / CODES, place)
+        lines = "".join(json.dumps(dataclasses.asdict(part)) + "\n" for part in parts)
+        files.write_bytes(self._folder / PARTS, lines.encode())
+        return parts
+
+
+class CodesSource:
+    """Codes of a finished folder; a sized sequence of the images that could be read.
+
+    Attributes:
+        header: what they are of.
+        labels: i32[length], -1 for an image without a class.
+        class_names: of the labels.
+        fingerprint: 16 hex digits of what it holds, to notice a changed set.
+    """
+
+    def __init__(self, folder: epath.PathLike):
+        """Reads every code once, to check it.
+
+        Raises:
+            DataError: not a folder of codes, records missing, a damaged file, or a code outside
+                the vocabulary.
+        """
+        self.folder = epath.Path(folder)
+        self.header = read_header(self.folder)
+        parts = list(_read_parts(self.folder))
+        _check_complete(self.folder, self.header, parts)
+        self._codes = _map(self.folder / CODES, self.header.shape, self.header.dtype)
+        labels = _map(self.folder / LABELS, (self.header.records,), np.dtype(np.int32))
+        if _crc32(labels) != self.header.labels_crc32:
+            raise DataError(f"{self.folder / LABELS} is damaged, extract the codes anew")
+        unreadable = _check_parts(self.folder, self.header, self._codes, parts)
+        self._records = np.setdiff1d(np.arange(self.header.records), unreadable)
+        if not len(self._records):
+            raise DataError(f"{self.folder} holds no code: none of its images could be read")
+        self.labels = np.asarray(labels)[self._records]
+        self.class_names = tuple(self.header.class_names)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(f"{self.header.data}\n{self.header.crops}\n".encode())
+        digest.update(self._records)
+        return digest.hexdigest()[:16]
+
+    @property
+    def augmentations(self) -> int:
+        """Codes kept of each image."""
+        return self._codes.shape[1]
+
+    @property
+    def middle(self) -> int:
+        """The augmentation that shows the middle of the image upright."""
+        return 4 if self.header.crops in RATIOS else 0
+
+    def codes(self, indices: np.ndarray, augmentations: np.ndarray | int) -> np.ndarray:
+        """int16 or int32 [b n]: codes of images i64[b], each under its augmentation i64[b]."""
+        return self._codes[self._records[indices], augmentations]
+
+    def take(self, indices: np.ndarray) -> "CodesSource":
+        """The same folder with these of its images only, in this order."""
+        part = object.__new__(CodesSource)
+        part.__dict__ |= self.__dict__
+        part._records, part.labels = self._records[indices], self.labels[indices]
+        return part
+
+
+def open_codes(folder, eval_folder, eval_images: int = 0) -> tuple[CodesSource, CodesSource]:
+    """Codes to train on, and held-out ones.
+
+    Args:
+        folder: of the codes.
+        eval_folder: of the held-out codes; "" takes a share out of the others.
+        eval_images: size of that share; 0 is one in twenty, at most 5000.
+
+    Raises:
+        DataError: whatever `CodesSource` refuses, held-out codes of another tokenizer, or nothing
+            left to train on.
+    """
+    source = CodesSource(folder)
+    if eval_folder:
+        held_out = CodesSource(eval_folder)
+        if held_out.header.tokenizer != source.header.tokenizer:
+            raise DataError(
+                f"{eval_folder} holds codes of tokenizer {held_out.header.tokenizer}, {folder} of"
+                f" {source.header.tokenizer}: extract both with the same checkpoint"
+            )
+        return source, held_out
+    count = eval_images or min(max(len(source) // 20, 1), 5000)
+    if count >= len(source):
+        raise DataError(
+            f"data.eval_images={count} leaves none of the {len(source)} images in {folder} to train"
+            " on: lower it or give eval_codes"
+        )
+    chosen = np.argsort(_mixed(0, np.arange(len(source))), kind="stable")
+    return source.take(np.sort(chosen[count:])), source.take(np.sort(chosen[:count]))
+
+
+def train_batches(
+    source: CodesSource,
+    global_batch: int,
+    seed: int,
+    start_step: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Endless training batches from step `start_step` on; the place costs nothing to reach.
+
+    The order is that of `pipeline.train_batches` over as many images, and the augmentation is drawn
+    from (seed, position), so processes and resuming change nothing.
+
+    Yields:
+        {"codes": int16 or int32 [b n], "label": i32[b], "index": i64[b]}, b = global_batch /
+        process_count.
+
+    Raises:
+        ConfigError: a batch that the processes do not divide, or a negative seed.
+    """
+    pipeline.check_division(global_batch, process_count)
+    order, size = pipeline.order(len(source), seed), global_batch // process_count
+    for step in itertools.count(start_step):
+        first = step * global_batch + process_index * size
+        positions = np.arange(first, first + size)
+        indices = np.fromiter((order[p] for p in positions), np.int64, size)
+        drawn = _mixed(seed, positions) % source.augmentations
+        yield _batch(source, indices, drawn.astype(np.int64))
+
+
+def eval_batches(
+    source: CodesSource, batch: int, process_index: int = 0, process_count: int = 1
+) -> Iterator[dict[str, np.ndarray]]:
+    """Codes of every image once, of its middle crop, in order and in batches of one shape.
+
+    Yields:
+        As `train_batches`, and "mask" bool[b], False where the last batch is padded.
+    """
+    pipeline.check_division(batch, process_count)
+    size = batch // process_count
+    for first in range(0, len(source), batch):
+        places = first + process_index * size + np.arange(size)
+        mask = places < len(source)
+        yield _batch(source, np.where(mask, places, 0), source.middle) | {"mask": mask}
+
+
+def _batch(source: CodesSource, indices: np.ndarray, augmentations) -> dict[str, np.ndarray]:
+    codes = source.codes(indices, augmentations)
+    return {"codes": codes, "label": source.labels[indices], "index": indices}
+
+
+def _mixed(seed: int, values: np.ndarray) -> np.ndarray:
+    """u64[b], hashes of (seed, value): splitmix64 (doi:10.1145/2660193.2660195), vectorised."""
+    start = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+    z = start + values.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def read_header(folder: epath.PathLike) -> Header:
+    """What the codes of a folder are of; DataError when it holds none."""
+    path = epath.Path(folder) / HEADER
+    if not path.exists():
+        raise DataError(f"{folder} holds no codes, expected {HEADER}: extract_codes makes it")
+    try:
+        return Header(**files.read_json(path))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path} is damaged or of another version ({error})") from error
+
+
+def _read_parts(folder: epath.Path) -> Iterator[Part]:
+    """Parts up to the first line that is cut off."""
+    path = folder / PARTS
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        try:
+            part = Part(**json.loads(line))
+        except (ValueError, TypeError):
+            return
+        if not line.endswith("\n"):
+            return
+        yield part
+
+
+def _check_complete(folder: epath.Path, header: Header, parts: Sequence[Part]) -> None:
+    found = sum(part.records for part in parts)
+    if header.complete and found == header.records:
+        return
+    raise DataError(
+        f"{folder} holds {found} of {header.records} records: run extract_codes there again"
+    )
+
+
+def _check_parts(folder, header: Header, codes: np.ndarray, parts: Sequence[Part]) -> list[int]:
+    """Refuses codes that are damaged or outside the vocabulary; gives the unreadable records."""
+    ends = np.cumsum([part.records for part in parts])
+
+    def check(part: Part, end: int) -> None:
+        first, rows = end - part.records, np.asarray(codes[end - part.records : end])
+        where = f"{folder / CODES}, records {first} to {end - 1}"
+        if _crc32(rows) != part.crc32:
+            raise DataError(f"{where}: damaged, run extract_codes there again")
+        readable = np.delete(rows, [i - first for i in part.unreadable], axis=0)
+        if readable.size and not 0 <= readable.min() <= readable.max() < header.vocab:
+            low, high = readable.min(), readable.max()
+            raise DataError(f"{where}: codes go from {low} to {high}, vocabulary {header.vocab}")
+
+    with futures.ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(check, parts, ends))
+    return [i for part in parts for i in part.unreadable]
+
+
+def _map(path: epath.Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory map of a whole .npy file; DataError when it is not what the header says."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if (array.shape, array.dtype) != (shape, dtype):
+        raise DataError(
+            f"{path} is {array.dtype}{list(array.shape)}, {HEADER} says {dtype}{list(shape)}"
+        )
+    return array
+
+
+def _npy_header(header: Header) -> dict[str, Any]:
+    descr = np.lib.format.dtype_to_descr(header.dtype)
+    return {"descr": descr, "fortran_order": False, "shape": header.shape}
+
+
+def _layout(path: epath.Path, header: Header) -> tuple[int, int]:
+    """Bytes before the first record, and bytes of a record."""
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        np.lib.format.read_array_header_1_0(file)
+        _, augmentations, tokens = header.shape
+        return file.tell(), augmentations * tokens * header.dtype.itemsize
+
+
+def _crc32(data) -> str:
+    """Of bytes, or of an array whose memory is in order."""
+    return f"{zlib.crc32(data):08x}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:57]}..."
+
+
+@contextlib.contextmanager
+def _writing(folder: epath.Path) -> Iterator[None]:
+    """Tells a full disk and the like in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"codes cannot be written to {folder}: {error}") from error
