@@ -33,13 +33,16 @@ NO_SPACE = ("no space left", "resource_exhausted", "disk quota")  # TensorStore 
 
 # Keys that do not define a run: its length, what it prints and keeps, where and on what it runs.
 FREE_KEYS = (
+    "batch",
     "data.eval_folder",
     "data.folder",  # images may move; the data fingerprint in the checkpoint tells if they changed
     "data.max_unreadable",
     "data.workers",
     "eval",
+    "image_ids",  # any images of a generation may be made, or more of them
     "log",
     "mesh",
+    "num_images",
     "profile",
     "save",
     "train.epochs",

@@ -1,6 +1,7 @@
 """Pictures of a run as PNG. Axes: b images, h height, w width, k codebook rows."""
 
 import io
+import zlib
 
 import numpy as np
 from etils import epath
@@ -10,6 +11,8 @@ from gigatok_jax import files
 
 GAP, SEAM = 8, 2  # pixels between tiles; between an original and its reconstruction
 SMALLEST = 96  # pixels; smaller tiles are enlarged by a whole factor so that a person can see them
+PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
+PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 PAPER, INK, BAR, DEAD = (250, 250, 250), (60, 60, 60), (47, 111, 237), (217, 72, 65)
 
 
@@ -32,11 +35,49 @@ def save(workdir: epath.PathLike, kind: str, step: int, picture: np.ndarray) -> 
     return path
 
 
+def save_class(
+    workdir: epath.PathLike, class_id: int, name: str, picture: np.ndarray
+) -> epath.Path:
+    """Writes `pictures/class_<class id>_<name>.png`; the report shows classes in their order.
+
+    Args:
+        workdir: folder of the run.
+        class_id: 0 or more.
+        name: of the class, fit for a file's name.
+        picture: uint8[h, w, 3].
+
+    Returns:
+        Path of the file.
+    """
+    folder = epath.Path(workdir) / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"class_{class_id:04d}_{name}.png"
+    files.write_bytes(path, encode(picture))
+    return path
+
+
 def encode(picture: np.ndarray) -> bytes:
     """PNG file of a uint8[h, w, 3] picture."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
+
+
+def is_whole(data: bytes, size: int) -> bool:
+    """Whether the bytes are an RGB PNG of `size` x `size` pixels whose every checksum is right.
+
+    Pillow would pass over damage in chunks that it takes for optional.
+    """
+    kind = size.to_bytes(4) * 2 + bytes([8, 2])  # width, height, bits, colour type
+    if not (data.startswith(PNG_START + kind) and data.endswith(PNG_END)):
+        return False
+    place = len(PNG_START) - 8  # of a chunk: length, type, content, checksum
+    while place < len(data):
+        end = place + 12 + int.from_bytes(data[place : place + 4])
+        if zlib.crc32(data[place + 4 : end - 4]) != int.from_bytes(data[end - 4 : end]):
+            return False
+        place = end
+    return place == len(data)
 
 
 def comparison(originals: np.ndarray, reconstructions: np.ndarray, columns: int = 8) -> np.ndarray:

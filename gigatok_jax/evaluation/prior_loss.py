@@ -1,26 +1,35 @@
-"""How well a prior predicts codes: its mean loss over a held-out set.
+"""How well a prior predicts codes: its mean loss over a held-out set, and the task `evaluate`.
 
 Axes: b batch, n codes of an image.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 
-from gigatok_jax.errors import DataError
+from gigatok_jax import files, library, parallel
+from gigatok_jax.data import codes as codes_lib
+from gigatok_jax.data import pipeline, sources
+from gigatok_jax.errors import ConfigError, DataError
+from gigatok_jax.evaluation import pair
 from gigatok_jax.models import ar
 
 
 def make_losses(prior: ar.Prior) -> Callable[..., jax.Array]:
-    """Jitted `losses(params, class_ids, codes)`: i32[b], i32[b n] -> f32[b], nats per code."""
+    """Jitted `losses(params, class_ids, codes)`: i32[b], int[b n] -> f32[b], nats per code.
+
+    Class -1, of an image without one, is the null class.
+    """
 
     @jax.jit
     def losses(params, class_ids, codes):
+        class_ids, codes = jnp.where(class_ids < 0, prior.classes, class_ids), codes.astype(int)
         logits = prior.apply({"params": params}, class_ids, codes)  # [b n v]
         return optax.softmax_cross_entropy_with_integer_labels(logits, codes).mean(-1)
 
@@ -33,7 +42,7 @@ def mean_loss(losses: Callable, params: Any, batches: Iterable[dict]) -> dict[st
     Args:
         losses: from `make_losses`.
         params: of the prior.
-        batches: "codes" i32[b n], "label" i32[b] and "mask" bool[b], False for padding.
+        batches: "codes" int[b n], "label" i32[b] and "mask" bool[b], False for padding.
 
     Returns:
         loss (nats per code), perplexity (its exponential) and images (how many).
@@ -44,9 +53,86 @@ def mean_loss(losses: Callable, params: Any, batches: Iterable[dict]) -> dict[st
     total, count = 0.0, 0
     for batch in batches:
         keep = np.asarray(batch["mask"])
-        class_ids = jnp.where(keep, batch["label"], 0)
-        values = np.asarray(losses(params, class_ids, batch["codes"]), np.float64)
+        values = np.asarray(losses(params, batch["label"], batch["codes"]), np.float64)
         total, count = total + values[keep].sum(), count + int(keep.sum())
     if not count:
         raise DataError("there is no image to take the loss of")
     return {"loss": total / count, "perplexity": math.exp(total / count), "images": count}
+
+
+def evaluate(config, workdir: epath.PathLike) -> None:
+    """The task: loss and perplexity of a prior over held-out codes or images.
+
+    Writes `results.json`.
+
+    Args:
+        config: see `configs/evaluate.py`.
+        workdir: folder for the results, made when missing.
+
+    Raises:
+        ConfigError: nothing to evaluate, settings that mean nothing, or codes of another tokenizer.
+        DataError: nothing readable, or classes that the prior does not have.
+        CheckpointError: nothing whole at the checkpoint, or not of a prior.
+    """
+    if not config.checkpoint:
+        raise ConfigError("checkpoint is empty: name a prior's run with --config.checkpoint=DIR")
+    where = pair.placement(config)
+    prior = library.load_prior(config.checkpoint, weights=config.weights_kind, **where)
+    check_batch(config.eval.batch, where["sharding"].mesh)
+    batches = _code_batches if config.codes or config.eval_codes else _image_batches
+    place = parallel.split_batch(where["sharding"].mesh)
+    placed = (
+        {"mask": one["mask"]} | jax.device_put({k: one[k] for k in ("codes", "label")}, place)
+        for one in batches(config, prior, where)
+    )
+    losses = make_losses(ar.make(prior.config, where["dtype"]))
+    results = mean_loss(losses, prior.params, placed) | {"step": prior.step}
+    epath.Path(workdir).mkdir(parents=True, exist_ok=True)
+    files.write_json(epath.Path(workdir) / "results.json", results)
+
+
+def check_batch(batch: int, mesh) -> None:
+    """Refuses a batch that the devices do not divide."""
+    shards = parallel.batch_shards(mesh)
+    if batch < 1 or batch % shards:
+        raise ConfigError(f"eval.batch is {batch}, expected a multiple of the {shards} devices")
+
+
+def _code_batches(config, prior: library.Prior, where: dict) -> Iterator[dict]:
+    """Batches of extracted codes."""
+    del where
+    if config.codes:
+        _, source = codes_lib.open_codes(config.codes, config.eval_codes, config.data.eval_images)
+    else:
+        source = codes_lib.CodesSource(config.eval_codes)
+    header = source.header
+    pair.check(prior, header.tokens, header.vocab, header.tokenizer)
+    _check_labels(source.labels, prior)
+    yield from codes_lib.eval_batches(source, config.eval.batch)
+
+
+def _image_batches(config, prior: library.Prior, where: dict) -> Iterator[dict]:
+    """Batches of the codes of images."""
+    if not config.tokenizer:
+        raise ConfigError(
+            "tokenizer is empty: name it with --config.tokenizer=DIR, or codes with"
+            " --config.codes=DIR"
+        )
+    tokenizer = library.load_tokenizer(config.tokenizer, **where)
+    pair.check_tokenizer(prior, tokenizer)
+    data = config.data.copy_and_resolve_references()
+    data.folder = data.folder or data.eval_folder
+    source = sources.make_source(data, "held_out", tokenizer.image_size)
+    _check_labels(source.labels, prior)
+    size, most = tokenizer.image_size, data.max_unreadable
+    with pipeline.eval_batches(source, size, config.eval.batch, max_unreadable=most) as batches:
+        for batch in batches:
+            yield batch | {"codes": tokenizer.encode(batch["image"])}
+
+
+def _check_labels(labels: np.ndarray, prior: library.Prior) -> None:
+    highest, classes = int(labels.max()), prior.config.classes
+    if highest >= classes:
+        raise DataError(
+            f"images of class {highest} for a prior of {classes} classes: 0 to {classes - 1}"
+        )
