@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 import rule
-from test_conversion_ar import tensor_shapes
+from test_conversion_ar import rule_params
 from test_train_goldens import check_gradients, check_update, first8
 
 from configs import common
@@ -39,11 +39,6 @@ def model_of(meta: dict):
         qk_norm=args.get("use_qk_norm", False),
         adaln="shared" if args.get("use_simple_adaLN") else adaln,
     )
-
-
-def rule_params(model) -> dict:
-    """Parameters by rule, through the name table of the conversion."""
-    return convert.from_torch(rule.rule_state(tensor_shapes(model).items()), model)
 
 
 def loss(logits, codes):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rule
 from rule import GOLDEN
 
 from gigatok_jax.conversion import ar as convert
@@ -56,6 +57,11 @@ def tensor_shapes(model) -> dict[str, tuple[int, ...]]:
         entry.name: tensor_shape(entry, names.get_path(params, entry.path).shape)
         for entry in convert.entries(model)
     }
+
+
+def rule_params(model) -> dict:
+    """Parameters by rule, through the name table."""
+    return convert.from_torch(rule.rule_state(tensor_shapes(model).items()), model)
 
 
 def random_state(model) -> dict[str, np.ndarray]:
