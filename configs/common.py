@@ -58,7 +58,7 @@ def tokenizer(name: str, size: str, **model) -> ml_collections.ConfigDict:
     """
     config = ml_collections.ConfigDict({"name": name, "task": "train_tokenizer", "seed": 0})
     config.model = model_config(size, **model)
-    config.data = _data()
+    config.data = data_config()
     config.train = _train()
     config.optim = _optim()
     config.loss = _loss()
@@ -79,7 +79,7 @@ def tokenizer(name: str, size: str, **model) -> ml_collections.ConfigDict:
     return config
 
 
-def _data():
+def data_config():
     return ml_collections.ConfigDict(
         {
             "source": "folder",  # "digits" is the embedded set, used while no folder is named

@@ -34,6 +34,7 @@ RATIOS = {"ten_crop": (1.1,), "ten_crop_both": (1.1, 1.05)}  # of the crop that 
 UNREADABLE = -1  # in the place of every code of an image that could not be read
 SMALL_VOCAB = 1 << 15  # up to here codes are int16
 READERS = 8  # threads that compute checksums
+COUNTED = 4096  # records whose codes are counted at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,7 @@ def crops_of(image: np.ndarray, size: int, crops: str) -> np.ndarray:
         image: uint8[h w 3].
         size: of a crop, pixels a side.
         crops: "center", "flip" (and its mirror image), "ten_crop" of a centre crop 1.1 times as
-            large, or "ten_crop_both" (and 1.05 times); the published priors learn from the last.
+            large, or "ten_crop_both" (and 1.05 times; the original mixes the two half and half).
 
     Returns:
         uint8[a size size 3].
@@ -121,6 +122,8 @@ class CodesWriter:
 
     def write(self, codes: np.ndarray, unreadable: Sequence[int] = ()) -> None:
         """Appends int[b a n] codes of the next b records; `unreadable` are records in [0, b)."""
+        if codes.shape[1:] != self._header.shape[1:]:
+            raise DataError(f"codes are {codes.shape}, the folder is {self._header.shape}")
         rows = np.ascontiguousarray(codes, self._header.dtype)
         rows[list(unreadable)] = UNREADABLE
         part = Part(len(rows), _crc32(rows), [self.done + int(i) for i in unreadable])
@@ -239,6 +242,13 @@ class CodesSource:
     def codes(self, indices: np.ndarray, augmentations: np.ndarray | int) -> np.ndarray:
         """int16 or int32 [b n]: codes of images i64[b], each under its augmentation i64[b]."""
         return self._codes[self._records[indices], augmentations]
+
+    def counts(self) -> np.ndarray:
+        """i64[vocab]: how often each code was chosen, over all images and augmentations."""
+        total = np.zeros(self.header.vocab, np.int64)
+        for part in np.array_split(self._records, -(-len(self._records) // COUNTED)):
+            total += np.bincount(self._codes[part].reshape(-1), minlength=len(total))
+        return total
 
     def take(self, indices: np.ndarray) -> "CodesSource":
         """The same folder with these of its images only, in this order."""
