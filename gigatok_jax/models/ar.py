@@ -103,6 +103,17 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, rotary, cache: LayerCache | None = None, place: Place | None = None):
         """f[b n c] -> (f[b n c], cache); with a cache n is 1."""
+        q, k, v = self._project(x, rotary)
+        if cache is None:
+            out = attention.attend(q, k, v, causal=True)  # [b n h d]
+        else:
+            cache = _write(cache, k, v, place.position)
+            keys, values = (whole[:, :, : place.read] for whole in cache)
+            out = attention.attend_cached(q[:, 0], keys, values, place.position)  # [b h d]
+        return dense(x.shape[-1], self.dtype, "out")(out.reshape(x.shape)), cache
+
+    def _project(self, x, rotary):
+        """Queries f[b n h d], keys and values f[b n g d]."""
         width = x.shape[-1] // self.heads
         joint = dense((self.heads + 2 * self.kv_heads) * width, self.dtype, "qkv")(x)
         joint = joint.reshape(*x.shape[:2], -1, width)
@@ -112,13 +123,7 @@ class Attention(nn.Module):
             k = layers.layer_norm(self.dtype, "key_norm")(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        if cache is None:
-            out = attention.attend(q, k, v, causal=True)  # [b n h d]
-        else:
-            cache = _write(cache, k, v, place.position)
-            keys, values = (x[:, :, : place.read] for x in cache)
-            out = attention.attend_cached(q[:, 0], keys, values, place.position)  # [b h d]
-        return dense(x.shape[-1], self.dtype, "out")(out.reshape(x.shape)), cache
+        return q, k, v
 
 
 def _write(cache: LayerCache, key: jax.Array, value: jax.Array, position) -> LayerCache:
@@ -231,7 +236,7 @@ class Prior(nn.Module):
         self.class_embedding = embed(self.classes + 1)  # the last row drops the condition
         self.code_embedding = embed(self.vocab)
         if not self.rope:
-            shape = (self.tokens + 1, self.width)
+            shape = (self.tokens + 1, self.width)  # the last row is the original's, and unused
             self.positions = self.param("positions", layers.position_init, shape)
         if self.adaln == "shared":
             self.modulation = modulation(6, self.width, self.dtype, None)
@@ -393,8 +398,9 @@ def decode_step(prior: Prior, params, codes: jax.Array, cache: Cache, place: Pla
         prior, params: as for `prefill`.
         codes: i32[b], code `position - 1` of each image.
         cache: of the positions before.
-        place: the position, in [1, tokens), and how much of the cache is read (static, more than
-            the position); less to read is faster.
+        place: the position, in [1, tokens), and how much of the cache is read (static); less to
+            read is faster. A `read` that does not exceed the position leaves the newest codes
+            out without a word: positions are traced and cannot be checked here.
 
     Returns:
         f32[b v], logits of code `position`, and the cache with this position.
