@@ -13,9 +13,12 @@ import ml_collections
 
 from configs import common
 
+DATA = ("source", "folder", "eval_folder", "eval_images", "min_size", "max_unreadable")
+
 
 def get_config(arg=None):
     common.parse_arg(arg)
+    data = common.data_config()
     return ml_collections.ConfigDict(
         {
             "name": "evaluate",
@@ -25,14 +28,7 @@ def get_config(arg=None):
             "codes": "",  # workdir of extract_codes
             "eval_codes": "",
             "tokenizer": "",  # for images: a workdir, its checkpoints/, or one step
-            "data": {
-                "source": "folder",  # "digits" is the embedded set
-                "folder": "",
-                "eval_folder": "",
-                "eval_images": 0,  # held out of the others; 0 is one in twenty, at most 5000
-                "min_size": 0,
-                "max_unreadable": 100,
-            },
+            "data": {name: data[name] for name in DATA},
             "eval": {"batch": 64},
             "dtype": "auto",  # bfloat16 on accelerators, float32 on a CPU
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "cpu_devices": 1},

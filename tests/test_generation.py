@@ -193,32 +193,30 @@ def test_sigterm_ends_cleanly_and_the_same_command_goes_on(whole, models, tmp_pa
     assert content(tmp_path) == content(whole)
 
 
-def kill_often(models, workdir, kills, seed):
+def kill_often(models, workdir, count, kills, rng):
     """Runs the task in processes that die by SIGKILL once some more files have been written."""
-    rng = random.Random(seed)
-    values = repr({"num_images": COUNT})
     command = [sys.executable, "-c", tiny_pair.SCRIPT, str(tiny.session() / "cache")]
+    command += [str(models), str(workdir), repr({"num_images": count})]
     path = os.pathsep.join(["tests", "."])
     for _ in range(kills):
-        aim = len(list(workdir.glob("images/*"))) + rng.randrange(1, 5)
-        process = subprocess.Popen(
-            [*command, models, workdir, values], env=os.environ | {"PYTHONPATH": path}
-        )
+        aim = len(list(workdir.glob("images/*"))) + rng.randrange(1, 6)
+        process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path})
         while process.poll() is None and len(list(workdir.glob("images/*"))) < aim:
             time.sleep(0.001)
         time.sleep(rng.random() * 0.02)
         process.kill()
-        process.wait()
-    return process.returncode
+        assert process.wait() == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_killed_at_random_nothing_is_lost_doubled_or_half_written(whole, models, tmp_path, kills):
-    assert kill_often(models, tmp_path, kills, seed=kills) == -signal.SIGKILL
-    for path in tmp_path.glob("images/*.png"):
+def test_killed_at_random_nothing_is_lost_doubled_or_half_written(models, tmp_path, kills):
+    whole, killed, count = tmp_path / "whole", tmp_path / "killed", 15 * kills
+    tiny_pair.generate(models, whole, num_images=count)
+    kill_often(models, killed, count, kills, random.Random(kills))
+    for path in killed.glob("images/*.png"):
         assert path.read_bytes() == (whole / "images" / path.name).read_bytes()
-    tiny_pair.generate(models, tmp_path, num_images=COUNT)
-    assert content(tmp_path) == content(whole)  # no drafts either
+    tiny_pair.generate(models, killed, num_images=count)
+    assert content(killed) == content(whole)  # no drafts either
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -119,6 +120,11 @@ def check(config) -> None:
         if value < low:
             raise ConfigError(f"{name} is {value}, expected {low} or more")
     pair.compute_type(config.dtype)
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"generate writes one folder from one process, here are {jax.process_count()}: start it"
+            " on one host, which uses all of its devices"
+        )
 
 
 def open_job(config, workdir: epath.Path) -> Job:
