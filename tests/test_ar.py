@@ -333,27 +333,37 @@ def test_full_modulation_starts_as_the_identity():
     """Every gate is 0, so the blocks add nothing at first."""
     model, prior, params = initial("full")
     class_ids, codes = np.array([0, 3], np.int32), integers(7, 16, 2, 8)
-    x, _ = prior.apply({"params": params}, class_ids, codes[:, :-1], method="embed")
-    out = ar.features(prior, params, class_ids, codes, model.layers)
-    np.testing.assert_array_equal(out, x)
+
+    @jax.jit
+    def ends(params):
+        x, _ = prior.apply({"params": params}, class_ids, codes[:, :-1], method="embed")
+        return x, ar.features(prior, params, class_ids, codes, model.layers)
+
+    np.testing.assert_array_equal(*ends(params))
 
 
 def test_shared_modulation_starts_from_each_blocks_own():
     """Nothing of the class at first: the block is one whose modulation is a constant."""
     _, prior, params = initial("shared")
-    condition, x = normal(18, 3, 1, 64), normal(19, 3, 5, 64)
-    shared = prior.apply({"params": params}, condition, jnp.arange(5), method="shared")
-    assert not shared.modulation.any()
     own = jax.tree.map(lambda p: p[1], params["blocks"])
-    out = ar.Block(4, 4, adaln="shared").apply({"params": own}, x, jnp.float32(0), shared)[0]
     constant = {"kernel": np.zeros((64, 6 * 64)), "bias": own["modulation"].reshape(-1)}
-    given = own | {"modulation": constant}, ar.Shared(None, condition, None)
-    full_block = ar.Block(4, 4, adaln="full")
-    expected = full_block.apply({"params": given[0]}, x, jnp.float32(0), given[1])[0]
+
+    @jax.jit
+    def both(params, condition, x):
+        shared = prior.apply({"params": params}, condition, jnp.arange(5), method="shared")
+        given = ar.Shared(None, condition, None)
+        ours, full = (ar.Block(4, 4, adaln=kind) for kind in ("shared", "full"))
+        return (
+            ours.apply({"params": own}, x, jnp.float32(0), shared)[0],
+            full.apply({"params": own | {"modulation": constant}}, x, jnp.float32(0), given)[0],
+            prior.apply({"params": params}, x, condition, method="logits"),
+        )
+
+    params = params | {"head": {"kernel": normal(20, 64, 16)}}
+    condition, x = normal(18, 3, 1, 64), normal(19, 3, 5, 64)
+    out, expected, logits = both(params, condition, x)
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-6)
-    head = params | {"head": {"kernel": normal(20, 64, 16)}}
-    logits = functools.partial(prior.apply, {"params": head}, x, method="logits")
-    np.testing.assert_array_equal(logits(condition), logits(-condition))
+    np.testing.assert_array_equal(logits, both(params, -condition, x)[2])
 
 
 # In training.
@@ -433,9 +443,15 @@ def branch_in_training(dropouts, rate=0.0, batch=400):
     block, kept = ar.Block(4, 4), ar.Block(4, 4, dropouts=dropouts)
     params = draw(block, x, jnp.float32(0), shared)
     params["mlp"]["down"]["kernel"] *= 0
-    rate, rngs = jnp.float32(rate), {"dropout": jax.random.key(3)}
-    plain = block.apply({"params": params}, x, rate, shared)[0] - x
-    return plain, kept.apply({"params": params}, x, rate, shared, rngs=rngs)[0] - x
+
+    @jax.jit
+    def added(rate, rng):
+        plain = block.apply({"params": params}, x, rate, shared)[0]
+        return plain - x, kept.apply({"params": params}, x, rate, shared, rngs={"dropout": rng})[
+            0
+        ] - x
+
+    return added(jnp.float32(rate), jax.random.key(3))
 
 
 def test_a_share_of_a_branchs_features_is_dropped():

@@ -25,6 +25,13 @@ from gigatok_jax.train import optim
 SMALL = ["default", "adaLN", "simple_adaLN", "qknorm", "gqa"]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compile_fast():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def model_of(meta: dict):
     """Our config for the arguments that the golden's model was built with."""
     args = meta["args"]
