@@ -5,6 +5,7 @@ Axes: b batch of any size, h w pixels, n codes of an image.
 
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gigatok_jax import checkpoint, parallel, sampling
+from gigatok_jax import checkpoint, sampling
 from gigatok_jax.errors import CheckpointError, ConfigError, DataError
 from gigatok_jax.model_config import num_tokens
 from gigatok_jax.models import ar
@@ -262,10 +264,20 @@ def _checked_ids(ids, limit: int, what: str) -> np.ndarray:
 
 def _placed(params, dtype):
     """On the device, unless they are on one, in the type asked for; the codebook stays float32."""
-    placed = jax.tree.map(lambda x: jnp.asarray(x, dtype or jnp.float32), params)
+    placed = jax.tree.map(lambda x: _auto(jnp.asarray(x, dtype or jnp.float32)), params)
     if "quantizer" in params:
-        placed["quantizer"] = jax.tree.map(jnp.asarray, params["quantizer"])
+        placed["quantizer"] = jax.tree.map(lambda x: _auto(jnp.asarray(x)), params["quantizer"])
     return placed
+
+
+def _auto(x: jax.Array) -> jax.Array:
+    """The same array on a mesh whose axes leave shardings to the compiler, as ours do."""
+    if not isinstance(x.sharding, NamedSharding):
+        return x
+    mesh = x.sharding.mesh
+    types = (AxisType.Auto,) * len(mesh.axis_names)
+    mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=types)
+    return jax.device_put(x, NamedSharding(mesh, x.sharding.spec))
 
 
 def _in_batches(run: Callable[..., jax.Array], params, most: int, *arrays) -> jax.Array:
@@ -284,9 +296,11 @@ def _in_batches(run: Callable[..., jax.Array], params, most: int, *arrays) -> ja
 def _batch_sharding(params):
     """Examples are divided over the mesh that the parameters lie on; its sharding and parts."""
     sharding = jax.tree.leaves(params)[0].sharding
-    if not isinstance(sharding, jax.sharding.NamedSharding):
+    if not isinstance(sharding, NamedSharding):
         return sharding, 1
-    return parallel.split_batch(sharding.mesh), parallel.batch_shards(sharding.mesh)
+    axes = tuple(axis for axis in ("data", "fsdp") if axis in sharding.mesh.axis_names)
+    parts = math.prod(sharding.mesh.shape[axis] for axis in axes)
+    return NamedSharding(sharding.mesh, PartitionSpec(axes)), parts
 
 
 def _padded(array, count: int) -> np.ndarray:

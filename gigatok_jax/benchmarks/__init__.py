@@ -1,0 +1,1 @@
+"""Timings: each is a module with a `main`, run with `python -m`."""
