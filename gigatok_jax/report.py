@@ -36,6 +36,11 @@ class Section(NamedTuple):
     together: bool = False  # all metrics in one chart; otherwise one chart per name
 
 
+PRIOR_LOSS = Section(
+    "Loss",
+    "Nats per code, and their exponential; lower is better.",
+    ("*/loss", "*perplexity", "*accuracy"),
+)
 SECTIONS = (
     Section(
         "Quality on held-out images",
@@ -65,14 +70,31 @@ SECTIONS = (
 
 # Headline figures: name in results.json, label, format. The table below them shows all.
 HEADLINES = (
+    ("loss", "loss, nats per code", "{:.3f}"),
     ("psnr", "PSNR, dB", "{:.2f}"),
     ("ssim", "SSIM", "{:.3f}"),
     ("lpips", "LPIPS", "{:.3f}"),
     ("codebook_usage", "codes in use", "{:.0%}"),
-    ("perplexity", "perplexity", "{:,.0f}"),
-    ("images_per_second", "images/s", "{:,.0f}"),
+    ("perplexity", "perplexity", "{:,.1f}"),
+    ("cfg_scale", "guidance scale", "{:g}"),
+    ("images_per_second", "images/s", "{:,.1f}"),
     ("useful_share", "useful time", "{:.0%}"),
 )
+
+# How images were drawn: name of the setting, its words, and the value that says nothing.
+GUIDANCE = (
+    ("scale", "guidance scale {:g}", None),
+    ("schedule", "schedule {}", None),
+    ("window", "{} of the sequence", None),
+    ("interval", "up to code {}", -1),
+    ("temperature", "temperature {:g}", None),
+    ("top_k", "top-k {}", 0),
+    ("top_p", "top-p {:g}", 1),
+)
+
+# Runs inside a run's folder, in the order of its page, each with its own config.json.
+STAGES = {"samples": "Samples", "prior": "Prior", "codes": "Codes"}
+SHOWN = 16  # classes whose grids are in sight
 
 
 def write(workdir: epath.PathLike) -> epath.Path:
@@ -84,22 +106,38 @@ def write(workdir: epath.PathLike) -> epath.Path:
         Path of the page.
     """
     workdir = epath.Path(workdir)
-    rows = metric_writer.read(workdir)
     config, results = _json(workdir, "config.json"), _json(workdir, "results.json")
-    parts = [
-        _header(config, results, rows, _json(workdir, "environment.json")),
-        _headlines(results),
-        _pictures(workdir),
-        *_curves(rows),
-        _table("All figures", _flat(results)),
-        _table("Config", _flat(config)),
-        _table("Environment", _flat(_json(workdir, "environment.json"))),
-    ]
+    environment = _json(workdir, "environment.json")
+    stages = [name for name in STAGES if (workdir / name / "config.json").exists()]
+    parts = [_header(workdir, stages, environment), _headlines(results)]
+    for name in stages:
+        parts += [_stage(workdir, name), _headlines(_json(workdir / name, "results.json"))]
+        parts += _run(workdir / name, f"{name}/")
+    if stages:
+        parts.append('<h2 class="stage">Tokenizer</h2>')
+    parts += [*_run(workdir), _table("Environment", _flat(environment))]
     page = resources.files("gigatok_jax").joinpath("report.html").read_text(encoding="utf-8")
     page = page.replace("{{title}}", html.escape(_title(config)))
     path = workdir / "index.html"
     files.write_bytes(path, page.replace("{{body}}", "\n".join(filter(None, parts))).encode())
     return path
+
+
+def _run(workdir: epath.Path, prefix: str = "") -> Iterator[str]:
+    """Pictures, curves and tables of one run; `prefix` leads from the page to its folder."""
+    config, results = _json(workdir, "config.json"), _json(workdir, "results.json")
+    yield _classes(workdir, prefix, config, results)
+    yield _pictures(workdir, prefix, config)
+    yield from _curves(metric_writer.read(workdir), config)
+    yield _table("All figures", _flat(results))
+    yield _table("Config", _flat(config))
+
+
+def _stage(workdir: epath.Path, name: str) -> str:
+    """Heading of a run inside this one, with a link to its own page."""
+    own = f'<a href="{name}/index.html">own page</a>'
+    link = own if (workdir / name / "index.html").exists() else ""
+    return f'<h2 class="stage">{STAGES[name]} {link}</h2>'
 
 
 def _json(workdir: epath.Path, name: str) -> dict[str, Any]:
@@ -111,8 +149,13 @@ def _title(config: Figures) -> str:
     return f"{config.get('name') or 'run'} · gigatok_jax"
 
 
-def _header(config: Figures, results: Figures, rows: Sequence[dict], environment: Figures) -> str:
-    kind, status = _status(config, results, rows)
+def _header(workdir: epath.Path, stages: Sequence[str], environment: Figures) -> str:
+    config = _json(workdir, "config.json")
+    kind, status = _status(workdir)
+    unfinished = [stage for stage in stages if not (workdir / stage / "results.json").exists()]
+    if unfinished:
+        kind, status = _status(workdir / unfinished[-1])
+        status = f"{STAGES[unfinished[-1]].lower()} {status}"
     devices = ", ".join(f"{n} x {kind}" for kind, n in environment.get("devices", {}).items())
     about = [
         config.get("task", "").replace("_", " "),
@@ -126,11 +169,14 @@ def _header(config: Figures, results: Figures, rows: Sequence[dict], environment
     return f'<header><h1>{name} {badge}</h1><p class="muted">{line}</p></header>'
 
 
-def _status(config: Figures, results: Figures, rows: Sequence[dict]) -> tuple[str, str]:
+def _status(workdir: epath.Path) -> tuple[str, str]:
     """Class and text of the badge; results of an earlier, shorter run do not finish this one."""
-    last = max((row["step"] for row in rows), default=0)
+    config, results = _json(workdir, "config.json"), _json(workdir, "results.json")
+    last = max((row["step"] for row in metric_writer.read(workdir)), default=0)
     if results and results.get("step", last) >= last:
         return "finished", f"finished at step {last:,}" if last else "finished"
+    if config.get("task") in ("generate", "extract_codes"):
+        return "stopped", "not finished"
     total = config.get("train", {}).get("steps")
     return "stopped", f"stopped at step {last:,}" + (f" of {total:,}" if total else "")
 
@@ -146,36 +192,80 @@ def _headlines(results: Figures) -> str:
     return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
 
 
-def _pictures(workdir: epath.Path) -> str:
+def _classes(workdir: epath.Path, prefix: str, config: Figures, results: Figures) -> str:
+    """Grids of generated images, a class after the other."""
+    found = [m for n in _picture_names(workdir) if (m := re.fullmatch(r"class_(\d+)_(.+)\.png", n))]
+    if not found:
+        return ""
+    rows = []
+    for match in sorted(found, key=lambda match: int(match[1])):
+        number, name = str(int(match[1])), match[2].replace("_", " ")
+        rows.append(_figure(f"{prefix}pictures/{match[0]}", " ".join({number: 0, name: 0})))
+    body = f'<div class="rows">{"".join(rows[:SHOWN])}</div>'
+    if len(rows) > SHOWN:
+        body += f"<details><summary>{len(rows) - SHOWN} more classes</summary>"
+        body += f'<div class="rows">{"".join(rows[SHOWN:])}</div></details>'
+    count = "{images:,} images of {classes} classes. ".format(**results) if results else ""
+    return _section("Generated images", count + _guidance(config), body)
+
+
+def _guidance(config: Figures) -> str:
+    """How a config draws images, as a sentence; "" when it draws none."""
+    sample = config.get("sample", {})
+    told = {**config, **sample, **config.get("cfg", {}), **sample.get("cfg", {})}
+    told = {name.removeprefix("cfg_"): value for name, value in told.items()}
+    if "scale" not in told:
+        return ""
+    if told.get("schedule") in ("step", "rectangular"):
+        told["window"] = "{start:g} to {end:g}".format(**told)
+    words = [
+        form.format(told[name])
+        for name, form, silent in GUIDANCE
+        if name in told and told[name] != silent
+    ]
+    return f"{', '.join(words)}.".capitalize()
+
+
+def _picture_names(workdir: epath.Path) -> list[str]:
     folder = workdir / "pictures"
-    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
+
+
+def _pictures(workdir: epath.Path, prefix: str, config: Figures) -> str:
+    names = _picture_names(workdir)
     found = sorted((m for n in names if (m := re.fullmatch(r"(.+)_(\d+)\.png", n))), key=_order)
-    groups = itertools.groupby(found, key=lambda match: match[1])
-    return "\n".join(_gallery(kind, list(group)) for kind, group in groups)
+    groups = itertools.groupby(
+        (match for match in found if not match[1].startswith("class_")), key=lambda match: match[1]
+    )
+    notes = {
+        "reconstruction": "Originals above, their reconstructions below.",
+        "samples": _guidance(config),
+    }
+    return "\n".join(
+        _gallery(prefix, kind, notes.get(kind, ""), list(group)) for kind, group in groups
+    )
 
 
 def _order(match: re.Match) -> tuple[bool, str, int]:
-    """Reconstructions first, then by kind; newest first."""
-    return match[1] != "reconstruction", match[1], -int(match[2])
+    """Reconstructions or samples first, then by kind; newest first."""
+    return match[1] not in ("reconstruction", "samples"), match[1], -int(match[2])
 
 
-def _gallery(kind: str, found: Sequence[re.Match]) -> str:
-    note = "Originals above, their reconstructions below." if kind == "reconstruction" else ""
-    newest, older = found[0], found[1:]
-    body = _figure(newest)
-    if older:
-        inside = "".join(_figure(match) for match in older)
+def _gallery(prefix: str, kind: str, note: str, found: Sequence[re.Match]) -> str:
+    figures = [_figure(f"{prefix}pictures/{m[0]}", f"step {int(m[2]):,}", kind) for m in found]
+    body = figures[0]
+    if older := figures[1:]:
         body += f"<details><summary>{len(older)} earlier</summary>"
-        body += f'<div class="older">{inside}</div></details>'
+        body += f'<div class="older">{"".join(older)}</div></details>'
     return _section(kind.replace("_", " ").capitalize(), note, body)
 
 
-def _figure(match: re.Match) -> str:
-    source = html.escape(f"pictures/{match[0]}", quote=True)
-    caption = f"step {int(match[2]):,}"
+def _figure(source: str, caption: str, kind: str = "") -> str:
+    source, caption = html.escape(source), html.escape(caption)
+    words = ", ".join(filter(None, (html.escape(kind), caption)))
     return (
         f'<figure><figcaption>{caption}</figcaption><a href="{source}">'
-        f'<img src="{source}" alt="{html.escape(match[1])}, {caption}" loading="lazy"></a></figure>'
+        f'<img src="{source}" alt="{words}" loading="lazy"></a></figure>'
     )
 
 
@@ -210,9 +300,10 @@ def _show(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _curves(rows: Sequence[dict]) -> Iterator[str]:
+def _curves(rows: Sequence[dict], config: Figures) -> Iterator[str]:
     left = _series(rows)
-    for section in SECTIONS:
+    first = (PRIOR_LOSS,) if config.get("task") == "train_prior" else ()
+    for section in (*first, *SECTIONS):
         chosen = [k for k in left if any(fnmatch.fnmatch(k, p) for p in section.patterns)]
         taken = {key: left.pop(key) for key in chosen}
         if taken:

@@ -141,3 +141,76 @@ def test_an_interrupted_run_says_where_it_stopped(run):
 
 def test_an_empty_workdir_still_gives_a_page(tmp_path):
     assert "stopped at step 0" in load(tmp_path).text
+
+
+CFG = {"scale": 1.5, "schedule": "step", "start": 0.25, "end": 1.0, "interval": -1}
+TILE = np.zeros((8, 8, 3), np.uint8)
+
+
+def make_samples(workdir, classes=3):
+    config = {"name": "pets", "task": "generate", "cfg": CFG, "temperature": 1.0, "top_k": 0}
+    workdir.mkdir(exist_ok=True)
+    files.write_json(workdir / "config.json", config)
+    for i in range(classes):
+        pictures.save_class(workdir, i * 7, f"house_cat_{i}", TILE)
+
+
+def make_prior(workdir):
+    workdir.mkdir(exist_ok=True)
+    sample = {"cfg_scale": 1.0, "cfg_schedule": "linear", "cfg_start": 0.0, "cfg_end": 1.0}
+    config = {"name": "ar", "task": "train_prior", "train": {"steps": 9}, "sample": sample}
+    files.write_json(workdir / "config.json", config)
+    rows = [{"step": s, "train/loss": 9.0 / s, "train/perplexity": 3.0} for s in range(1, 10)]
+    write_rows(workdir, [*rows, {"step": 9, "eval/loss": 1.5}])
+    for step in (5, 9):
+        pictures.save(workdir, "samples", step, TILE)
+
+
+def test_generated_classes_stand_in_their_order_beside_their_names(tmp_path):
+    make_samples(tmp_path, 20)
+    page = load(tmp_path)
+    assert "not finished" in page.text and "133 house cat 19" in page.text
+    assert [a["src"] for a in page.all("img")][:3] == [
+        "pictures/class_0000_house_cat_0.png",
+        "pictures/class_0007_house_cat_1.png",
+        "pictures/class_0014_house_cat_2.png",
+    ]
+    assert f"{20 - report.SHOWN} more classes" in page.text
+    files.write_json(tmp_path / "results.json", {"images": 1234, "classes": 20, "cfg_scale": 1.5})
+    page = load(tmp_path)
+    assert "1,234 images of 20 classes" in page.text and "finished" in page.text
+    words = "Guidance scale 1.5, schedule step, 0.25 to 1 of the sequence, temperature 1."
+    assert words in page.text
+
+
+def test_a_prior_shows_both_losses_in_one_chart_and_its_samples(tmp_path):
+    make_prior(tmp_path)
+    page = load(tmp_path)
+    assert [a["aria-label"] for a in page.all("svg")] == ["loss", "perplexity"]
+    assert set(json.loads(page.all("svg")[0]["data-chart"])["lines"]) == {"train", "eval"}
+    assert [a["src"] for a in page.all("img")] == [
+        "pictures/samples_00000009.png",
+        "pictures/samples_00000005.png",
+    ]
+    assert "Guidance scale 1, schedule linear." in page.text  # which has no window
+    assert "Codebook" not in page.text
+
+
+def test_runs_inside_a_run_have_their_part_of_its_page(run):
+    make_prior(run / "prior")
+    report.write(run / "prior")
+    page = load(run)
+    assert "prior stopped at step 9 of 9" in page.text
+    files.write_json(run / "prior" / "results.json", {"step": 9, "loss": 1.25})
+    make_samples(run / "samples")
+    assert "samples not finished" in load(run).text
+    files.write_json(run / "samples" / "results.json", {"images": 4, "classes": 3, "cfg_scale": 1})
+    page = load(run)
+    places = [page.text.index(f"{word} ") for word in ("demo <&>", "Samples", "Prior")]
+    assert places == sorted(places) and page.text.index("Tokenizer") > places[-1]
+    assert "1.250" in page.text and "finished at step 400" in page.text
+    sources = [a["src"] for a in page.all("img")]
+    assert sources[0] == "samples/pictures/class_0000_house_cat_0.png"
+    assert sources[-1] == "pictures/reconstruction_00000200.png"
+    for source in [*sources, *(a["href"] for a in page.all("a"))]:
+        assert (run / source).is_file()
