@@ -212,8 +212,8 @@ def _classes(workdir: epath.Path, prefix: str, config: Figures, results: Figures
 def _guidance(config: Figures) -> str:
     """How a config draws images, as a sentence; "" when it draws none."""
     sample = config.get("sample", {})
-    told = {**config, **sample, **config.get("cfg", {}), **sample.get("cfg", {})}
-    told = {name.removeprefix("cfg_"): value for name, value in told.items()}
+    told = {**config, **sample, **config.get("cfg", {})}
+    told = {"end": 1.0} | {name.removeprefix("cfg_"): value for name, value in told.items()}
     if "scale" not in told:
         return ""
     if told.get("schedule") in ("step", "rectangular"):

@@ -157,7 +157,7 @@ def make_samples(workdir, classes=3):
 
 def make_prior(workdir):
     workdir.mkdir(exist_ok=True)
-    sample = {"cfg_scale": 1.0, "cfg_schedule": "linear", "cfg_start": 0.0, "cfg_end": 1.0}
+    sample = {"cfg_scale": 1.0, "cfg_schedule": "linear", "cfg_start": 0.0, "top_k": 9}
     config = {"name": "ar", "task": "train_prior", "train": {"steps": 9}, "sample": sample}
     files.write_json(workdir / "config.json", config)
     rows = [{"step": s, "train/loss": 9.0 / s, "train/perplexity": 3.0} for s in range(1, 10)]
@@ -192,8 +192,12 @@ def test_a_prior_shows_both_losses_in_one_chart_and_its_samples(tmp_path):
         "pictures/samples_00000009.png",
         "pictures/samples_00000005.png",
     ]
-    assert "Guidance scale 1, schedule linear." in page.text  # which has no window
+    assert "Guidance scale 1, schedule linear, top-k 9." in page.text  # which has no window
     assert "Codebook" not in page.text
+    config = files.read_json(tmp_path / "config.json")
+    config["sample"] |= {"cfg_schedule": "step", "cfg_start": 0.18}
+    files.write_json(tmp_path / "config.json", config)
+    assert "schedule step, 0.18 to 1 of the sequence, top-k 9." in load(tmp_path).text
 
 
 def test_runs_inside_a_run_have_their_part_of_its_page(run):
