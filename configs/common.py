@@ -70,6 +70,51 @@ def tokenizer(name: str, size: str, **model) -> ml_collections.ConfigDict:
         }
     )
     config.weights = ml_collections.ConfigDict({"folder": ""})  # "" is ~/.cache/gigatok_jax
+    return _keeping(config)
+
+
+def prior(name: str, size: str) -> ml_collections.ConfigDict:
+    """Training config of a prior with the published values; see `tokenizer`.
+
+    Args:
+        name: of the run.
+        size: of the model, a name of `model_config` such as "prior-B".
+    """
+    config = ml_collections.ConfigDict({"name": name, "task": "train_prior", "seed": 0})
+    config.model = model_config(size)
+    config.tokenizer = ""  # a checkpoint; codes are then made from images, and samples drawn
+    config.codes = ""  # a folder of extract_codes; "" takes the images of `data`
+    config.eval_codes = ""  # the same of held-out images; "" takes a share out of `codes`
+    config.cooldown_from = ""  # a checkpoint of a constant phase, whose rate decays from there
+    config.data = data_config()
+    config.train = _train()
+    del config.train.statistics
+    config.train.update(epochs=300.0, global_batch=256)
+    dropouts = {"dropout": 0.1, "token_dropout": 0.1, "class_dropout": 0.1, "drop_path": 0.0}
+    config.train.update(ml_collections.ConfigDict(dropouts))
+    config.optim = _optim()
+    del config.optim.discriminator_learning_rate
+    config.optim.update(schedule="wsd", warmup_epochs=1.0, weight_decay=0.05, clip=1.0)
+    config.optim.decay_mask = "matrices"
+    config.sample = ml_collections.ConfigDict(
+        {  # pictures along the way
+            "classes": 8,
+            "images": 4,  # of each class
+            "cfg_scale": 1.75,
+            "cfg_schedule": "step",
+            "cfg_start": 0.18,
+            "cfg_end": 1.0,
+            "cfg_interval": -1,
+            "temperature": 1.0,
+            "top_k": 0,
+            "top_p": 1.0,
+        }
+    )
+    return _keeping(config)
+
+
+def _keeping(config):
+    """Adds what every run that trains keeps, shows and runs on."""
     config.save = ml_collections.ConfigDict({"every": 5000, "keep": 3, "milestone_every": 50_000})
     config.eval = ml_collections.ConfigDict({"every": 5000, "batch": 64})
     config.log = ml_collections.ConfigDict({"every": 100, "pictures_every": 5000})
@@ -157,7 +202,7 @@ def _loss():
 
 
 def finish(config, arg) -> ml_collections.ConfigDict:
-    """Applies the arguments every tokenizer run takes: smoke, smoke_full."""
+    """Applies the arguments that every run of a published size takes: smoke, smoke_full."""
     if arg.smoke:
         shrink(config)
     if arg.smoke_full:
@@ -168,9 +213,13 @@ def finish(config, arg) -> ml_collections.ConfigDict:
 def shrink(config) -> None:
     """The same code paths at tiny widths on embedded data: about a minute on a CPU."""
     config.name += "_smoke"
-    config.model.update(image_size=32, patch_size=2, cnn_channels=32)
-    config.model.update(encoder="pico", decoder="pico", latent_tokens=16, codebook_size=64)
-    config.loss.discriminator_filters = 8
+    if config.model.kind == "prior":
+        config.model.update(layers=2, heads=2, kv_heads=2, width=64)
+        config.model.update(vocab=64, tokens=16, classes=10)
+    else:
+        config.model.update(image_size=32, patch_size=2, cnn_channels=32)
+        config.model.update(encoder="pico", decoder="pico", latent_tokens=16, codebook_size=64)
+        config.loss.discriminator_filters = 8
     _shorten(config, steps=12, batch=4)
     config.eval.batch = 16
 
@@ -189,13 +238,17 @@ def _shorten(config, steps, batch):
     """Every phase, an evaluation, a save and a picture within `steps` steps."""
     config.data.update(source="digits", workers=0, eval_images=batch)
     config.train.update(steps=steps, global_batch=batch, dtype="float32", remat="none")
-    half = 1 + steps // 2  # one step ends and starts phases, to compile only twice
-    config.loss.discriminator_start = half
-    if config.loss.shortcut_end:
-        config.loss.shortcut_end = half
-    config.loss.missing_weights = "skip"
     if config.optim.warmup_epochs:
         config.optim.update(warmup_epochs=0.0, warmup_steps=steps // 3)
+    if config.model.kind == "prior":
+        config.tokenizer = "untrained"  # random codes: nobody has a tokenizer at hand
+        config.sample.update(classes=2, images=2)
+    else:
+        half = 1 + steps // 2  # one step ends and starts phases, to compile only twice
+        config.loss.discriminator_start = half
+        if config.loss.shortcut_end:
+            config.loss.shortcut_end = half
+        config.loss.missing_weights = "skip"
     config.eval.update(every=steps, batch=batch)
     config.save.update(every=steps // 2, milestone_every=0)
     config.log.update(every=1, pictures_every=steps)

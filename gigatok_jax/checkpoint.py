@@ -34,17 +34,21 @@ NO_SPACE = ("no space left", "resource_exhausted", "disk quota")  # TensorStore 
 # Keys that do not define a run: its length, what it prints and keeps, where and on what it runs.
 FREE_KEYS = (
     "batch",
+    "codes",  # these too: their fingerprints are in the checkpoint
     "data.eval_folder",
     "data.folder",  # images may move; the data fingerprint in the checkpoint tells if they changed
     "data.max_unreadable",
     "data.workers",
     "eval",
+    "eval_codes",
     "image_ids",  # any images of a generation may be made, or more of them
     "log",
     "mesh",
     "num_images",
     "profile",
+    "sample",
     "save",
+    "tokenizer",
     "train.epochs",
     "train.micro_batches",  # follows the memory of the machine
     "train.remat",
@@ -238,6 +242,22 @@ def load_params(
     chosen = {name: saved[name] for name in names}
     args = jax.tree.map(lambda leaf: _restore_args(leaf.dtype, sharding), chosen)
     return _read(directory, chosen, args), files.read_json(directory / EXTRAS)
+
+
+def restore_from(path: epath.PathLike, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+    """`Checkpoints.restore` of one step of another run, in which nothing changes.
+
+    Args:
+        path: as for `find`, of one step.
+        abstract_state: as for `Checkpoints.restore`.
+
+    Raises:
+        CheckpointError: no such step, a damaged one, or one of another model.
+    """
+    root, step = find(path)
+    directory = root / str(step)
+    _verify(directory)
+    return _restore(directory, abstract_state), files.read_json(directory / EXTRAS)
 
 
 def check_workdir(workdir: epath.PathLike, config: Any) -> None:

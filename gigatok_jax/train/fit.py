@@ -10,21 +10,22 @@ from gigatok_jax.errors import ConfigError
 
 
 class FittedStep:
-    """`step(state, images, frozen, phase)` for a training loop; compiles each phase once."""
+    """`step(state, batch, frozen, *phase)` for a training loop; compiles each phase once."""
 
     def __init__(self, make: Callable, mesh: jax.sharding.Mesh, micro_batches: int):
         """Args:
-        make: micro-batches to a jitted step of (state, images, frozen, phase).
+        make: micro-batches to a jitted step of (state, batch, frozen, *phase); the batch is a
+            tree of arrays, the phase what is static.
         mesh: devices of the run.
         micro_batches: to begin with; doubled while the step needs more memory than there is.
         """
         self._make, self._mesh, self._micro_batches = make, mesh, micro_batches
         self._compiled = {}
 
-    def __call__(self, state, images, frozen, phase):
+    def __call__(self, state, batch, frozen, *phase):
         if phase not in self._compiled:
-            self._compiled[phase] = self._fit(state, images, frozen, phase)
-        return self._compiled[phase](state, images, frozen)
+            self._compiled[phase] = self._fit(state, batch, frozen, *phase)
+        return self._compiled[phase](state, batch, frozen)
 
     def _fit(self, *arguments):
         """The compiled step with the fewest micro-batches that fit.
@@ -33,7 +34,8 @@ class FittedStep:
             ConfigError: not even one image at a time and device fits.
         """
         # Each phase begins anew, so that a resumed run cuts as the uninterrupted one did.
-        batch, limit, parts = arguments[1].shape[0], memory_limit(), self._micro_batches
+        batch = jax.tree.leaves(arguments[1])[0].shape[0]
+        limit, parts = memory_limit(), self._micro_batches
         while True:
             compiled = self._make(parts).lower(*arguments).compile()
             needed = memory_needed(compiled)
@@ -47,8 +49,8 @@ class FittedStep:
                 )
             parts *= 2
             logging.warning(
-                "a step needs %.1f GiB of %.1f GiB: the batch of %d is cut into %d micro-batches,"
-                " over each of which the discriminator's batch statistics are taken",
+                "a step needs %.1f GiB of %.1f GiB: the batch of %d is cut into %d micro-batches;"
+                " statistics of a batch, where there are any, are taken over each of them",
                 needed / 2**30, limit / 2**30, batch, parts,
             )  # fmt: skip
 

@@ -1,13 +1,212 @@
-"""What every training loop needs: signals, and numbers that arrive one step late."""
+"""What every training run goes through: steps, signals, numbers that arrive one step late, saves.
 
+A kind of run brings its own `Run`, with the three methods that set it apart.
+"""
+
+import dataclasses
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 
-from gigatok_jax.errors import NonFiniteError
+from gigatok_jax import checkpoint, files, metric_writer, parallel, report
+from gigatok_jax.errors import CheckpointError, ConfigError, NonFiniteError
+from gigatok_jax.train.fit import FittedStep
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything that one training run holds on to."""
+
+    config: Any
+    workdir: epath.Path
+    total_steps: int
+    mesh: jax.sharding.Mesh
+    abstract: Any  # shapes and shardings of the state
+    create: Callable  # makes the first state in place
+    step: FittedStep
+    checkpoints: checkpoint.Checkpoints
+    writer: metric_writer.MetricWriter
+    timer: metric_writer.StepTimer
+    extras: dict[str, Any]  # saved beside each state
+
+    shown: ClassVar[tuple[str, ...]]  # metrics of the progress line
+    inputs: ClassVar[tuple[str, ...]]  # what a step takes of a batch
+
+    def advance(self, state, batch: dict[str, jax.Array], done: int):
+        """The state after update `done`, counted from 1, and its scalars."""
+        raise NotImplementedError
+
+    def figures(self, state) -> dict[str, float]:
+        """What is measured on held-out data."""
+        raise NotImplementedError
+
+    def draw(self, state, done: int) -> None:
+        """Writes the pictures of a step."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Waits for the save in progress, and closes the files."""
+        self.writer.close()
+        self.checkpoints.close()
+
+
+def common_parts(config, workdir: epath.Path, mesh, create: Callable, make_step: Callable) -> dict:
+    """Fields of `Run` that every kind makes alike.
+
+    Args:
+        config: of the run.
+        workdir: of the run.
+        mesh: devices of the run.
+        create: function without arguments that makes the first state.
+        make_step: micro-batches to a jitted step, see `FittedStep`.
+    """
+    same, total = parallel.replicated(mesh), total_steps(config)
+    shapes = jax.eval_shape(create)
+    return {
+        "config": config,
+        "workdir": workdir,
+        "total_steps": total,
+        "mesh": mesh,
+        "abstract": jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=same), shapes
+        ),
+        "create": jax.jit(create, out_shardings=same),
+        "step": FittedStep(make_step, mesh, config.train.micro_batches),
+        "checkpoints": checkpoint.Checkpoints(
+            workdir, config.save.keep, config.save.milestone_every
+        ),
+        "writer": metric_writer.MetricWriter(workdir, total, config.train.global_batch),
+        "timer": metric_writer.StepTimer(),
+    }
+
+
+def total_steps(config) -> int:
+    """Updates of the whole run: `train.steps`, or else `train.epochs` worth of them."""
+    return config.train.steps or round(config.train.epochs * steps_per_epoch(config))
+
+
+def steps_per_epoch(config) -> float:
+    """An epoch is `train.epoch_images` images whatever the data holds."""
+    return config.train.epoch_images / config.train.global_batch
+
+
+def restore(run: Run) -> tuple[Any, int]:
+    """The newest whole checkpoint or a first state, and the updates done."""
+    step = run.checkpoints.latest()
+    if step is None:
+        run.writer.truncate_after(0)
+        return run.create(), 0
+    state, extras = run.checkpoints.restore(run.abstract, step)
+    before, now = (one.get("tokenizer") for one in (extras, run.extras))
+    if before != now:
+        raise CheckpointError(
+            f"{run.workdir} learned codes of tokenizer {before}, these are of {now}: name the same"
+            " codes and tokenizer"
+        )
+    if extras["data"]["fingerprint"] != run.extras["data"]["fingerprint"]:
+        logging.warning("the images are not those of the checkpoint: other names or another count")
+    run.writer.truncate_after(step)
+    print(f"resuming at step {step} of {run.total_steps}", flush=True)
+    return state, step
+
+
+def loop(
+    run: Run, state, start: int, batches: AbstractContextManager, interrupts: "Interrupts"
+) -> int:
+    """Steps from `start` to the end or a signal; returns the updates done.
+
+    Args:
+        run: of any kind.
+        state: after `start` updates.
+        start: updates done.
+        batches: iterator of batches of numpy arrays, from that of update `start + 1` on; closed at
+            the end.
+        interrupts: what to stop for.
+    """
+    late, split = LateScalars(), parallel.split_batch(run.mesh)
+    profile, done = Profile(run.config.profile, run.workdir), start
+    with batches, profile:
+        for done in range(start + 1, run.total_steps + 1):
+            with run.timer.measure("data"):
+                given = next(batches)
+                batch = {name: parallel.global_array(given[name], split) for name in run.inputs}
+            profile.at(done)
+            with run.timer.measure("compute"):
+                state, scalars = run.advance(state, batch, done)
+                ready = late.push(done, scalars)
+            report_scalars(run, ready)
+            if is_due(run, done) or interrupts.received:
+                with run.timer.measure("compute"):
+                    ready = late.pop()
+                report_scalars(run, ready)
+            record(run, state, done, bool(interrupts.received))
+            if interrupts.received:
+                break
+    return done
+
+
+def is_due(run: Run, done: int) -> bool:
+    """Whether something is kept of this step, which its metrics have to precede."""
+    config = run.config
+    periods = (config.save.every, config.eval.every, config.log.pictures_every)
+    return done == run.total_steps or any(n and done % n == 0 for n in periods)
+
+
+def report_scalars(run: Run, ready: tuple[int, dict[str, float]] | None) -> None:
+    """Writes the metrics of a step when its turn has come."""
+    if ready is None:
+        return
+    step, values = ready
+    if step % run.config.log.every == 0 or step in (1, run.total_steps):
+        run.writer.write(step, values, "train")
+        shown = {name: values[name] for name in run.shown if name in values}
+        run.writer.progress(step, shown, run.timer)
+
+
+def record(run: Run, state, done: int, stopping: bool) -> None:
+    """Held-out figures, pictures and a checkpoint, each at its own steps."""
+    config, last = run.config, done == run.total_steps
+    if last or (config.eval.every and done % config.eval.every == 0):
+        with run.timer.measure("evaluate"):
+            run.writer.write(done, run.figures(state), "eval")
+    if last or (config.log.pictures_every and done % config.log.pictures_every == 0):
+        with run.timer.measure("evaluate"):
+            run.draw(state, done)
+            report.write(run.workdir)
+    if last or stopping or (config.save.every and done % config.save.every == 0):
+        with run.timer.measure("save"):
+            run.checkpoints.save(done, state, run.extras)
+
+
+def has_results(workdir: epath.Path, step: int) -> bool:
+    """Whether the results of a run of that many steps are there already."""
+    path = workdir / "results.json"
+    return path.exists() and files.read_json(path).get("step") == step
+
+
+def finish(run: Run, done: int, interrupts: "Interrupts") -> None:
+    """Waits for the last save; writes the page, and the results of a run that is complete."""
+    with run.timer.measure("save"):
+        run.checkpoints.wait()
+    seconds, shares = run.timer.total()
+    share = shares.get("compute", 0.0)
+    if done >= run.total_steps:
+        rows = [row for row in metric_writer.read(run.workdir) if row["step"] == done]
+        figures = {name: row[name] for row in rows for name in row if name.startswith("eval/")}
+        results = {name.removeprefix("eval/"): value for name, value in figures.items()}
+        results |= {"step": done, "seconds": seconds, "useful_share": share}
+        files.write_json(run.workdir / "results.json", results)
+    page = report.write(run.workdir)
+    print(f"{share:.0%} of {metric_writer.duration(seconds)} spent computing; page: {page}")
+    if done < run.total_steps:
+        print(f"stopped at step {done} of {run.total_steps}; the same command resumes", flush=True)
+        raise SystemExit(128 + interrupts.received)
 
 
 class Interrupts:
@@ -73,3 +272,40 @@ def check_finite(step: int, values: Mapping[str, float]) -> None:
                 f"step {step}: {name} is {values[name]}; the last checkpoint is from before."
                 " Lower optim.learning_rate or optim.clip, or look at the images of this step"
             )
+
+
+class Profile:
+    """A trace of the steps that `config.profile` names as "start:count"."""
+
+    def __init__(self, span: str, workdir: epath.Path):
+        self._first, self._last = self._read(span)
+        self._folder, self._running = workdir / "profile", False
+
+    @staticmethod
+    def _read(span: str) -> tuple[int, int]:
+        if not span:
+            return 0, 0
+        first, _, count = span.partition(":")
+        if not (first.isdigit() and count.isdigit() and int(first) > 0 and int(count) > 0):
+            raise ConfigError(f"profile is {span!r}, expected start:count in steps, like 10:3")
+        return int(first), int(first) + int(count)
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop()
+
+    def at(self, step: int) -> None:
+        """Starts or ends the trace before the step that is about to run."""
+        if step == self._first:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+        if step == self._last:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+            print(f"profile: {self._folder}, for xprof or TensorBoard", flush=True)

@@ -34,6 +34,7 @@ def learning_rate(
     *,
     base: float | None = None,
     first_step: int = 0,
+    decay_from: int | None = None,
 ) -> Schedule:
     """The rate of update `step` (0 is the first), with the original's indexing.
 
@@ -49,6 +50,8 @@ def learning_rate(
         steps_per_epoch: turns `warmup_epochs` into steps.
         base: rate before decay; None takes `optim.learning_rate`.
         first_step: global step of the network's first update.
+        decay_from: updates after which the rate falls to 0 at `total_steps`, as 1 -
+            sqrt(progress), whatever the schedule: the cool-down of a constant phase.
 
     Returns:
         A function of the global step (integers, numpy or traced) that gives the rate.
@@ -66,6 +69,8 @@ def learning_rate(
     base = optim.learning_rate if base is None else base
 
     def scheduled(step):
+        if decay_from is not None:
+            return wsd(step, base, warmup, total_steps, total_steps - decay_from)
         if optim.schedule == "constant":
             return constant(step, base, warmup)
         if optim.schedule == "cosine":
