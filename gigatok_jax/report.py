@@ -39,7 +39,7 @@ class Section(NamedTuple):
 PRIOR_LOSS = Section(
     "Loss",
     "Nats per code, and their exponential; lower is better.",
-    ("*/loss", "*perplexity", "*accuracy"),
+    ("*/loss", "*/loss_ema", "*perplexity"),
 )
 SECTIONS = (
     Section(
@@ -70,6 +70,8 @@ SECTIONS = (
 
 # Headline figures: name in results.json, label, format. The table below them shows all.
 HEADLINES = (
+    ("recognised_generated", "generated images recognised", "{:.0%}"),
+    ("recognised_real", "real images recognised", "{:.0%}"),
     ("loss", "loss, nats per code", "{:.3f}"),
     ("psnr", "PSNR, dB", "{:.2f}"),
     ("ssim", "SSIM", "{:.3f}"),
@@ -109,7 +111,8 @@ def write(workdir: epath.PathLike) -> epath.Path:
     config, results = _json(workdir, "config.json"), _json(workdir, "results.json")
     environment = _json(workdir, "environment.json")
     stages = [name for name in STAGES if (workdir / name / "config.json").exists()]
-    parts = [_header(workdir, stages, environment), _headlines(results)]
+    own = {key: value for key, value in results.items() if key.split("/")[0] not in stages}
+    parts = [_header(workdir, stages, environment), _headlines(own)]
     for name in stages:
         parts += [_stage(workdir, name), _headlines(_json(workdir / name, "results.json"))]
         parts += _run(workdir / name, f"{name}/")

@@ -209,10 +209,13 @@ def test_runs_inside_a_run_have_their_part_of_its_page(run):
     make_samples(run / "samples")
     assert "samples not finished" in load(run).text
     files.write_json(run / "samples" / "results.json", {"images": 4, "classes": 3, "cfg_scale": 1})
+    results = {"step": 400, "recognised_generated": 0.875, "prior/loss": 1.25}
+    files.write_json(run / "results.json", results)
     page = load(run)
     places = [page.text.index(f"{word} ") for word in ("demo <&>", "Samples", "Prior")]
     assert places == sorted(places) and page.text.index("Tokenizer") > places[-1]
-    assert "1.250" in page.text and "finished at step 400" in page.text
+    assert page.text.count("1.250") == 1 and "88%" in page.text
+    assert "finished at step 400" in page.text
     sources = [a["src"] for a in page.all("img")]
     assert sources[0] == "samples/pictures/class_0000_house_cat_0.png"
     assert sources[-1] == "pictures/reconstruction_00000200.png"
