@@ -223,7 +223,7 @@ def load_params(
 
     Args:
         path: as for `find`; for a workdir a damaged step is named in the log and passed over.
-        names: entries of the state, such as "ema_params".
+        names: entries of the state, such as "ema_params"; none reads the extras alone.
         sharding: where every array goes; None gives numpy arrays on the host.
 
     Returns:
@@ -241,7 +241,8 @@ def load_params(
         raise CheckpointError(f"{directory} has no entry {missing}, only {sorted(saved)}")
     chosen = {name: saved[name] for name in names}
     args = jax.tree.map(lambda leaf: _restore_args(leaf.dtype, sharding), chosen)
-    return _read(directory, chosen, args), files.read_json(directory / EXTRAS)
+    trees = _read(directory, chosen, args) if names else {}
+    return trees, files.read_json(directory / EXTRAS)
 
 
 def restore_from(path: epath.PathLike, abstract_state: Any) -> tuple[Any, dict[str, Any]]:

@@ -311,12 +311,15 @@ def train_batches(
     """
     pipeline.check_division(global_batch, process_count)
     order, size = pipeline.order(len(source), seed), global_batch // process_count
-    for step in itertools.count(start_step):
+
+    def batch(step: int) -> dict[str, np.ndarray]:
         first = step * global_batch + process_index * size
         positions = np.arange(first, first + size)
         indices = np.fromiter((order[p] for p in positions), np.int64, size)
         drawn = _mixed(seed, positions) % source.augmentations
-        yield _batch(source, indices, drawn.astype(np.int64))
+        return _batch(source, indices, drawn.astype(np.int64))
+
+    return (batch(step) for step in itertools.count(start_step))
 
 
 def eval_batches(

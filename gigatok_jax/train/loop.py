@@ -125,16 +125,15 @@ def loop(
         run: of any kind.
         state: after `start` updates.
         start: updates done.
-        batches: iterator of batches of numpy arrays, from that of update `start + 1` on; closed at
-            the end.
+        batches: gives an iterator of batches of numpy arrays, from that of update `start + 1` on.
         interrupts: what to stop for.
     """
     late, split = LateScalars(), parallel.split_batch(run.mesh)
     profile, done = Profile(run.config.profile, run.workdir), start
-    with batches, profile:
+    with batches as stream, profile:
         for done in range(start + 1, run.total_steps + 1):
             with run.timer.measure("data"):
-                given = next(batches)
+                given = next(stream)
                 batch = {name: parallel.global_array(given[name], split) for name in run.inputs}
             profile.at(done)
             with run.timer.measure("compute"):
