@@ -255,6 +255,21 @@ def test_mistakes_are_one_line_and_leave_nothing(models, tmp_path, values, messa
     assert not (tmp_path / "run").exists()
 
 
+def test_classes_go_by_the_names_of_the_data_that_was_learned(models, tmp_path):
+    names = ["cat", "dog", "house mouse"]
+    tiny_pair.save(tmp_path / "prior", *tiny_pair.prior(), class_names=names)
+    where = {"prior": f"{tmp_path}/prior", "tokenizer": f"{models}/tokenizer"}
+    tiny_pair.generate(models, tmp_path / "run", class_ids="mouse, cat", num_images=3, **where)
+    made = sorted(path.name for path in (tmp_path / "run/images").iterdir())
+    assert made == [
+        "000000_002_house_mouse.png",
+        "000001_000_cat.png",
+        "000002_002_house_mouse.png",
+    ]
+    with pytest.raises(ConfigError, match="no class 'panda'"):
+        tiny_pair.generate(models, tmp_path / "other", class_ids="panda", **where)
+
+
 def test_many_classes_have_to_be_chosen():
     with pytest.raises(ConfigError, match="class_ids is empty: name some of the 1000 classes"):
         generation._class_ids("", generation.classes.names_of(1000))
@@ -307,7 +322,8 @@ def test_checkpoints_that_are_swapped_are_refused(models, tmp_path):
 
 
 def test_what_may_change_between_two_calls():
-    free = {"batch", "image_ids", "num_images", "mesh"}
+    # Where the tokenizer lies is free too; the record in the folder compares its weights.
+    free = {"batch", "image_ids", "num_images", "mesh", "tokenizer"}
     assert free <= set(checkpoint.FREE_KEYS)
     keys = set(generate_config.get_config()) - free
     assert keys.isdisjoint(checkpoint.FREE_KEYS)

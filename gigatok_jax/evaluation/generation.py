@@ -103,7 +103,7 @@ def generate(config, workdir: epath.PathLike) -> None:
     if missing or not is_finished(job):
         seconds = time.perf_counter() - start
         finish(job, {"made": len(missing), "seconds": seconds, "images_per_second": speed})
-    print(f"{len(job.image_ids)} images; page: {report.write(job.workdir)}", flush=True)
+    print(f"images: {len(job.image_ids)}; page: {report.write(job.workdir)}", flush=True)
 
 
 def check(config) -> None:
@@ -133,7 +133,7 @@ def open_job(config, workdir: epath.Path) -> Job:
     prior = library.load_prior(config.prior, weights=config.weights_kind, **where)
     tokenizer = library.load_tokenizer(config.tokenizer, **where)
     pair.check_tokenizer(prior, tokenizer)
-    names = classes.names_of(prior.config.classes, getattr(prior, "class_names", ()))
+    names = classes.names_of(prior.config.classes, pair.class_names(config.prior, prior.step))
     class_ids = _class_ids(config.class_ids, names)
     image_ids = _image_ids(config, EACH * len(class_ids))
     return Job(config, workdir, prior, tokenizer, names, class_ids, image_ids)
@@ -236,7 +236,8 @@ def make(job: Job, missing: set[int], interrupts: Interrupts) -> tuple[int, floa
     """
     batches = [ids for ids in _batches(job) if not missing.isdisjoint(ids)]
     if batches:
-        print(f"{len(missing)} images in {len(batches)} batches; the first compiles", flush=True)
+        size = min(job.config.batch, len(job.image_ids))
+        print(f"images to make: {len(missing)}; the first batch of {size} compiles", flush=True)
     writing, left, speed = [], len(missing), Speed()
     with futures.ThreadPoolExecutor(WRITERS) as pool:
         for number, ids in enumerate(batches):
