@@ -139,12 +139,13 @@ def train(config, workdir: epath.PathLike) -> None:
     tokenizer = load_tokenizer(config, mesh)
     data = Data(config, tokenizer)
     extras = check_data(config, data, tokenizer)
-    checkpoint.check_workdir(workdir, config)
     branch = find_branch(config, workdir, extras["tokenizer"])
+    checkpoint.check_workdir(workdir, config)
     environment.write(workdir)
-    run = make_run(config, workdir, mesh, tokenizer, data, extras | {"decay_from": branch})
+    extras["decay_from"] = branch and branch["step"]
+    run = make_run(config, workdir, mesh, tokenizer, data, extras)
     with contextlib.closing(run), Interrupts() as interrupts:
-        state, done = begin(run)
+        state, done = begin(run, branch)
         if done < run.total_steps or not has_results(run.workdir, done):
             batches = data.train_batches(done)
             finish(run, loop(run, state, done, batches, interrupts), interrupts)
@@ -320,10 +321,10 @@ def sample(config, params, tokenizer: library.Tokenizer) -> np.ndarray:
 # Cool-down.
 
 
-def find_branch(config, workdir: epath.Path, tokenizer: str) -> int | None:
-    """Updates that a cool-down has behind it when its rate begins to fall; None for other runs.
+def find_branch(config, workdir: epath.Path, tokenizer: str) -> dict[str, Any] | None:
+    """Where a cool-down branches off: the "checkpoint", and its "step"; None for other runs.
 
-    Written down in the workdir, so that the run it branched off from may go on or disappear.
+    A workdir that has begun to cool down knows it, so the other run may go on or disappear.
 
     Raises:
         CheckpointError: the checkpoint is of another model or tokenizer, or its rate has begun to
@@ -332,13 +333,12 @@ def find_branch(config, workdir: epath.Path, tokenizer: str) -> int | None:
     """
     if not config.cooldown_from:
         return None
-    if not (workdir / COOLDOWN).exists():
-        _, extras = checkpoint.load_params(config.cooldown_from, ())
-        check_branch(config, extras, tokenizer)
-        root, _ = checkpoint.find(config.cooldown_from)
-        branch = {"checkpoint": str(root / str(extras["step"])), "step": extras["step"]}
-        files.write_json(workdir / COOLDOWN, branch)
-    return files.read_json(workdir / COOLDOWN)["step"]
+    if (workdir / COOLDOWN).exists():
+        return files.read_json(workdir / COOLDOWN)
+    _, extras = checkpoint.load_params(config.cooldown_from, ())
+    check_branch(config, extras, tokenizer)
+    root, _ = checkpoint.find(config.cooldown_from)
+    return {"checkpoint": str(root / str(extras["step"])), "step": extras["step"]}
 
 
 def check_branch(config, extras: dict[str, Any], tokenizer: str) -> None:
@@ -368,14 +368,13 @@ def check_branch(config, extras: dict[str, Any], tokenizer: str) -> None:
         )
 
 
-def begin(run: PriorRun) -> tuple[ar_step.PriorState, int]:
+def begin(run: PriorRun, branch: dict[str, Any] | None) -> tuple[ar_step.PriorState, int]:
     """The state to go on from and the updates done; a new cool-down takes its first state along."""
-    branch = run.extras["decay_from"]
     if branch is None or run.checkpoints.latest() is not None:
         return restore(run)
-    origin = files.read_json(run.workdir / COOLDOWN)["checkpoint"]
-    state, _ = checkpoint.restore_from(origin, run.abstract)
-    run.writer.truncate_after(branch)
-    print(f"the rate falls from step {branch} to {run.total_steps}", flush=True)
-    run.checkpoints.save(branch, state, run.extras)
-    return state, branch
+    state, _ = checkpoint.restore_from(branch["checkpoint"], run.abstract)
+    files.write_json(run.workdir / COOLDOWN, branch)
+    run.writer.truncate_after(branch["step"])
+    print(f"the rate falls from step {branch['step']} to {run.total_steps}", flush=True)
+    run.checkpoints.save(branch["step"], state, run.extras)
+    return state, branch["step"]
