@@ -38,7 +38,7 @@ def get(name, arg=None):
 @pytest.mark.parametrize("name", RUNS)
 def test_config_locks_and_names_itself(name):
     config = get(name).lock()
-    assert config.name == name
+    assert config.name == {"ar": "ar_b"}.get(name, name)
     assert config.task in main.TASKS
     with pytest.raises((AttributeError, KeyError)):
         config.no_such_key = 1
@@ -115,6 +115,50 @@ def test_smoke_is_small_and_smoke_full_is_not(name):
     assert get(name, "smoke_full").model == get(name).model
 
 
+# size: parameters as published, batch
+PRIORS = {
+    "b": (111_085_824, 256),
+    "l": (343_174_144, 256),
+    "xl": (775_028_480, 256),
+    "xxl": (1_411_367_424, 512),
+}
+
+
+@pytest.mark.parametrize("size", PRIORS)
+def test_prior_recipe_is_the_published_one(size):
+    config, (parameters, batch) = get("ar", f"size={size}"), PRIORS[size]
+    train, optim = config.train, config.optim
+    assert config.name == f"ar_{size}"  # its own workdir
+    assert config.model == model_config(f"prior-{size.upper()}")
+    assert dry_run.count(dry_run.abstract_params(config.model)) == parameters
+    assert (train.epochs, train.epoch_images, train.global_batch) == (300, 1_280_000, batch)
+    dropouts = (train.dropout, train.token_dropout, train.class_dropout, train.drop_path)
+    assert dropouts == (0.1, 0.1, 0.1, 0)
+    rate = (optim.schedule, optim.learning_rate, optim.warmup_epochs, optim.wsd_decay_fraction)
+    assert rate == ("wsd", 1e-4, 1, 0.2)
+    adam = (optim.beta1, optim.beta2, optim.weight_decay, optim.decay_mask, optim.clip, optim.ema)
+    assert adam == (0.9, 0.95, 0.05, "matrices", 1, 0.9999)
+    sample = config.sample
+    assert (sample.cfg_scale, sample.cfg_schedule, sample.cfg_start) == (1.75, "step", 0.18)
+
+
+@pytest.mark.parametrize("arg", ["smoke", "smoke_full"])
+def test_small_priors_need_no_tokenizer(arg):
+    config = get("ar", f"size=xl,{arg}")
+    assert config.name == f"ar_xl_{arg}"
+    assert config.tokenizer == "untrained" and not config.codes
+    assert config.data.source == "digits" and config.train.steps <= 12
+    assert 0 < config.optim.warmup_steps < config.train.steps
+    assert (config.model == get("ar", "size=xl").model) == (arg == "smoke_full")
+    if arg == "smoke":
+        assert dry_run.count(dry_run.abstract_params(config.model)) < 1_000_000
+
+
+def test_a_prior_of_no_known_size_is_refused():
+    with pytest.raises(errors.ConfigError, match=r"no model 'prior-S'; there are .*prior-B"):
+        get("ar", "size=s")
+
+
 def test_arguments():
     arg = common.parse_arg("smoke,latent_tokens=64", smoke=False, latent_tokens=256, size="b")
     assert vars(arg) == {"smoke": True, "latent_tokens": 64, "size": "b"}
@@ -149,7 +193,7 @@ def test_configs_import_names_and_sizes_alone(name):
     assert froms <= allowed
 
 
-@pytest.mark.parametrize("name", ["ss", "demo", "reconstruct"])
+@pytest.mark.parametrize("name", [name for name in RUNS if name not in PUBLISHED or name == "ss"])
 def test_every_key_is_read(name):
     pytest.importorskip(main.TASKS[get(name).task][0])
     sources = [ROOT / "main.py", *(ROOT / "gigatok_jax").glob("**/*.py")]
