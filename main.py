@@ -1,4 +1,4 @@
-r"""Runs what a config describes: trains, reconstructs, plans.
+r"""Runs what a config describes: trains, extracts codes, generates, evaluates, plans.
 
 python main.py --config=configs/<run>.py[:arg=value,...] [--workdir=DIR]
     [--config.any.key=value ...] [--dry_run]
@@ -18,8 +18,13 @@ flags.DEFINE_string("workdir", None, "Where the run is kept; runs/<config name> 
 flags.DEFINE_bool("dry_run", False, "Prints the parameters of the config's model, and ends.")
 
 TASKS = {  # config.task: module and function of (config, workdir)
-    "train_tokenizer": ("gigatok_jax.train.tokenizer", "train"),
+    "demo": ("gigatok_jax.train.demo", "train"),
+    "evaluate": ("gigatok_jax.evaluation.prior_loss", "evaluate"),
+    "extract_codes": ("gigatok_jax.train.extract_codes", "extract"),
+    "generate": ("gigatok_jax.evaluation.generation", "generate"),
     "reconstruct": ("gigatok_jax.evaluation.reconstruction", "reconstruct"),
+    "train_prior": ("gigatok_jax.train.ar", "train"),
+    "train_tokenizer": ("gigatok_jax.train.tokenizer", "train"),
 }
 
 
