@@ -23,6 +23,7 @@ class VectorQuantizer(nn.Module):
     codebook_width: int = 8
     l2_norm: bool = True  # latents and rows are normalised on every use
     rotation: bool = True  # rotation trick (arXiv:2410.06424); False is straight-through
+    search: str | None = None  # an `impl` of codebook_search.nearest
 
     def setup(self):
         init = quantize.unit_rows_init if self.l2_norm else quantize.uniform_rows_init
@@ -39,7 +40,7 @@ class VectorQuantizer(nn.Module):
         table = self.table()
         z = z.astype(jnp.float32)
         z = quantize.unit(z) if self.l2_norm else z
-        codes = codebook_search.nearest(z, table)
+        codes = codebook_search.nearest(z, table, impl=self.search)
         rows = table[codes]
         join = quantize.rotate if self.rotation else quantize.straight_through
         return Quantized(inputs=z, latents=join(z, rows), rows=rows, codes=codes)

@@ -1,39 +1,171 @@
 """Nearest codebook row of every token. Axes: b batch, n tokens, e width, k rows."""
 
+import functools
+import importlib
+
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax import lax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
 
+IMPLEMENTATIONS = ("xla", "pallas_gpu", "pallas_tpu")
 _CHUNK = 1 << 26  # score elements held at a time: 256 MB of float32
+_DIALECTS = {"pallas_gpu": "triton", "pallas_tpu": "tpu"}  # modules of jax.experimental.pallas
+_PLATFORMS = {"pallas_gpu": "gpu", "pallas_tpu": "tpu"}
+_WIDTHS = range(1, 65)  # that the kernels have been tried on
 
 
-def nearest(z: jax.Array, codebook: jax.Array) -> jax.Array:
+def nearest(
+    z: jax.Array, codebook: jax.Array, *, impl: str | None = None, interpret: bool = False
+) -> jax.Array:
     """Index of the codebook row nearest to each token in squared euclidean distance.
 
-    Scores accumulate in float32 whatever the input; ties go to the lowest index. No gradient.
+    Accurate to float32 whatever the input: the distance of the chosen row exceeds the smallest by
+    1e-6 (|z|^2 + |e|^2) at most, and of equal rows the lowest is taken. A token with a NaN gets
+    some row. No gradient. On a mesh each device searches for the tokens that it holds, in the whole
+    codebook, which is gathered if it is sharded.
 
     Args:
-        z: float[... e], any scale; unit rows when the codebook is l2-normalised.
+        z: float[... e], any scale.
         codebook: float[k e], same scale as `z`.
+        impl: one of `IMPLEMENTATIONS`. A named one runs or raises; None takes the fastest that
+            this device and these shapes allow, and logs its choice once.
+        interpret: run a Pallas implementation in its interpreter (tests on CPU).
 
     Returns:
         int32[...], each in [0, k).
 
     Raises:
-        ValueError: `z` and `codebook` differ in width.
+        ValueError: `z` and `codebook` differ in width, or `impl` is unknown.
+        NotImplementedError: the named `impl` cannot run here; the message says why.
 
     Source: arXiv:1711.00937, eq. 1; l2-normalised as in arXiv:2110.04627.
     """
     if z.shape[-1] != codebook.shape[-1]:
         raise ValueError(f"tokens are {z.shape[-1]} wide, codebook rows {codebook.shape[-1]}")
-    table = lax.stop_gradient(codebook).astype(jnp.float32)
+    if impl is None:
+        impl = choose(z.shape[-1])
+    elif (reason := obstacle(impl, z.shape[-1], interpret)) is not None:
+        raise NotImplementedError(f"codebook search {impl!r} cannot run here: {reason}")
+    if z.size == 0:
+        return jnp.zeros(z.shape[:-1], jnp.int32)
+    # The TPU's interpreter has side effects, which a partitioned call may not have.
+    search = _per_shard.fun if interpret and impl == "pallas_tpu" else _per_shard
+    return search(lax.stop_gradient(z), lax.stop_gradient(codebook), impl, interpret)
+
+
+def choose(width: int) -> str:
+    """The fastest implementation that can run on the default device."""
+    impl = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(jax.default_backend(), "xla")
+    reason = obstacle(impl, width)
+    _log_choice("xla" if reason else impl, f" ({impl}: {reason})" if reason else "")
+    return "xla" if reason else impl
+
+
+@functools.cache  # once for each choice
+def _log_choice(impl, note):
+    logging.info("codebook search: %s on %s%s", impl, jax.devices()[0].device_kind, note)
+
+
+def obstacle(impl: str, width: int = 8, interpret: bool = False) -> str | None:
+    """Why an implementation cannot run here for tokens of this width; None if it can.
+
+    Raises:
+        ValueError: it is unknown.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl is {impl!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
+    if impl == "xla":
+        return None
+    if width not in _WIDTHS:
+        return f"tokens are {width} wide, and it takes up to {_WIDTHS[-1]}; use 'xla'"
+    if not has_dialect(impl):
+        return f"jax {jax.__version__} has no jax.experimental.pallas.{_DIALECTS[impl]}"
+    if interpret:
+        return None
+    if jax.default_backend() != _PLATFORMS[impl]:
+        return f"it needs a {_PLATFORMS[impl]}, and the device is a {jax.default_backend()}"
+    if impl == "pallas_gpu" and float(getattr(jax.devices()[0], "compute_capability", 0)) < 8:
+        return "it needs an NVIDIA GPU of compute capability 8.0 or newer"
+    return None
+
+
+def has_dialect(impl: str) -> bool:
+    """Whether this jax has the dialect that the kernels are written in; Triton's is to go."""
+    try:
+        importlib.import_module(f"jax.experimental.pallas.{_DIALECTS[impl]}")
+    except ImportError:
+        return False
+    return True
+
+
+def available() -> list[str]:
+    """Implementations that can run on the default device, without an interpreter."""
+    return [impl for impl in IMPLEMENTATIONS if obstacle(impl) is None]
+
+
+@functools.partial(custom_partitioning, static_argnums=(2, 3))
+def _per_shard(z, codebook, impl, interpret):
+    tokens = z.astype(jnp.float32).reshape(-1, z.shape[-1])
+    codebook = codebook.astype(jnp.float32)
+    if impl == "xla":
+        codes = _search(*_moderate(tokens, codebook))
+    elif impl == "pallas_tpu":
+        module = importlib.import_module(f"{__name__}_tpu")
+        codes = module.search(*_moderate(tokens, codebook), interpret=interpret)
+    else:  # scales where it has to
+        module = importlib.import_module(f"{__name__}_gpu")
+        codes = module.search(tokens, codebook, interpret=interpret)
+    return codes.reshape(z.shape[:-1])
+
+
+def _shardings(mesh, arg_shapes):
+    """Of the two arguments and of the result: tokens stay where they are, whole."""
+    spec = arg_shapes[0].sharding.spec
+    spec = (*spec, *[None] * (arg_shapes[0].ndim - len(spec)))[:-1]
+    tokens, rows = PartitionSpec(*spec, None), PartitionSpec(None, None)
+    same = (NamedSharding(mesh, tokens), NamedSharding(mesh, rows))
+    return same, NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def _infer(impl, interpret, mesh, arg_shapes, result_shape):
+    return _shardings(mesh, arg_shapes)[1]
+
+
+def _partition(impl, interpret, mesh, arg_shapes, result_shape):
+    arguments, result = _shardings(mesh, arg_shapes)
+    search = functools.partial(_per_shard.fun, impl=impl, interpret=interpret)
+    return mesh, search, result, arguments
+
+
+_per_shard.def_partition(
+    _partition,
+    infer_sharding_from_operands=_infer,
+    sharding_rule="... e, k e -> ...",
+    need_replication_factors=("e", "k"),
+)
+
+
+def _moderate(tokens, table):
+    """Both by a power of two, where squares of the codebook would leave float32's range."""
+    largest = jnp.max(jnp.where(jnp.isfinite(table), jnp.abs(table), 0))
+    _, exponent = jnp.frexp(largest)
+    scale = jnp.ldexp(jnp.float32(1), jnp.clip(-exponent, -126, 126))
+    scale = jnp.where((largest > 0) & (jnp.abs(exponent) > 40), scale, 1)
+    return tokens * scale, table * scale
+
+
+def _search(tokens, table):
+    """f32[m e], f32[k e] -> i32[m], with XLA."""
     offset = 0.5 * jnp.sum(jnp.square(table), axis=-1)  # |z|^2 is the same for all rows
+    there = jnp.isfinite(offset)
+    table, offset = jnp.where(there[:, None], table, 0), jnp.where(there, offset, jnp.inf)
 
     def search(tokens):
         scores = jnp.dot(tokens, table.T, precision=lax.Precision.HIGHEST) - offset
         return jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
-    tokens = lax.stop_gradient(z).astype(jnp.float32).reshape(-1, z.shape[-1])
     rows = max(1, _CHUNK // table.shape[0])
-    codes = search(tokens) if len(tokens) <= rows else lax.map(search, tokens, batch_size=rows)
-    return codes.reshape(z.shape[:-1])
+    return search(tokens) if len(tokens) <= rows else lax.map(search, tokens, batch_size=rows)

@@ -1,0 +1,295 @@
+"""Nearest codebook row on a GPU, in the Triton dialect of Pallas.
+
+Axes: m tokens, k rows, e width, c packed width, w column classes, s splits, a tokens and r rows
+compared at once.
+
+Scores z.e - |e|^2 / 2 come from tensor cores: each float32 is cut into two float16, and the three
+products that matter share one contraction with the offset, z = [high low high 1 ..] and
+e = [high high low offset], good to about 2e-7. A program keeps, for each class of columns (those
+that one thread holds), the best score and the group of rows that it came from. The rows of the
+best group are then compared by their float32 distances. Where scores cannot decide, distances do:
+a second group as near as the first is compared as well, and in closer company, or for norms that
+the scores do not serve, all rows are. So the row is the nearest one to within rounding, and the
+lowest of equal ones.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+_CLASSES = 8  # columns apart, in the tensor cores' result, of what one thread holds of a row
+_GUARD = 2e-6  # more than the error of a difference of two scores
+_BIAS = 1.5  # keeps the scores of unit vectors positive: such floats are ordered as integers
+_LOW, _HIGH = 0.01, 2.6  # scores, with the bias, that can be trusted
+_SHORT, _LONG = 0.2, 1.05  # squared norms that the scores serve
+_NEVER, _ALWAYS = -60000.0, 30000.0  # offsets of a row that is not there, of one not served
+_FINE = 2.0**-12  # unit of the offset's lower parts, which float16 flushes when they are small
+_ROUNDING = 4e-7  # of a distance, relative
+_PROGRAMS = 128  # at least, where tokens are few
+_GATHERED = 64  # floats of codebook rows that a thread has under way at a time
+_EXACT_TOKENS, _EXACT_ELEMENTS = 8, 2048  # compared with all rows at a time
+
+
+class Tiling(NamedTuple):
+    tokens: int = 128  # of one program
+    rows: int = 128  # of one matrix product
+    unroll: int = 1  # products to a group
+    warps: int = 4
+    stages: int = 3
+    splits: int = 1  # programs that share the codebook among them
+
+    @property
+    def span(self) -> int:
+        """Rows that one step of a program goes through."""
+        return self.rows * self.unroll
+
+
+def choose_tiling(tokens: int, rows: int, width: int) -> Tiling:
+    """What was fastest on an H200 (132 multiprocessors), of about 30 tried."""
+    if width > 16:  # what fits into shared memory
+        tiling = Tiling(tokens=64, rows=64)
+    elif tokens > 2**15:
+        return Tiling()
+    else:
+        tiling = Tiling(tokens=64, rows=256 if width <= 8 else 128)
+    blocks, steps = pl.cdiv(tokens, tiling.tokens), pl.cdiv(rows, tiling.rows)
+    splits = min(pl.cdiv(_PROGRAMS, blocks), max(1, steps // 4))
+    return tiling._replace(splits=splits)
+
+
+def search(z, codebook, *, tiling: Tiling | None = None, interpret: bool = False) -> jax.Array:
+    """f32[m e], f32[k e] -> i32[m]."""
+    m, (k, e) = z.shape[0], codebook.shape
+    tiling = tiling or choose_tiling(m, k, e)
+    wide = ((0, 0), (0, pl.next_power_of_2(e) - e))
+    groups = pl.cdiv(k, tiling.span * tiling.splits)  # of one split
+    packed = _pack_rows(codebook, groups * tiling.splits, tiling)
+    tokens = _pack_tokens(z, -m % tiling.tokens)
+    shape = (tiling.splits, m)
+    block = pl.BlockSpec((tiling.tokens, tokens.shape[1]), lambda i, j: (i, 0))
+    out = pl.BlockSpec(memory_space=pl.ANY)
+    distance, code = pl.pallas_call(
+        functools.partial(_kernel, tiling=tiling, groups=groups),
+        out_shape=[jax.ShapeDtypeStruct(shape, x) for x in (jnp.float32, jnp.int32)],
+        grid=(pl.cdiv(m, tiling.tokens), tiling.splits),
+        in_specs=[block, out, out, out],
+        out_specs=[out, out],
+        compiler_params=plt.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
+        interpret=interpret,
+        name="codebook_search",
+    )(tokens, packed, jnp.pad(z, wide), jnp.pad(codebook, wide))
+    if tiling.splits == 1:
+        return code[0]
+    # The first of equals has the lowest rows; their distances may be rounded differently.
+    split = jnp.argmax(distance <= (1 + _ROUNDING) * jnp.min(distance, axis=0), axis=0)
+    return jnp.take_along_axis(code, split[None], axis=0)[0]
+
+
+def _pack_tokens(z, missing):
+    """f32[m e] -> f16[m c], the first operand of the products, with rows of zeros added."""
+    high, low = _split(z)
+    units = [jnp.full((len(z), n), x, jnp.float16) for n, x in ((1, 1), (2, _FINE))]
+    packed = jnp.concatenate([high, low, high, *units], axis=1)
+    return jnp.pad(packed, [(0, missing), (0, _packed_width(z.shape[1]) - packed.shape[1])])
+
+
+def _pack_rows(codebook, groups, tiling):
+    """f32[k e] -> f16[c k], the second operand of the products.
+
+    A product's columns are dealt out to the classes, so that a group's rows lie together.
+    """
+    norm = jnp.sum(jnp.square(codebook), axis=1)
+    served = (norm >= _SHORT) & (norm <= _LONG)
+    high, low = _split(jnp.where(served[:, None], codebook, 0))
+    offset = jnp.where(served, _BIAS - 0.5 * norm, jnp.where(jnp.isfinite(norm), _ALWAYS, _NEVER))
+    first = lax.reduce_precision(offset, 5, 10)
+    offset = [first.astype(jnp.float16), *_split((offset - first) / _FINE)]
+    packed = jnp.concatenate([high, high, low, jnp.stack(offset, axis=1)], axis=1)
+    missing = groups * tiling.span - len(packed), _packed_width(codebook.shape[1]) - packed.shape[1]
+    packed = jnp.pad(packed, [(0, missing[0]), (0, missing[1])])
+    row = lax.broadcasted_iota(jnp.int32, packed.shape, 0)
+    column = lax.broadcasted_iota(jnp.int32, packed.shape, 1)
+    absent = (row >= len(codebook)) & (column == 3 * codebook.shape[1])
+    packed = jnp.where(absent, jnp.float16(_NEVER), packed)
+    packed = packed.reshape(groups, _CLASSES, tiling.unroll, -1, packed.shape[1])
+    return packed.transpose(4, 0, 2, 3, 1).reshape(packed.shape[-1], -1)
+
+
+def _split(x):
+    """f32 as a sum of two f16. `reduce_precision`, since XLA drops casts there and back."""
+    high = lax.reduce_precision(x, 5, 10)
+    return high.astype(jnp.float16), (x - high).astype(jnp.float16)
+
+
+def _packed_width(width: int) -> int:
+    return max(16, pl.next_power_of_2(3 * width + 3))  # what a matrix product takes
+
+
+def _kernel(tokens_ref, packed_ref, z_ref, e_ref, distance_ref, code_ref, *, tiling, groups):
+    block, split = tiling.tokens, pl.program_id(1)
+    begin = pl.program_id(0) * block
+    token = begin + lax.iota(jnp.int32, block)
+    start = split * groups  # first group of this split
+    best, group = _best_groups(tokens_ref, packed_ref, tiling, start, groups)
+    members = tiling.span // _CLASSES
+    score, first, rest = _pick(best, group, members)
+    second_score, second, rest = _pick(rest, group, members)
+    third_score = lax.bitcast_convert_type(jnp.max(rest, axis=1), jnp.float32)
+    z = _rows_at(z_ref, token)
+    nearest = _nearest_of(e_ref, z, first, members, tiling.warps)
+    nearest = lax.cond(
+        _any(second_score >= score - _GUARD),
+        lambda: _nearer(nearest, _nearest_of(e_ref, z, second, members, tiling.warps)),
+        lambda: nearest,
+    )
+    distance, runner_up, code = nearest
+    decided = (score > _LOW) & (score < _HIGH) & (third_score < score - _GUARD)
+    decided &= (jnp.sum(jnp.square(z), axis=1) <= _LONG) & (runner_up > distance + 2 * _GUARD)
+    undecided = jnp.where(decided | (token >= z_ref.shape[0]), 0, 1)
+    share = jnp.max(undecided.reshape(-1, _EXACT_TOKENS), axis=1)
+    here = jnp.broadcast_to(share[:, None], (share.shape[0], _EXACT_TOKENS)).reshape(block) == 0
+    _store(distance_ref, code_ref, split, token, distance, code, here)
+
+    @pl.when(_any(undecided > 0))
+    def _():
+        scale = _scale(e_ref)
+
+        def resolve(part, _):
+            @pl.when(_any((lax.iota(jnp.int32, share.shape[0]) == part) & (share > 0)))
+            def _():
+                token = begin + part * _EXACT_TOKENS + lax.iota(jnp.int32, _EXACT_TOKENS)
+                rows = groups * tiling.span
+                found = _nearest_of_all(z_ref, e_ref, token, scale, split * rows, rows)
+                _store(distance_ref, code_ref, split, token, *found, token >= 0)
+
+            return 0
+
+        lax.fori_loop(0, share.shape[0], resolve, 0)
+
+
+def _any(condition):
+    return jnp.max(jnp.where(condition, 1, 0)) > 0
+
+
+def _store(distance_ref, code_ref, split, token, distance, code, mask):
+    mask &= token < code_ref.shape[1]
+    plt.store(distance_ref.at[split, token], distance, mask=mask)
+    plt.store(code_ref.at[split, token], code, mask=mask)
+
+
+def _rows_at(ref, row, lane=None):
+    """ref[row] f32[.. lanes], infinity past its end."""
+    if lane is None:
+        lane = lax.iota(jnp.int32, ref.shape[1])
+    row, lane = jnp.broadcast_arrays(row[:, None], lane[None])
+    return plt.load(ref.at[row, lane], mask=row < ref.shape[0], other=jnp.inf)
+
+
+def _best_groups(tokens_ref, packed_ref, tiling, start, groups):
+    """Bits i32[m w] of the best score of each class, and the group i32[m w] that it came from."""
+    z = tokens_ref[:, :]
+
+    def step(i, carry):
+        best, group = carry
+        tops = []
+        for part in range(tiling.unroll):
+            columns = pl.ds(((start + i) * tiling.unroll + part) * tiling.rows, tiling.rows)
+            scores = jnp.dot(z, packed_ref[:, columns], preferred_element_type=jnp.float32)
+            bits = lax.bitcast_convert_type(scores, jnp.int32)
+            tops.append(jnp.max(bits.reshape(tiling.tokens, -1, _CLASSES), axis=1))
+        top = functools.reduce(jnp.maximum, tops)
+        better = top > best  # strict: the first group keeps a tie
+        return jnp.where(better, top, best), jnp.where(better, start + i, group)
+
+    nothing = jnp.zeros((tiling.tokens, _CLASSES), jnp.int32)
+    return lax.fori_loop(0, groups, step, (nothing, nothing + start))
+
+
+def _pick(best, group, members):
+    """Best score f32[m] of all classes, first row i32[m] of its group, and the bits left over."""
+    bits = jnp.max(best, axis=1)
+    column = lax.broadcasted_iota(jnp.int32, best.shape, 1)
+    chosen = jnp.min(jnp.where(best == bits[:, None], column, _CLASSES), axis=1)
+    hit = column == chosen[:, None]
+    group = jnp.sum(jnp.where(hit, group, 0), axis=1)
+    score = lax.bitcast_convert_type(bits, jnp.float32)
+    return score, (group * _CLASSES + chosen) * members, jnp.where(hit, -1, best)
+
+
+def _nearest_of(e_ref, z, first, count, warps):
+    """Squared distances f32[m] to the nearest and to the second of `count` rows that begin at
+    `first` i32[m], a row of its own for each token, and the nearest row i32[m]."""
+    together = max(1, min(count, _GATHERED * 32 * warps // z.size))
+
+    def step(i, state):
+        for part in range(together):
+            distance, runner_up, code = state
+            row = first + i * together + part
+            this = jnp.sum(jnp.square(z - _rows_at(e_ref, row)), axis=1)
+            runner_up = jnp.minimum(runner_up, jnp.maximum(this, distance))
+            code = jnp.where(this < distance, row, code)
+            state = jnp.where(this < distance, this, distance), runner_up, code
+        return state
+
+    far = jnp.full(first.shape, jnp.inf, jnp.float32)
+    return lax.fori_loop(0, count // together, step, (far, far, first))
+
+
+def _nearer(x, y):
+    """The nearer of two, the lower row of equal ones. The runner-up is that of its own group: a
+    tie between two groups is decided, one within a group may hide a lower row."""
+    closer = (y[0] < x[0]) | ((y[0] == x[0]) & (y[2] < x[2]))
+    return tuple(jnp.where(closer, b, a) for a, b in zip(x, y, strict=True))
+
+
+def _scale(e_ref):
+    """f32[], the power of two that brings a codebook of extreme values near 1."""
+    size = _EXACT_ELEMENTS // e_ref.shape[1]
+
+    def step(i, largest):
+        e = jnp.abs(_rows_at(e_ref, i * size + lax.iota(jnp.int32, size)))
+        return jnp.maximum(largest, jnp.max(jnp.where(e < jnp.inf, e, 0)))
+
+    largest = lax.fori_loop(0, pl.cdiv(e_ref.shape[0], size), step, jnp.float32(0))
+    exponent = lax.bitcast_convert_type(largest, jnp.int32) & 0x7F800000
+    inverse = lax.bitcast_convert_type(0x7F000000 - jnp.minimum(exponent, 0x7E800000), jnp.float32)
+    return jnp.where((largest > 2.0**-40) & (largest < 2.0**40), 1.0, inverse)
+
+
+def _nearest_of_all(z_ref, e_ref, token, scale, begin, count):
+    """Squared distance f32[a] to the nearest of `count` rows from `begin` on, and that row."""
+    size = _EXACT_ELEMENTS // _EXACT_TOKENS
+    shape = _EXACT_TOKENS, size
+    unroll = min(8, z_ref.shape[1])
+
+    def column(ref, row, lane):
+        values = plt.load(ref.at[row, lane], mask=row < ref.shape[0], other=jnp.inf)
+        return values * scale
+
+    def step(i, state):
+        row = begin + i * size + lax.iota(jnp.int32, size)
+
+        def add(lanes, total):
+            for part in range(unroll):
+                lane = lanes * unroll + part
+                apart = column(z_ref, token, lane)[:, None] - column(e_ref, row, lane)[None]
+                total += jnp.square(apart)
+            return total
+
+        distance, code = state
+        this = lax.fori_loop(0, z_ref.shape[1] // unroll, add, jnp.zeros(shape, jnp.float32))
+        closer = this < distance
+        row = jnp.broadcast_to(row[None], shape)
+        return jnp.where(closer, this, distance), jnp.where(closer, row, code)
+
+    far = jnp.full(shape, jnp.inf, jnp.float32)
+    row = begin + lax.broadcasted_iota(jnp.int32, shape, 1)
+    distance, code = lax.fori_loop(0, pl.cdiv(count, size), step, (far, row))
+    nearest = jnp.min(distance, axis=1)
+    code = jnp.where(distance == nearest[:, None], code, jnp.iinfo(jnp.int32).max)
+    return nearest, jnp.min(code, axis=1)
