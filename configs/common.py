@@ -135,7 +135,7 @@ def data_config():
             "min_size": 0,  # px; smaller images are refused rather than enlarged
             "workers": 4,
             "max_unreadable": 100,
-            "eval_images": 0,  # taken out of the training images when there is no eval_folder
+            "eval_images": 0,  # held out, of the training images when there is no eval_folder
         }
     )
 

@@ -125,6 +125,10 @@ def test_digits_split_by_class_and_keep_every_image_once():
     share = np.bincount(held_out.labels) / np.bincount(np.concatenate([p.labels for p in parts]))
     assert np.abs(share - 0.1).max() < 0.01
     assert train.class_names == tuple("0123456789")
+    few = sources.make_source(data_config(source="digits", eval_images=4), "held_out", 16)
+    assert few.names == held_out.names[:4] and len(few) == 4
+    np.testing.assert_array_equal(few[3]["image"], held_out[3]["image"])
+    assert few[3]["label"] == held_out.labels[3]
 
 
 @pytest.mark.parametrize("size", [8, 16, 32])

@@ -115,6 +115,13 @@ class DigitsSource:
         image = np.repeat(self._grey[index, ..., None], 3, axis=-1)
         return {"image": image, "label": int(self.labels[index]), "name": self.names[index]}
 
+    def take(self, indices: Sequence[int]) -> "DigitsSource":
+        """These of its images only, in this order."""
+        part = copy.copy(self)
+        part.names, part.labels = [self.names[i] for i in indices], self.labels[list(indices)]
+        part._grey = self._grey[list(indices)]
+        return part
+
 
 def _enlarged(grey: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(Image.fromarray(grey).resize((size, size), Image.Resampling.BICUBIC))
@@ -126,8 +133,8 @@ def make_source(data, split: str, image_size: int):
     A folder's held-out images come from `data.eval_folder`, or else are a share of the folder,
     chosen by a hash of the file's name so that it stays the same when files come or go:
     `data.eval_images` of them, or with 0 one in twenty, at least 1 and at most 5000. A folder of
-    one image is trained and evaluated on that image. `eval_images` also shortens an `eval_folder`.
-    The embedded digits stand in for a folder: naming one replaces them.
+    one image is trained and evaluated on that image. `eval_images` also shortens an `eval_folder`
+    and the held-out digits. The embedded digits stand in for a folder: naming one replaces them.
 
     Args:
         data: `config.data`; reads source, folder, eval_folder, eval_images and min_size.
@@ -144,7 +151,10 @@ def make_source(data, split: str, image_size: int):
     if split not in ("train", "held_out"):
         raise ConfigError(f"split is {split!r}, expected 'train' or 'held_out'")
     if data.source == "digits" and not data.folder:
-        return DigitsSource(split, image_size)
+        source = DigitsSource(split, image_size)
+        if split == "train" or not 0 < data.eval_images < len(source):
+            return source
+        return source.take(range(data.eval_images))
     if data.source not in ("folder", "digits"):
         raise ConfigError(f"data.source is {data.source!r}, expected 'folder' or 'digits'")
     if not data.folder:
