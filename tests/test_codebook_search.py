@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import logging
 
 from gigatok_jax.models.quantizer import VectorQuantizer
-from gigatok_jax.ops import codebook_search, codebook_search_gpu
-from gigatok_jax.ops.codebook_search import IMPLEMENTATIONS, nearest
+from gigatok_jax.ops import codebook_search_gpu
+from gigatok_jax.ops.codebook_search import nearest
+from gigatok_jax.ops.implementation import NAMES
 
 ROOT = pathlib.Path(__file__).parents[1]
-KERNELS = [impl for impl in IMPLEMENTATIONS if impl != "xla"]
+KERNELS = [impl for impl in NAMES if impl != "xla"]
 TOKENS, ROWS = 130, 1024  # not a whole number of blocks
 
 
@@ -72,7 +72,7 @@ def compiled(impl):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", NAMES)
 def test_the_row_is_the_nearest_and_the_first_of_equals(impl, kind):
     z, table = make(kind)
     check(np.asarray(compiled(impl)(z, table)), z, table)
@@ -97,7 +97,7 @@ def test_programs_that_share_a_codebook_agree_on_the_first_of_equals(kind):
     check(np.asarray(shared_codebook()(z, table)), z, table)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", NAMES)
 def test_tokens_and_rows_that_are_not_finite_get_in_nobodys_way(impl):
     z, table = make("random")
     table[[3, 700]], z[5], z[9, 1] = np.nan, np.nan, -np.inf
@@ -109,7 +109,7 @@ def test_tokens_and_rows_that_are_not_finite_get_in_nobodys_way(impl):
     np.testing.assert_array_equal(codes[sound], rows[distance.argmin(1)])
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", NAMES)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_searched_as_the_values_it_holds(impl, dtype):
     z, table = (jnp.asarray(x, dtype) for x in make("random"))
@@ -119,7 +119,7 @@ def test_half_precision_is_searched_as_the_values_it_holds(impl, dtype):
     check(np.asarray(codes), np.float32(z), np.float32(table))
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", NAMES)
 def test_no_tokens_have_no_codes(impl):
     codes = nearest(jnp.zeros((0, 3, 8)), jnp.zeros((16, 8)), impl=impl, interpret=True)
     assert (codes.shape, codes.dtype) == ((0, 3), jnp.int32)
@@ -133,7 +133,7 @@ def test_there_is_no_gradient():
 
 
 def lower(impl, platform):
-    search = importlib.import_module(f"{codebook_search.__name__}_{impl.split('_')[1]}").search
+    search = importlib.import_module(f"gigatok_jax.ops.codebook_search_{impl.split('_')[1]}").search
     z, table = jnp.zeros((1000, 8)), jnp.zeros((4096, 8))
     with on_hopper():
         return jax.jit(search).trace(z, table).lower(lowering_platforms=(platform,)).as_text()
@@ -166,35 +166,6 @@ def test_a_named_search_runs_or_says_why_not():
         nearest(np.zeros((1, 65)), np.zeros((16, 65)), impl="pallas_tpu", interpret=True)
     with pytest.raises(NotImplementedError, match="device is a cpu"):
         VectorQuantizer(16, 8, search="pallas_gpu").init(jax.random.key(0), z[None])
-    assert codebook_search.available() == ["xla"]
-
-
-def test_the_choice_is_logged_once(monkeypatch):
-    said = []
-    monkeypatch.setattr(logging, "info", lambda text, *values: said.append(text % values))
-    codebook_search._log_choice.cache_clear()
-    for _ in range(3):
-        assert codebook_search.choose(8) == "xla"
-    assert said == ["codebook search: xla on cpu"]
-
-
-def test_a_gpu_takes_the_kernel_while_jax_has_its_dialect(monkeypatch):
-    class Hopper:
-        device_kind, compute_capability = "NVIDIA H200", "9.0"
-
-    class Volta:
-        device_kind, compute_capability = "Tesla V100", "7.0"
-
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "devices", lambda: [Hopper])
-    assert codebook_search.choose(8) == "pallas_gpu" and codebook_search.choose(100) == "xla"
-    monkeypatch.setattr(jax, "devices", lambda: [Volta])
-    assert codebook_search.choose(8) == "xla"
-    assert "8.0 or newer" in codebook_search.obstacle("pallas_gpu")
-    monkeypatch.setattr(jax, "devices", lambda: [Hopper])
-    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)  # gone
-    assert codebook_search.choose(8) == "xla"
-    assert "has no jax.experimental.pallas.triton" in codebook_search.obstacle("pallas_gpu")
 
 
 # Runs in a process of its own: the number of devices is fixed when jax starts.

@@ -5,15 +5,13 @@ import importlib
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-IMPLEMENTATIONS = ("xla", "pallas_gpu", "pallas_tpu")
+from gigatok_jax.ops import implementation
+
 _CHUNK = 1 << 26  # score elements held at a time: 256 MB of float32
-_DIALECTS = {"pallas_gpu": "triton", "pallas_tpu": "tpu"}  # modules of jax.experimental.pallas
-_PLATFORMS = {"pallas_gpu": "gpu", "pallas_tpu": "tpu"}
 _WIDTHS = range(1, 65)  # that the kernels have been tried on
 
 
@@ -30,7 +28,7 @@ def nearest(
     Args:
         z: float[... e], any scale.
         codebook: float[k e], same scale as `z`.
-        impl: one of `IMPLEMENTATIONS`. A named one runs or raises; None takes the fastest that
+        impl: one of `implementation.NAMES`. A named one runs or raises; None takes the fastest that
             this device and these shapes allow, and logs its choice once.
         interpret: run a Pallas implementation in its interpreter (tests on CPU).
 
@@ -46,64 +44,13 @@ def nearest(
     if z.shape[-1] != codebook.shape[-1]:
         raise ValueError(f"tokens are {z.shape[-1]} wide, codebook rows {codebook.shape[-1]}")
     if impl is None:
-        impl = choose(z.shape[-1])
-    elif (reason := obstacle(impl, z.shape[-1], interpret)) is not None:
-        raise NotImplementedError(f"codebook search {impl!r} cannot run here: {reason}")
+        impl = implementation.choose("codebook search", z.shape[-1], _WIDTHS)
+    implementation.check("codebook search", impl, z.shape[-1], _WIDTHS, interpret)
     if z.size == 0:
         return jnp.zeros(z.shape[:-1], jnp.int32)
     # The TPU's interpreter has side effects, which a partitioned call may not have.
     search = _per_shard.fun if interpret and impl == "pallas_tpu" else _per_shard
     return search(lax.stop_gradient(z), lax.stop_gradient(codebook), impl, interpret)
-
-
-def choose(width: int) -> str:
-    """The fastest implementation that can run on the default device."""
-    impl = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(jax.default_backend(), "xla")
-    reason = obstacle(impl, width)
-    _log_choice("xla" if reason else impl, f" ({impl}: {reason})" if reason else "")
-    return "xla" if reason else impl
-
-
-@functools.cache  # once for each choice
-def _log_choice(impl, note):
-    logging.info("codebook search: %s on %s%s", impl, jax.devices()[0].device_kind, note)
-
-
-def obstacle(impl: str, width: int = 8, interpret: bool = False) -> str | None:
-    """Why an implementation cannot run here for tokens of this width; None if it can.
-
-    Raises:
-        ValueError: it is unknown.
-    """
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl is {impl!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
-    if impl == "xla":
-        return None
-    if width not in _WIDTHS:
-        return f"tokens are {width} wide, and it takes up to {_WIDTHS[-1]}; use 'xla'"
-    if not has_dialect(impl):
-        return f"jax {jax.__version__} has no jax.experimental.pallas.{_DIALECTS[impl]}"
-    if interpret:
-        return None
-    if jax.default_backend() != _PLATFORMS[impl]:
-        return f"it needs a {_PLATFORMS[impl]}, and the device is a {jax.default_backend()}"
-    if impl == "pallas_gpu" and float(getattr(jax.devices()[0], "compute_capability", 0)) < 8:
-        return "it needs an NVIDIA GPU of compute capability 8.0 or newer"
-    return None
-
-
-def has_dialect(impl: str) -> bool:
-    """Whether this jax has the dialect that the kernels are written in; Triton's is to go."""
-    try:
-        importlib.import_module(f"jax.experimental.pallas.{_DIALECTS[impl]}")
-    except ImportError:
-        return False
-    return True
-
-
-def available() -> list[str]:
-    """Implementations that can run on the default device, without an interpreter."""
-    return [impl for impl in IMPLEMENTATIONS if obstacle(impl) is None]
 
 
 @functools.partial(custom_partitioning, static_argnums=(2, 3))

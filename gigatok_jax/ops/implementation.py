@@ -1,0 +1,71 @@
+"""Which implementation of an operation runs: the one place that asks about devices and jax."""
+
+import functools
+import importlib
+from collections.abc import Sequence
+
+import jax
+from absl import logging
+
+NAMES = ("xla", "pallas_gpu", "pallas_tpu")
+PLATFORMS = {"pallas_gpu": "gpu", "pallas_tpu": "tpu"}
+_DIALECTS = {"pallas_gpu": "triton", "pallas_tpu": "tpu"}  # modules of jax.experimental.pallas
+
+
+def choose(operation: str, width: int, widths: Sequence[int]) -> str:
+    """The fastest implementation that can run on the default device, logged once.
+
+    Args:
+        operation: what the log calls it.
+        width: of the vectors.
+        widths: that the kernels take.
+    """
+    impl = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(jax.default_backend(), "xla")
+    reason = obstacle(impl, width, widths)
+    _log(operation, "xla" if reason else impl, f" ({impl}: {reason})" if reason else "")
+    return "xla" if reason else impl
+
+
+@functools.cache  # once for each choice
+def _log(operation, impl, note):
+    logging.info("%s: %s on %s%s", operation, impl, jax.devices()[0].device_kind, note)
+
+
+def check(operation: str, impl: str, width: int, widths: Sequence[int], interpret: bool) -> None:
+    """Refuses an implementation that cannot run here.
+
+    Raises:
+        ValueError: it is unknown.
+        NotImplementedError: with the reason.
+    """
+    reason = obstacle(impl, width, widths, interpret)
+    if reason is not None:
+        raise NotImplementedError(f"{operation} {impl!r} cannot run here: {reason}")
+
+
+def obstacle(impl: str, width: int, widths: Sequence[int], interpret: bool = False) -> str | None:
+    """Why an implementation cannot run here on vectors of this width; None if it can."""
+    if impl not in NAMES:
+        raise ValueError(f"impl is {impl!r}, expected one of {', '.join(NAMES)}")
+    if impl == "xla":
+        return None
+    if width not in widths:
+        return f"vectors are {width} wide, and it takes up to {widths[-1]}; use 'xla'"
+    if not _has_dialect(impl):
+        return f"jax {jax.__version__} has no jax.experimental.pallas.{_DIALECTS[impl]}"
+    if interpret:
+        return None
+    if jax.default_backend() != PLATFORMS[impl]:
+        return f"it needs a {PLATFORMS[impl]}, and the device is a {jax.default_backend()}"
+    if impl == "pallas_gpu" and float(getattr(jax.devices()[0], "compute_capability", 0)) < 8:
+        return "it needs an NVIDIA GPU of compute capability 8.0 or newer"
+    return None
+
+
+def _has_dialect(impl: str) -> bool:
+    """Whether this jax has the dialect that the kernels are written in; Triton's is to go."""
+    try:
+        importlib.import_module(f"jax.experimental.pallas.{_DIALECTS[impl]}")
+    except ImportError:
+        return False
+    return True
