@@ -34,7 +34,8 @@ NO_SPACE = ("no space left", "resource_exhausted", "disk quota")  # TensorStore 
 # Keys that do not define a run: its length, what it prints and keeps, where and on what it runs.
 FREE_KEYS = (
     "batch",
-    "codes",  # these too: their fingerprints are in the checkpoint
+    "checkpoint",  # so may what was trained before; its fingerprint is kept too
+    "codes",
     "data.eval_folder",
     "data.folder",  # images may move; the data fingerprint in the checkpoint tells if they changed
     "data.max_unreadable",
@@ -48,6 +49,7 @@ FREE_KEYS = (
     "profile",
     "sample",
     "save",
+    "stages",  # of the demo: each has a folder and a config of its own
     "tokenizer",
     "train.epochs",
     "train.micro_batches",  # follows the memory of the machine
