@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gigatok_jax.conversion import names
+from gigatok_jax.conversion import names, recognise
 from gigatok_jax.conversion.names import Entry, layer_pair, norm_pair, under
 
 _QK_NORM = [
@@ -62,6 +62,17 @@ def from_torch(state_dict: Mapping, model) -> dict:
 def to_torch(params: Mapping, model) -> dict[str, np.ndarray]:
     """The original's state dict, every name of it, bit for bit."""
     return names.to_torch(params, entries(model))
+
+
+def infer_config(state_dict: Mapping, **overrides):
+    """Config of the prior that a state dict is of, from its names and shapes alone.
+
+    What they do not show takes the published value and is printed: heads without qk-norm (64 wide
+    each, where no published model has the depth and width), and tokens with rotary positions.
+
+    Args, Raises: as of `conversion.tokenizer.infer_config`.
+    """
+    return recognise.infer_prior(state_dict, **overrides)
 
 
 def _block(model) -> list[Entry]:

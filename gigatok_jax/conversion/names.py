@@ -1,9 +1,13 @@
 """How one parameter here corresponds to one tensor of a PyTorch state dict, both ways.
 
-A model's names are a list of `Entry`; the two functions below read the list in either direction.
+A model's names are a list of `Entry`. `from_torch` and `to_torch` read the list in either direction
+with everything in memory; `leaves` and `tensors` do the same with promises, which are read when
+they are written, for states larger than the memory.
 """
 
-from collections.abc import Iterable, Mapping
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +22,27 @@ class Entry(NamedTuple):
     part: int | None = None  # third of a fused query-key-value tensor
     layer: int | None = None  # index on the leading axis of a scanned stack
     half: int | None = None  # of a parameter here whose last axis joins two tensors there
+
+
+class Promise(NamedTuple):
+    """An array that is made when it is asked for."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+    order: int = 0  # those that are made of the same data have the same number
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
 
 
 # From a PyTorch tensor to an array here, and back.
@@ -74,12 +99,7 @@ def from_torch(state: Mapping, entries: list[Entry]) -> dict:
     Raises:
         CheckpointError: names are missing; the message lists the first of them.
     """
-    missing = sorted({entry.name for entry in entries} - set(state))
-    if missing:
-        raise CheckpointError(
-            f"{len(missing)} tensors are missing, first {', '.join(missing[:3])}: is this a state"
-            " dict of another model?"
-        )
+    check_names(state, entries)
     depths = _stack_depths(entries)
     tree, made, name, tensor = {}, {}, None, None
     for entry in entries:
@@ -95,6 +115,16 @@ def from_torch(state: Mapping, entries: list[Entry]) -> dict:
             set_path(tree, entry.path, made[entry.path])
         _piece(made[entry.path], entry)[...] = value
     return tree
+
+
+def check_names(state: Mapping, entries: list[Entry]) -> None:
+    """Raises CheckpointError when a state dict lacks a name of the list."""
+    missing = sorted({entry.name for entry in entries} - set(state))
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} tensors are missing, first {', '.join(missing[:3])}: is this a state"
+            " dict of another model?"
+        )
 
 
 def to_torch(params: Mapping, entries: list[Entry]) -> dict[str, np.ndarray]:
@@ -113,11 +143,80 @@ def to_torch(params: Mapping, entries: list[Entry]) -> dict[str, np.ndarray]:
     return state
 
 
+def leaves(state: Mapping[str, "np.ndarray | Promise"], entries: list[Entry]) -> dict[str, Promise]:
+    """A promise of every parameter here, by path, from tensors or promises of them.
+
+    Raises:
+        CheckpointError: names are missing.
+    """
+    check_names(state, entries)
+    return {path: _leaf(state, group) for path, group in _grouped(entries, "path").items()}
+
+
+def tensors(params: Mapping[str, "np.ndarray | Promise"], entries: list[Entry]) -> dict:
+    """A promise of every PyTorch tensor, by name, from parameters or promises of them by path."""
+    # A tensor joins at most three parameters, and a parameter holds tensors of many layers.
+    read = functools.lru_cache(maxsize=3)(lambda path: value_of(params[path]))
+    return {name: _tensor(params, group, read) for name, group in _grouped(entries, "name").items()}
+
+
+def value_of(array: "np.ndarray | Promise") -> np.ndarray:
+    """The array itself, or what was promised."""
+    return array.read() if isinstance(array, Promise) else np.asarray(array)
+
+
+def _grouped(entries: list[Entry], field: str) -> dict[str, list[Entry]]:
+    groups = {}
+    for entry in entries:
+        groups.setdefault(getattr(entry, field), []).append(entry)
+    return groups
+
+
+def _outline(shape: tuple[int, ...]) -> np.ndarray:
+    """An array of a shape that takes no memory, to find out what a layout makes of it."""
+    return np.broadcast_to(False, shape)
+
+
+def _leaf(state: Mapping, group: list[Entry]) -> Promise:
+    first, depths = group[0], _stack_depths(group)
+    source = state[first.name]
+    shape = tuple(source.shape)
+    shape = shape if first.part is None else (shape[0] // 3, *shape[1:])
+    shape = _whole_shape(first, LAYOUTS[first.layout][0](_outline(shape)).shape, depths)
+
+    def read() -> np.ndarray:
+        made = np.empty(shape, source.dtype)
+        for entry in group:
+            tensor = value_of(state[entry.name])
+            tensor = tensor if entry.part is None else np.split(tensor, 3)[entry.part]
+            _piece(made, entry)[...] = LAYOUTS[entry.layout][0](tensor)
+        return made
+
+    return Promise(shape, np.dtype(source.dtype), read)
+
+
+def _tensor(params: Mapping, group: list[Entry], read: Callable) -> Promise:
+    source = params[group[0].path]
+    shape = LAYOUTS[group[0].layout][1](_piece(_outline(tuple(source.shape)), group[0])).shape
+    if len(group) > 1:  # parts of a fused tensor
+        shape = (len(group) * shape[0], *shape[1:])
+
+    def made() -> np.ndarray:
+        parts = [LAYOUTS[e.layout][1](_piece(read(e.path), e)) for e in group]
+        return np.asarray(parts[0] if len(parts) == 1 else np.concatenate(parts), order="C")
+
+    return Promise(shape, np.dtype(source.dtype), made, getattr(source, "order", 0))
+
+
 def _room(entry: Entry, value: np.ndarray, depths: Mapping[str, int]) -> np.ndarray:
     """An array for a whole parameter, of which `value` is one piece."""
-    shape = value.shape if entry.half is None else (*value.shape[:-1], 2 * value.shape[-1])
-    stack = () if entry.layer is None else (depths[entry.path],)
-    return np.empty((*stack, *shape), value.dtype)
+    return np.empty(_whole_shape(entry, value.shape, depths), value.dtype)
+
+
+def _whole_shape(entry: Entry, shape: tuple[int, ...], depths: Mapping[str, int]) -> tuple:
+    """Shape of a parameter from that of one piece."""
+    shape = shape if entry.half is None else (*shape[:-1], 2 * shape[-1])
+    return shape if entry.layer is None else (depths[entry.path], *shape)
 
 
 def _piece(array: np.ndarray, entry: Entry) -> np.ndarray:

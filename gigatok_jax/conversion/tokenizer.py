@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gigatok_jax.conversion import names
+from gigatok_jax.conversion import names, recognise
 from gigatok_jax.conversion.names import Entry, layer_pair, norm_pair, under
 from gigatok_jax.model_config import SIZES
 from gigatok_jax.models.cnn import channels
@@ -78,6 +78,23 @@ def to_torch(params: Mapping, model) -> dict[str, np.ndarray]:
     if "buffers" not in params:
         params = {**params, "buffers": {"codebook_used": np.zeros(65536, np.float32)}}
     return names.to_torch(params, entries(model))
+
+
+def infer_config(state_dict: Mapping, **overrides):
+    """Config of the tokenizer that a state dict is of, from its names and shapes alone.
+
+    What they do not show takes the published value and is printed: l2_norm, rotation,
+    align_block and, of pooled queries, query_init.
+
+    Args:
+        state_dict: any mapping from name to array; nothing is read but shapes.
+        **overrides: fields of the config, see `model_config`.
+
+    Raises:
+        CheckpointError: no tokenizer that can be built here.
+        ConfigError: an override that does not exist or cannot work.
+    """
+    return recognise.infer_tokenizer(state_dict, **overrides)
 
 
 def original_names(model) -> dict[str, str]:
@@ -180,6 +197,8 @@ def _level(model, i: int, blocks: int, before: int, after: int, attention: bool)
 
 
 def _cnn_encoder(model) -> list[Entry]:
+    if model.stem == "patch":  # of ours alone: the original has no such model
+        return layer_pair("embed", "embed", "dense")
     widths = channels(model.cnn_channels, model.patch_size)
     last = len(widths) - 1
     entries = layer_pair("conv_in", "conv_in", "conv")
@@ -191,6 +210,8 @@ def _cnn_encoder(model) -> list[Entry]:
 
 
 def _cnn_decoder(model) -> list[Entry]:
+    if model.stem == "patch":
+        return [*norm_pair("norm_out", "norm_out"), *layer_pair("out", "out", "dense")]
     widths = channels(model.cnn_channels, model.patch_size)[::-1]
     entries = [*layer_pair("conv_in", "conv_in", "conv"), *_middle(model)]
     up = "upsample.conv1" if model.depth_to_space else "upsample.conv"

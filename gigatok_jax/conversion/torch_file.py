@@ -1,4 +1,4 @@
-"""Reads files of `torch.save` without torch, and without running anything in them.
+"""Reads and writes files of `torch.save` without torch, and without running anything in them.
 
 A checkpoint is a pickle beside raw tensor bytes. The pickle may name only what is listed here:
 tensors, containers, numbers, strings, argparse.Namespace; any other name is refused before it
@@ -7,16 +7,21 @@ is looked up. Tensors are views of the memory-mapped file.
 
 import argparse
 import collections
+import io
+import math
 import os
 import pickle
+import pickletools
 import struct
 import zipfile
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from etils import epath
 
+from gigatok_jax.conversion.names import Promise, value_of
 from gigatok_jax.errors import CheckpointError
 
 _DTYPES = {
@@ -31,10 +36,14 @@ _DTYPES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
+_STORAGES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LARGEST_PICKLE = 1 << 28  # bytes; a training checkpoint of 2.9B parameters has under 2 MB
+_ALIGNED = 64  # bytes, where torch.save starts each tensor
 _DAMAGED = (
     *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, EOFError, OSError),
     *(LookupError, AttributeError, TypeError, ValueError, ImportError, OverflowError),
+    *(MemoryError, RecursionError, NotImplementedError),  # what a crafted file may ask for
 )
 
 
@@ -69,11 +78,15 @@ def load(path: epath.PathLike) -> Any:
     path = epath.Path(path)
     try:
         with path.open("rb") as file:
+            if not file.read(1):
+                raise CheckpointError("is empty; get it again")
             return _load_zip(path, file) if zipfile.is_zipfile(file) else _load_legacy(path, file)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise CheckpointError(f"{path}: is a folder, expected a file of torch.save") from None
     except _DAMAGED as error:
         raise CheckpointError(
             f"{path}: damaged or not a file of torch.save ({error}); get it again"
@@ -84,7 +97,7 @@ def load_pickle(path: epath.PathLike) -> Any:
     """The object of a plain pickle, under the same list of allowed names; raises the same."""
     try:
         with epath.Path(path).open("rb") as file:
-            return _Unpickler(file).load()
+            return _unpickle(file, _ALLOWED | _ALLOWED_ARRAYS)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except _DAMAGED as error:
@@ -92,10 +105,14 @@ def load_pickle(path: epath.PathLike) -> Any:
 
 
 class _Unpickler(pickle.Unpickler):
+    def __init__(self, file, allowed):
+        super().__init__(file)
+        self._allowed = allowed
+
     def find_class(self, module: str, name: str):
         """What a name in the pickle stands for; the only door, so the list is the guard."""
-        if (module, name) in _ALLOWED:
-            return _ALLOWED[module, name]
+        if (module, name) in self._allowed:
+            return self._allowed[module, name]
         if module in ("torch", "torch.storage") and name in _DTYPES:
             return np.dtype(_DTYPES[name])
         raise CheckpointError(
@@ -107,7 +124,22 @@ class _Unpickler(pickle.Unpickler):
         kind, dtype, key, _, size, *_ = saved
         if kind != "storage" or not isinstance(dtype, np.dtype):
             raise CheckpointError(f"refers to {kind!r}, expected the storage of a tensor; refused")
-        return _Storage(dtype, key, size)
+        if type(size) is not int or size < 0:
+            raise CheckpointError(f"has a storage of {size!r} numbers; refused")
+        return _Storage(dtype, str(key), size)
+
+
+def _unpickle(file, allowed=None) -> Any:
+    """One pickle of a stream, after a look at the numbers that its reader would trust.
+
+    The reader makes room for as many remembered objects as the largest number of one.
+    """
+    start = file.tell()
+    for code, argument, position in pickletools.genops(file):
+        if "PUT" in code.name and int(argument) > position - start:
+            raise CheckpointError(f"remembers object {argument} of a pickle of {position} bytes")
+    file.seek(start)
+    return _Unpickler(file, _ALLOWED if allowed is None else allowed).load()
 
 
 def _tensor(storage: _Storage, offset: int, shape, strides, *_ignored) -> _Lazy:
@@ -126,6 +158,8 @@ _ALLOWED = {
     ("torch", "Size"): tuple,
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("argparse", "Namespace"): argparse.Namespace,
+}
+_ALLOWED_ARRAYS = {  # in plain pickles only: these make room for shapes that nothing bounds
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
     ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
@@ -136,6 +170,7 @@ _ALLOWED = {
 def _load_zip(path: epath.Path, file) -> Any:
     """The format since torch 1.6: an uncompressed zip of one pickle and one file per storage."""
     archive = zipfile.ZipFile(file)
+    _check_members(archive)
     pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise CheckpointError("is a zip without one data.pkl; expected a file of torch.save")
@@ -144,22 +179,33 @@ def _load_zip(path: epath.Path, file) -> Any:
         raise CheckpointError("was saved on a big-endian machine; save it again on another")
 
     def read(storage: _Storage) -> np.ndarray:
-        start = _member_start(raw, archive.getinfo(f"{root}data/{storage.key}"))
-        return _view(raw, start, storage)
+        member = archive.getinfo(f"{root}data/{storage.key}")
+        end = member.file_size if member.compress_type == zipfile.ZIP_STORED else 0
+        start = _member_start(raw, member)
+        return _view(raw[: start + end], start, storage)
 
-    with archive.open(pickles[0]) as stream:
-        return _resolve(_Unpickler(stream).load(), read)
+    return _resolve(_unpickle(io.BytesIO(archive.read(pickles[0]))), read)
+
+
+def _check_members(archive: zipfile.ZipFile) -> None:
+    """Refuses names that stand for two members, and a pickle that grows while it is read."""
+    count = collections.Counter(archive.namelist())
+    if double := [name for name, times in count.items() if times > 1]:
+        raise CheckpointError(f"has {double[0]} twice; which one is meant? Get it again")
+    for member in archive.infolist():
+        if member.filename.endswith("/data.pkl") and member.file_size > _LARGEST_PICKLE:
+            raise CheckpointError(f"has a pickle of {member.file_size} bytes; refused")
 
 
 def _load_legacy(path: epath.Path, file) -> Any:
     """The older format: pickles of header and object, then each storage behind its length."""
     file.seek(0)
-    if _Unpickler(file).load() != _LEGACY_MAGIC:
+    if _unpickle(file) != _LEGACY_MAGIC:
         raise CheckpointError("is not a file of torch.save")
-    _Unpickler(file).load()  # protocol version
-    _Unpickler(file).load()  # byte order and integer sizes, the same wherever torch runs
-    saved = _Unpickler(file).load()
-    keys, raw, start, starts = _Unpickler(file).load(), _map(path), file.tell(), {}
+    _unpickle(file)  # protocol version
+    _unpickle(file)  # byte order and integer sizes, the same wherever torch runs
+    saved = _unpickle(file)
+    keys, raw, start, starts = _unpickle(file), _map(path), file.tell(), {}
     sizes = {storage.key: storage for storage in _storages(saved)}
     for key in keys:
         starts[key] = start + 8  # past the number of elements
@@ -190,16 +236,28 @@ def _view(raw: np.ndarray, start: int, storage: _Storage) -> np.ndarray:
     return np.asarray(data).view(storage.dtype)
 
 
-def _walk(saved: Any, replace) -> Any:
-    """`saved` with every tensor replaced, in the containers that `find_class` admits."""
+def _walk(saved: Any, replace: Callable[["_Lazy"], Any], done: dict | None = None) -> Any:
+    """`saved` with every tensor replaced, in the containers that `find_class` admits.
+
+    What is referred to twice is walked through once: a small pickle can name the same list a
+    billion times.
+    """
+    done = {} if done is None else done
+    if id(saved) not in done:
+        done[id(saved)] = saved  # holds the place: a list may hold itself
+        done[id(saved)] = _walk_one(saved, replace, done)
+    return done[id(saved)]
+
+
+def _walk_one(saved: Any, replace: Callable, done: dict) -> Any:
     if isinstance(saved, _Lazy):
         return replace(saved)
     if isinstance(saved, dict):
-        return {key: _walk(value, replace) for key, value in saved.items()}
-    if isinstance(saved, list | tuple):
-        return type(saved)(_walk(value, replace) for value in saved)
+        return {key: _walk(value, replace, done) for key, value in saved.items()}
+    if type(saved) in (list, tuple):
+        return type(saved)(_walk(value, replace, done) for value in saved)
     if isinstance(saved, argparse.Namespace):
-        return argparse.Namespace(**_walk(vars(saved), replace))
+        return argparse.Namespace(**_walk(vars(saved), replace, done))
     return saved
 
 
@@ -215,6 +273,8 @@ def _resolve(saved: Any, read) -> Any:
 
 def _strided(data: np.ndarray, tensor: _Lazy) -> np.ndarray:
     """A view of the storage, after checking that it stays inside: the file is not trusted."""
+    if not isinstance(tensor.storage, _Storage):
+        raise CheckpointError("has a tensor without bytes; refused")
     offset, shape, strides = tensor.offset, tensor.shape, tensor.strides
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or any(type(n) is not int or n < 0 for n in numbers):
@@ -222,7 +282,86 @@ def _strided(data: np.ndarray, tensor: _Lazy) -> np.ndarray:
     if 0 in shape:
         return np.zeros(shape, data.dtype)
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-    if last >= data.size:
+    if last >= data.size or math.prod(shape) > data.size:  # repeated numbers are no weights
         raise CheckpointError(f"has a tensor of shape {shape} larger than its bytes; refused")
     steps = [stride * data.itemsize for stride in strides]
     return np.lib.stride_tricks.as_strided(data[offset:], shape, steps, writeable=False)
+
+
+# Writing.
+
+
+def save(path: epath.PathLike, saved: dict, progress: Callable[[int], None] | None = None) -> None:
+    """Writes what `torch.load(weights_only=True)` reads as the same object with tensors.
+
+    Args:
+        path: of the file; what is there is replaced.
+        saved: nested dicts, lists and tuples of numbers, strings, None, arrays and promises of
+            them. Promises are read one at a time, those of the same order one after the other.
+        progress: called with the bytes of each tensor once it is written.
+
+    Raises:
+        CheckpointError: a value of another type.
+    """
+    arrays: list[np.ndarray | Promise] = []
+    pickled = b"\x80\x02" + _pickled(saved, arrays) + b"."
+    keys = sorted(range(len(arrays)), key=lambda i: getattr(arrays[i], "order", 0))
+    with epath.Path(path).open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/byteorder", b"little")
+        archive.writestr("archive/version", b"3\n")
+        for key in keys:
+            _write_member(archive, file.tell(), f"archive/data/{key}", value_of(arrays[key]))
+            if progress:
+                progress(arrays[key].nbytes)
+
+
+def _write_member(archive: zipfile.ZipFile, start: int, name: str, array: np.ndarray) -> None:
+    """One tensor's bytes, which begin where a reader that maps the file wants them."""
+    member = zipfile.ZipInfo(name)
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    member.file_size = data.size
+    long = data.size * 1.05 > zipfile.ZIP64_LIMIT  # zipfile then adds a field of 20 bytes
+    header = 30 + len(name) + 4 + (20 if long else 0)
+    padding = -(start + header) % _ALIGNED
+    member.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
+    with archive.open(member, "w") as stream:
+        stream.write(data.data)
+
+
+def _pickled(value: Any, arrays: list) -> bytes:
+    """Opcodes of protocol 2 for a value; its arrays are appended to a list."""
+    if isinstance(value, dict):
+        pairs = b"".join(_pickled(k, arrays) + _pickled(v, arrays) for k, v in value.items())
+        return b"}(" + pairs + b"u"
+    if isinstance(value, list | tuple) and not isinstance(value, Promise):
+        items = b"".join(_pickled(item, arrays) for item in value)
+        return b"](" + items + b"e" if isinstance(value, list) else b"(" + items + b"t"
+    if isinstance(value, np.ndarray | Promise):
+        arrays.append(value)
+        return _pickled_tensor(value, len(arrays) - 1)
+    if value is None or type(value) in (bool, int, float):
+        return pickle.dumps(value, protocol=2)[2:-1]
+    if type(value) is str:
+        text = value.encode()
+        return b"X" + struct.pack("<I", len(text)) + text
+    raise CheckpointError(f"cannot write a {type(value).__name__} for PyTorch")
+
+
+def _pickled_tensor(array: "np.ndarray | Promise", key: int) -> bytes:
+    if np.dtype(array.dtype) not in _STORAGES:
+        raise CheckpointError(f"cannot write {array.dtype} for PyTorch")
+    number = lambda n: pickle.dumps(n, protocol=2)[2:-1]  # noqa: E731
+    numbers = lambda shape: b"(" + b"".join(map(number, shape)) + b"t"  # noqa: E731
+    strides = [math.prod(array.shape[i + 1 :]) for i in range(len(array.shape))]
+    storage = b"".join(
+        [
+            b"(" + _pickled("storage", []),
+            f"ctorch\n{_STORAGES[np.dtype(array.dtype)]}\n".encode(),
+            _pickled(str(key), []) + _pickled("cpu", []) + number(array.size),
+            b"tQ",
+        ]
+    )
+    rest = number(0) + numbers(array.shape) + numbers(strides)
+    hooks = b"\x89ccollections\nOrderedDict\n)R"  # no gradient, no hooks
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + rest + hooks + b"tR"

@@ -1,0 +1,131 @@
+"""Reads and writes `.safetensors` tensor by tensor; the bytes are views of the mapped file."""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from gigatok_jax.conversion.names import Promise, value_of
+from gigatok_jax.errors import CheckpointError
+
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+_LARGEST_HEADER = 100_000_000  # bytes, the format's own limit
+
+
+def load(path: epath.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Arrays by name, as read-only views, and the strings kept beside them.
+
+    Raises:
+        CheckpointError: the file is damaged or of another kind.
+    """
+    path = epath.Path(path)
+    try:
+        raw = _map(path)
+        header, start = _header(raw)
+        metadata = header.pop("__metadata__", {})
+        return {name: _view(raw[start:], name, entry) for name, entry in header.items()}, metadata
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged or not safetensors ({error}); get it again") from (
+            error
+        )
+
+
+def _map(path: epath.Path) -> np.ndarray:
+    if not os.path.exists(path):
+        return np.frombuffer(path.read_bytes(), np.uint8)
+    if not os.path.getsize(path):
+        raise CheckpointError("is empty; get it again")
+    return np.memmap(path, np.uint8, mode="r")
+
+
+def _header(raw: np.ndarray) -> tuple[dict[str, Any], int]:
+    """The table at the beginning, and where the tensors begin."""
+    if raw.size < 8:
+        raise CheckpointError("is cut short; get it again")
+    length = int(raw[:8].view("<u8")[0])
+    if length > min(raw.size - 8, _LARGEST_HEADER):
+        raise CheckpointError("is cut short or not safetensors; get it again")
+    return json.loads(raw[8 : 8 + length].tobytes(), object_pairs_hook=_once), 8 + length
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        double = next(name for name in names if names.count(name) > 1)
+        raise CheckpointError(f"has {double} twice; which one is meant? Get it again")
+    return dict(pairs)
+
+
+def _view(data: np.ndarray, name: str, entry: Mapping[str, Any]) -> np.ndarray:
+    """One tensor, after checking that it is as large as it says and inside the file."""
+    shape, (first, last) = entry["shape"], entry["data_offsets"]
+    if entry["dtype"] not in _DTYPES:
+        raise CheckpointError(f"{name} is {entry['dtype']}, which is not read here")
+    dtype = np.dtype(_DTYPES[entry["dtype"]])
+    if any(type(n) is not int or n < 0 for n in (*shape, first, last)):
+        raise CheckpointError(f"{name} has shape {shape} at {first} to {last}; refused")
+    if last - first != math.prod(shape) * dtype.itemsize:
+        raise CheckpointError(f"{name} has {last - first} bytes for shape {shape}; refused")
+    if last > data.size:
+        raise CheckpointError(f"ends before {name} does; get it again")
+    return np.asarray(data[first:last]).view(dtype).reshape(shape)
+
+
+def save(
+    path: epath.PathLike,
+    tensors: Mapping[str, np.ndarray | Promise],
+    metadata: Mapping[str, str],
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Writes arrays and promises of them, one at a time.
+
+    Args:
+        path: of the file; what is there is replaced.
+        tensors: by name; those of the same order are written one after the other.
+        metadata: strings kept beside them.
+        progress: called with the bytes of each tensor once it is written.
+
+    Raises:
+        CheckpointError: a type that the format does not have.
+    """
+    names = sorted(tensors, key=lambda name: getattr(tensors[name], "order", 0))
+    header, at = {"__metadata__": dict(metadata)} if metadata else {}, 0
+    for name in names:
+        tensor = tensors[name]
+        if np.dtype(tensor.dtype) not in _NAMES:
+            raise CheckpointError(f"{name} is {tensor.dtype}, which safetensors does not have")
+        offsets = [at, at + tensor.nbytes]
+        kind = _NAMES[np.dtype(tensor.dtype)]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": offsets}
+        at = offsets[1]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
+    with epath.Path(path).open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            array = np.ascontiguousarray(value_of(tensors[name]))
+            file.write(array.reshape(-1).view(np.uint8).data)
+            if progress:
+                progress(array.nbytes)
