@@ -130,7 +130,7 @@ def model_config(name: str, **overrides) -> ml_collections.ConfigDict:
         layers, heads, width = PRIORS[name]
         return prior(**{"layers": layers, "heads": heads, "width": width} | overrides)
     if name not in TOKENIZERS:
-        known = ", ".join([*TOKENIZERS, *PRIORS])
+        known = ", ".join(PRIORS if name.startswith("prior-") else [*TOKENIZERS, *PRIORS])
         raise ConfigError(f"no model {name!r}; there are {known}")
     encoder, decoder, kind, layer_2d = TOKENIZERS[name]
     fields = {"encoder": encoder, "decoder": decoder, "kind": kind, "layer_2d": layer_2d}
