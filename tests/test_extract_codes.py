@@ -265,13 +265,17 @@ def test_killed_ten_times_it_loses_and_doubles_nothing(folder, whole, tmp_path):
 )
 def test_bad_values_are_refused(folder, tmp_path, changes, error, message):
     with pytest.raises(error, match=message) as refused:
-        extract(tmp_path, config(folder, **changes))
+        extract(tmp_path / "new", config(folder, **changes))
     assert "\n" not in str(refused.value)
+    assert not (tmp_path / "new").exists()  # so that the value can be put right
 
 
 def test_a_folder_of_other_codes_is_refused(folder, whole, tmp_path):
     with pytest.raises(ConfigError, match="crops is 'center' here and 'flip' there"):
         extract(whole, config(folder, crops="center"))
+    tiny_pair.save(tmp_path / "other", *tiny_pair.tokenizer(seed=1))
+    with pytest.raises(ConfigError, match="holds other codes, tokenizer is"):
+        extract(whole, config(folder, checkpoint=str(tmp_path / "other")))
     fewer = tmp_path / "fewer"
     fewer.mkdir()
     for i in range(3):

@@ -7,6 +7,7 @@ import pathlib
 import random
 import shutil
 import signal
+import subprocess
 import sys
 
 import jax
@@ -322,6 +323,17 @@ def killed(workdir, moments, rng):
 def test_a_run_killed_at_random_moments_ends_the_same(whole, tmp_path):
     killed(tmp_path / "run", [3, 6], random.Random(0))
     assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+def test_two_devices_train_alike(whole, tmp_path):
+    paths = (tiny.session() / "cache", extracted("held_out", "flip"), tokenizer(), tmp_path)
+    two = test_train.environment(XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    command = [sys.executable, "-c", SCRIPT, *map(str, paths)]
+    subprocess.run(command, cwd=test_train.ROOT, env=two, check=True)
+    assert "2" in str(json.loads((tmp_path / "environment.json").read_text())["devices"])
+    for ours, theirs in zip(metrics(tmp_path), metrics(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from gigatok_jax import checkpoint, environment, files, library, parallel, pictures
+from gigatok_jax import checkpoint, files, library, parallel, pictures
 from gigatok_jax.data import codes as codes_lib
 from gigatok_jax.data import pipeline, sources
 from gigatok_jax.errors import CheckpointError, ConfigError, DataError
@@ -29,6 +29,7 @@ from gigatok_jax.train import ar_step, optim
 from gigatok_jax.train.loop import (
     Interrupts,
     Run,
+    claim,
     common_parts,
     finish,
     has_results,
@@ -140,11 +141,10 @@ def train(config, workdir: epath.PathLike) -> None:
     data = Data(config, tokenizer)
     extras = check_data(config, data, tokenizer)
     branch = find_branch(config, workdir, extras["tokenizer"])
-    checkpoint.check_workdir(workdir, config)
-    environment.write(workdir)
     extras["decay_from"] = branch and branch["step"]
     run = make_run(config, workdir, mesh, tokenizer, data, extras)
     with contextlib.closing(run), Interrupts() as interrupts:
+        claim(run.workdir, config)
         state, done = begin(run, branch)
         if done < run.total_steps or not has_results(run.workdir, done):
             batches = data.train_batches(done)

@@ -13,11 +13,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from gigatok_jax import checkpoint, environment, files, library, metric_writer, parallel
+from gigatok_jax import files, library, metric_writer, parallel
 from gigatok_jax.data import codes, pipeline, sources
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.evaluation import metrics
-from gigatok_jax.train.loop import Interrupts
+from gigatok_jax.train.loop import Interrupts, claim
 
 PROGRESS_SECONDS = 5.0  # between two lines
 
@@ -37,14 +37,13 @@ def extract(config, workdir: epath.PathLike) -> None:
     """
     workdir = epath.Path(workdir)
     check(config)
-    checkpoint.check_workdir(workdir, config)
-    environment.write(workdir)
     mesh = parallel.make_mesh(config.mesh)
     tokenizer = library.load_tokenizer(
         config.checkpoint, sharding=parallel.replicated(mesh), weights=config.weights_kind
     )
     source = sources.make_source(config.data, config.split, tokenizer.image_size)
     header = make_header(tokenizer, source, config.crops)
+    claim(workdir, config)
     with codes.CodesWriter(workdir, header, source.labels) as writer, Interrupts() as interrupts:
         start = writer.done
         seconds = write_rest(config, mesh, tokenizer, source, writer, interrupts)

@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from gigatok_jax import checkpoint, files, metric_writer, parallel, report
+from gigatok_jax import checkpoint, environment, files, metric_writer, parallel, report
 from gigatok_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from gigatok_jax.train.fit import FittedStep
 
@@ -94,6 +94,16 @@ def total_steps(config) -> int:
 def steps_per_epoch(config) -> float:
     """An epoch is `train.epoch_images` images whatever the data holds."""
     return config.train.epoch_images / config.train.global_batch
+
+
+def claim(workdir: epath.Path, config) -> None:
+    """Writes what a run is and runs on, once all that its config names has been found.
+
+    Raises:
+        ConfigError: the workdir belongs to a run of another config.
+    """
+    checkpoint.check_workdir(workdir, config)
+    environment.write(workdir)
 
 
 def restore(run: Run) -> tuple[Any, int]:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from gigatok_jax import checkpoint, environment, parallel, pictures
+from gigatok_jax import parallel, pictures
 from gigatok_jax.data import pipeline, sources
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.evaluation import reconstruction
@@ -24,6 +24,7 @@ from gigatok_jax.train import step as step_lib
 from gigatok_jax.train.loop import (
     Interrupts,
     Run,
+    claim,
     common_parts,
     finish,
     has_results,
@@ -81,11 +82,9 @@ def train(config, workdir: epath.PathLike) -> None:
     validate(config.model)
     mesh = parallel.make_mesh(config.mesh)
     parallel.check_batch(mesh, config.train.global_batch, config.train.micro_batches)
-    workdir = epath.Path(workdir)
-    checkpoint.check_workdir(workdir, config)
-    environment.write(workdir)
-    run = make_run(config, workdir, mesh, sources.fingerprint(source))
+    run = make_run(config, epath.Path(workdir), mesh, sources.fingerprint(source))
     with contextlib.closing(run), Interrupts() as interrupts:
+        claim(run.workdir, config)
         state, done = restore(run)
         if done < run.total_steps or not has_results(run.workdir, done):
             batches = pipeline.train_batches(
