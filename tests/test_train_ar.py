@@ -471,6 +471,9 @@ def refused(error, workdir, made=None, **changes) -> str:
         ({"optim__schedule": "some"}, "optim.schedule 'some' is unknown"),
         ({"seed": -1}, "seed is -1"),
         ({"mesh__data": 3}, "does not cover"),
+        ({"sample__cfg_scale": 0.5}, "guidance scale is 0.5"),
+        ({"sample__top_p": 2.0}, "top_p is 2.0"),
+        ({"sample__images": 0}, "sample.images is 0"),
     ],
 )
 def test_values_that_cannot_work_are_refused(tmp_path, changes, message, monkeypatch):

@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from gigatok_jax import checkpoint, files, library, parallel, pictures
+from gigatok_jax import checkpoint, files, library, parallel, pictures, sampling
 from gigatok_jax.data import codes as codes_lib
 from gigatok_jax.data import pipeline, sources
 from gigatok_jax.errors import CheckpointError, ConfigError, DataError
@@ -162,11 +162,21 @@ def check_config(config) -> None:
     for name in ("dropout", "token_dropout", "class_dropout", "drop_path"):
         if not 0 <= config.train[name] < 1:
             raise ConfigError(f"train.{name} is {config.train[name]}, expected 0 to below 1")
+    check_sample(config.sample)
     if not config.codes and not config.tokenizer:
         raise ConfigError(
             "nothing to learn from: name codes with --config.codes=DIR, or a tokenizer that makes"
             " them of images with --config.tokenizer=DIR"
         )
+
+
+def check_sample(settings) -> None:
+    """Refuses settings that no picture can be drawn with, hours before it would be."""
+    for name in ("classes", "images"):
+        if settings[name] < 1:
+            raise ConfigError(f"sample.{name} is {settings[name]}, expected at least 1")
+    sampling.weights(2, *(settings[name] for name in GUIDANCE))
+    sampling.make_draw(settings.temperature, settings.top_k, settings.top_p)
 
 
 def load_tokenizer(config, mesh) -> library.Tokenizer | None:
