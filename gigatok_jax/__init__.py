@@ -1,8 +1,13 @@
 """GigaTok image tokenizers and autoregressive priors in JAX."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 from gigatok_jax.model_config import model_config
+
+if TYPE_CHECKING:
+    from gigatok_jax.evaluation.metrics import to_uint8
+    from gigatok_jax.library import Prior, Tokenizer, decode, encode, load_prior, load_tokenizer
 
 _LATER = {  # imported at first use, since models take seconds to import
     "Prior": "library",
@@ -13,7 +18,16 @@ _LATER = {  # imported at first use, since models take seconds to import
     "load_tokenizer": "library",
     "to_uint8": "evaluation.metrics",
 }
-__all__ = ["model_config", *_LATER]
+__all__ = [
+    "Prior",
+    "Tokenizer",
+    "decode",
+    "encode",
+    "load_prior",
+    "load_tokenizer",
+    "model_config",
+    "to_uint8",
+]
 __version__ = "0.1.0"
 
 

@@ -11,7 +11,7 @@ at any moment loses nothing but the time since its last save.
 import errno
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -217,7 +217,10 @@ def find(path: epath.PathLike) -> tuple[epath.Path, int | None]:
 
 
 def load_params(
-    path: epath.PathLike, names: Sequence[str], sharding: jax.sharding.Sharding | None = None
+    path: epath.PathLike,
+    names: Sequence[str | tuple[str, ...]],
+    sharding: jax.sharding.Sharding | None = None,
+    dtype: Callable[[str], Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Some top-level entries of a state, without knowing its model and without reading the rest.
 
@@ -225,8 +228,10 @@ def load_params(
 
     Args:
         path: as for `find`; for a workdir a damaged step is named in the log and passed over.
-        names: entries of the state, such as "ema_params"; none reads the extras alone.
+        names: entries of the state, such as "ema_params"; of a tuple the first that is there;
+            none reads the extras alone.
         sharding: where every array goes; None gives numpy arrays on the host.
+        dtype: type of an array by its path, as in "params/quantizer/codebook"; None as saved.
 
     Returns:
         {name: nested dict of arrays}, and the dict saved beside the state.
@@ -239,12 +244,22 @@ def load_params(
     if step is not None:
         _verify(directory)
     saved = _saved_tree(directory)
+    names = [_first_there(name, saved) for name in names]
     if missing := [name for name in names if name not in saved]:
         raise CheckpointError(f"{directory} has no entry {missing}, only {sorted(saved)}")
     chosen = {name: saved[name] for name in names}
-    args = jax.tree.map(lambda leaf: _restore_args(leaf.dtype, sharding), chosen)
+    args = {
+        path: _restore_args(dtype(path) if dtype else leaf.dtype, sharding)
+        for path, leaf in _leaves(chosen)
+    }
+    args = flax.traverse_util.unflatten_dict(args, sep="/")
     trees = _read(directory, chosen, args) if names else {}
     return trees, files.read_json(directory / EXTRAS)
+
+
+def _first_there(name: str | tuple[str, ...], saved: Mapping[str, Any]) -> str:
+    choices = (name,) if isinstance(name, str) else name
+    return next((choice for choice in choices if choice in saved), choices[0])
 
 
 def restore_from(path: epath.PathLike, abstract_state: Any) -> tuple[Any, dict[str, Any]]:

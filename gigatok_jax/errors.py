@@ -23,3 +23,7 @@ class MissingWeightsError(GigatokError, FileNotFoundError):
 
 class NonFiniteError(GigatokError, FloatingPointError):
     """A loss or gradient that is no longer a number."""
+
+
+class ImmutableError(GigatokError, AttributeError):
+    """An attempt to change an object that other threads may be using."""

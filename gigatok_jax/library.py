@@ -3,10 +3,12 @@
 Axes: b batch of any size, h w pixels, n codes of an image.
 """
 
+import copy
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +17,8 @@ import numpy as np
 from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gigatok_jax import checkpoint, sampling
-from gigatok_jax.errors import CheckpointError, ConfigError, DataError
+from gigatok_jax import load, sampling
+from gigatok_jax.errors import CheckpointError, ConfigError, DataError, ImmutableError
 from gigatok_jax.model_config import num_tokens
 from gigatok_jax.models import ar
 from gigatok_jax.models import tokenizer as tokenizer_lib
@@ -24,10 +26,17 @@ from gigatok_jax.ops.image import to_pixels
 
 MOST_IMAGES = 64  # that go through a tokenizer at once
 MOST_SEQUENCES = 256  # that a prior writes at once
+PARTS = {  # at the top of the parameters
+    "tokenizer": ("cnn_encoder", "encoder", "pre_quant", "quantizer", "decoder", "cnn_decoder"),
+    "prior": ("class_embedding", "code_embedding", "blocks", "head"),
+}
 CODE_PARTS = ("cnn_encoder", "encoder", "pre_quant", "quantizer")  # what decides the codes
+TYPES = ("float32", "bfloat16", "float16")
 
 
-def encode(params, images: jax.Array, config) -> jax.Array:
+def encode(
+    params: Mapping[str, Any], images: jax.Array, config: ml_collections.ConfigDict
+) -> jax.Array:
     """Codes of images; pure, for use inside jit, grad and shard_map.
 
     Args:
@@ -43,7 +52,9 @@ def encode(params, images: jax.Array, config) -> jax.Array:
     return module.apply({"params": params}, pixels, method="encode").quantized.codes
 
 
-def decode(params, codes: jax.Array, config) -> jax.Array:
+def decode(
+    params: Mapping[str, Any], codes: jax.Array, config: ml_collections.ConfigDict
+) -> jax.Array:
     """Images of codes; pure, for use inside jit, grad and shard_map.
 
     Args:
@@ -57,30 +68,92 @@ def decode(params, codes: jax.Array, config) -> jax.Array:
     return module.apply({"params": params}, codes, method="decode_codes").images
 
 
-class Tokenizer:
+# Objects of one config share what is compiled.
+_encode = jax.jit(encode, static_argnames="config")
+_decode = jax.jit(decode, static_argnames="config")
+
+
+class ModelConfig(ml_collections.FrozenConfigDict):
+    """Config of a model that nothing changes; equal to a ConfigDict of the same fields."""
+
+    def __eq__(self, other) -> bool:
+        return self.eq_as_configdict(other)
+
+    __hash__ = ml_collections.FrozenConfigDict.__hash__
+
+
+class _Model:
+    """What a tokenizer and a prior have in common."""
+
+    KIND: str
+    config: ModelConfig
+    step: int | None  # of the checkpoint that the parameters are from
+    _params: dict[str, Any]
+    _training: dict[str, Any]
+
+    def __init__(self, params, config, dtype, step, training, **fields):
+        config = ModelConfig(config)
+        _check_parts(params, config, self.KIND)
+        fields |= {"config": config, "step": step, "_training": copy.deepcopy(training or {})}
+        vars(self).update(fields, _params=_placed(params, dtype))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        kind = type(self).__name__
+        raise ImmutableError(f"{kind}.{name} cannot be set: make another {kind}")
+
+    def __delattr__(self, name: str) -> None:
+        raise ImmutableError(f"{type(self).__name__}.{name} cannot be deleted")
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Nested dict of arrays; every time another one, so that changes to it stay outside."""
+        return jax.tree.map(lambda x: x, self._params)
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """How the parameters came to be, where known: weights (ema or raw), config, data."""
+        return copy.deepcopy(self._training)
+
+    def _save(self, folder: epath.PathLike, licence: str, **about) -> None:
+        about |= {"step": self.step, "training": self._training}
+        load.save_model(folder, self._params, self.config, about, licence)
+
+
+class Tokenizer(_Model):
     """A trained tokenizer: images to codes and back, in batches of any size.
 
     Immutable and safe to share between threads. A batch is cut and padded to powers of two up to
     64, so that few programs are compiled.
     """
 
-    def __init__(self, params, config, dtype=None, *, step: int | None = None):
+    KIND = "tokenizer"
+
+    def __init__(
+        self,
+        params: Mapping[str, Any],
+        config: ml_collections.ConfigDict,
+        dtype: jax.typing.DTypeLike | None = None,
+        *,
+        step: int | None = None,
+        training: Mapping[str, Any] | None = None,
+    ):
         """Args:
         params: nested dict of arrays, placed already or on the host.
         config: of the model, from `model_config`.
-        dtype: of parameters and computation; None is float32.
+        dtype: of parameters and computation, one of `TYPES`; None is float32.
         step: of the checkpoint they are from.
+        training: JSON values about how they were made, which `save` keeps.
+
+        Raises:
+            ConfigError: the config of a prior, or another type.
+            CheckpointError: the parameters are not of a tokenizer.
         """
-        self.config = ml_collections.FrozenConfigDict(config)
-        self.params = _placed(params, dtype)
-        self.step = step
-        self._encode = jax.jit(functools.partial(encode, config=self.config))
-        self._decode = jax.jit(functools.partial(decode, config=self.config))
+        super().__init__(params, config, dtype, step, training)
 
     @property
     def codebook(self) -> jax.Array:
-        """f[k e], the rows as they are stored."""
-        return self.params["quantizer"]["codebook"]
+        """f32[k e], the rows as they are stored."""
+        return self._params["quantizer"]["codebook"]
 
     @property
     def num_tokens(self) -> int:
@@ -95,43 +168,101 @@ class Tokenizer:
     @functools.cached_property
     def fingerprint(self) -> str:
         """16 hex digits of the parameters that decide codes, the same in float32 and bfloat16."""
-        return fingerprint({name: self.params[name] for name in CODE_PARTS})
+        return fingerprint({name: self._params[name] for name in CODE_PARTS})
 
-    def encode(self, images) -> jax.Array:
-        """uint8[b h w 3], or float[b h w 3] in [-1, 1] -> i32[b n].
+    def encode(self, images: np.ndarray | jax.Array) -> jax.Array:
+        """Codes of images.
+
+        Args:
+            images: uint8[b h w 3], or float[b h w 3] in [-1, 1].
+
+        Returns:
+            i32[b n] in [0, codebook_size).
 
         Raises:
-            DataError: images of another size or number of channels.
+            DataError: images of another size, number of channels or type.
         """
-        expected = (self.image_size, self.image_size, 3)
-        if images.ndim != 4 or images.shape[1:] != expected:
-            raise DataError(
-                f"images are {images.shape}, expected [b, {', '.join(map(str, expected))}]"
-            )
-        return _in_batches(self._encode, self.params, MOST_IMAGES, images)
+        images = _checked_images(images, self.image_size)
+        run = functools.partial(_encode, config=self.config)
+        return _in_batches(run, self._params, MOST_IMAGES, images)
 
-    def decode(self, codes) -> jax.Array:
-        """i32[b n] -> f32[b h w 3], nominally in [-1, 1], not clamped.
+    def decode(self, codes: np.ndarray | jax.Array) -> jax.Array:
+        """Images of codes.
+
+        Args:
+            codes: int[b n] in [0, codebook_size).
+
+        Returns:
+            f32[b h w 3], nominally in [-1, 1], not clamped; `to_uint8` clamps.
 
         Raises:
             DataError: another number of codes, or a code outside the codebook.
         """
+        codes = _on_host(codes, "decode(params, codes, config)")
         check_codes(codes, self.num_tokens, self.config.codebook_size)
-        return _in_batches(self._decode, self.params, MOST_IMAGES, codes)
+        run = functools.partial(_decode, config=self.config)
+        return _in_batches(run, self._params, MOST_IMAGES, codes.astype(np.int32))
+
+    def warmup(
+        self, sizes: Sequence[int] | None = None, dtype: jax.typing.DTypeLike = np.uint8
+    ) -> None:
+        """Compiles `encode` and `decode`, so that later calls start at once.
+
+        Args:
+            sizes: of batches; None is every padded size.
+            dtype: of the images, uint8 or float32.
+        """
+        for size in sizes or _padded_sizes(MOST_IMAGES):
+            images = np.zeros((size, self.image_size, self.image_size, 3), dtype)
+            jax.block_until_ready(self.decode(self.encode(images)))
+
+    def save(self, folder: epath.PathLike, licence: str = "unknown") -> None:
+        """Writes `model.safetensors` in the original's names, `config.json` and `README.md`.
+
+        `load_tokenizer(folder)` gives the same parameters, bit for bit.
+
+        Args:
+            folder: made when missing.
+            licence: of the weights, such as "mit", for the head of the model card.
+
+        Raises:
+            CheckpointError: the folder holds another model, or cannot be written.
+        """
+        self._save(folder, licence)
 
 
-class Prior:
+class Prior(_Model):
     """A trained prior: class labels to codes. Immutable and safe to share between threads."""
 
-    def __init__(self, params, config, dtype=None, *, step: int | None = None, trained_on=""):
+    KIND = "prior"
+    trained_on: str  # fingerprint of the tokenizer whose codes it learned, "" when unknown
+    class_names: tuple[str, ...]  # as its data called them, none when unknown
+    _module: ar.Prior
+
+    def __init__(
+        self,
+        params: Mapping[str, Any],
+        config: ml_collections.ConfigDict,
+        dtype: jax.typing.DTypeLike | None = None,
+        *,
+        step: int | None = None,
+        training: Mapping[str, Any] | None = None,
+        trained_on: str = "",
+        class_names: Sequence[str] = (),
+    ):
         """Args:
-        params, config, dtype, step: as for `Tokenizer`.
+        params, config, dtype, step, training: as for `Tokenizer`.
         trained_on: fingerprint of the tokenizer whose codes it learned, "" when unknown.
+        class_names: of its classes, in the order of their ids; none when unknown.
+
+        Raises:
+            ConfigError: the config of a tokenizer, or another type.
+            CheckpointError: the parameters are not of a prior.
         """
-        self.config = ml_collections.FrozenConfigDict(config)
-        self.params = _placed(params, dtype)
-        self.step, self.trained_on = step, trained_on
-        self._module = ar.make(self.config, self.params["head"]["kernel"].dtype)
+        fields = {"trained_on": trained_on, "class_names": tuple(class_names)}
+        super().__init__(params, config, dtype, step, training, **fields)
+        module = ar.make(self.config, self._params["head"]["kernel"].dtype)
+        vars(self).update(_module=module)
 
     def generate(
         self,
@@ -181,58 +312,88 @@ class Prior:
             guided=cfg_scale != 1,
             filters=top_k > 0 or top_p < 1,
         )
-        return _in_batches(run, self.params, MOST_SEQUENCES, class_ids, image_ids)
+        return _in_batches(run, self._params, MOST_SEQUENCES, class_ids, image_ids)
+
+    def warmup(self, sizes: Sequence[int] | None = None, **settings) -> None:
+        """Compiles `generate`, so that later calls start at once.
+
+        Args:
+            sizes: of batches; None is every padded size, up to 256.
+            **settings: of `generate`; with or without guidance, and with or without filters, are
+                programs of their own.
+        """
+        for size in sizes or _padded_sizes(MOST_SEQUENCES):
+            jax.block_until_ready(self.generate(np.zeros(size, np.int32), **settings))
+
+    def save(self, folder: epath.PathLike, licence: str = "unknown") -> None:
+        """Writes `model.safetensors`, `config.json` and `README.md`; see `Tokenizer.save`."""
+        self._save(folder, licence, tokenizer=self.trained_on, class_names=self.class_names)
 
 
-def load_tokenizer(path: epath.PathLike, dtype=None, sharding=None, weights="auto") -> Tokenizer:
+def load_tokenizer(
+    path: epath.PathLike,
+    dtype: jax.typing.DTypeLike | None = None,
+    sharding: jax.sharding.Sharding | jax.Device | None = None,
+    weights: Literal["auto", "ema", "raw"] = "auto",
+) -> Tokenizer:
     """Tokenizer of a checkpoint.
 
+    Parameters go to their place one after the other, in their type; the host never holds two copies
+    of them.
+
     Args:
-        path: a workdir, its checkpoints/, or one step.
-        dtype: of parameters and computation; None is float32.
-        sharding: where parameters go; None is the first device.
-        weights: "ema" or "raw"; "auto" is the EMA copy.
+        path: the original's `.pt`, a `.safetensors`, a folder with `model.safetensors`, or a
+            checkpoint of a run: its workdir, its checkpoints/ or one step.
+        dtype: of parameters and computation, one of `TYPES`; None is float32.
+        sharding: where parameters go; None is the default device.
+        weights: "ema" or "raw"; "auto" is the EMA copy if there is one.
 
     Raises:
-        ConfigError: no path, or unknown weights.
+        ConfigError: no path, unknown weights or type, or a sharding that a parameter does not fit.
         CheckpointError: nothing there, damaged, or not of a tokenizer.
     """
-    params, extras = _load(path, {"auto": "ema_params"}, weights, sharding)
-    config = ml_collections.ConfigDict(extras["config"]["model"])
-    if config.kind == "prior":
-        raise CheckpointError(f"{path} holds a prior, expected a tokenizer")
-    return Tokenizer(params, config, dtype, step=extras["step"])
+    params, config, about = _load(path, "tokenizer", dtype, sharding, weights)
+    return Tokenizer(params, config, dtype, step=about["step"], training=about["training"])
 
 
-def load_prior(path: epath.PathLike, dtype=None, sharding=None, weights="auto") -> Prior:
+def load_prior(
+    path: epath.PathLike,
+    dtype: jax.typing.DTypeLike | None = None,
+    sharding: jax.sharding.Sharding | jax.Device | None = None,
+    weights: Literal["auto", "ema", "raw"] = "auto",
+) -> Prior:
     """Prior of a checkpoint; arguments and errors as for `load_tokenizer`.
 
     "auto" is the trained copy, which the original evaluates, not the EMA.
     """
-    params, extras = _load(path, {"auto": "params"}, weights, sharding)
-    config = ml_collections.ConfigDict(extras["config"]["model"])
-    if config.kind != "prior":
-        raise CheckpointError(f"{path} holds a tokenizer, expected a prior")
-    trained_on = extras.get("tokenizer", "")
-    return Prior(params, config, dtype, step=extras["step"], trained_on=trained_on)
+    params, config, about = _load(path, "prior", dtype, sharding, weights)
+    return Prior(
+        params,
+        config,
+        dtype,
+        step=about["step"],
+        training=about["training"],
+        trained_on=about["tokenizer"],
+        class_names=about["class_names"],
+    )
 
 
-def _load(path, auto: dict[str, str], weights: str, sharding):
-    if not path:
-        raise ConfigError("no checkpoint is named: give a workdir, its checkpoints/ or one step")
-    names = auto | {"ema": "ema_params", "raw": "params"}
-    if weights not in names:
-        raise ConfigError(f"weights are {weights!r}, expected one of {', '.join(names)}")
-    trees, extras = checkpoint.load_params(path, (names[weights],), sharding)
-    return trees[names[weights]], extras
+def _load(path, kind: str, dtype, sharding, weights: str) -> load.Loaded:
+    if isinstance(sharding, jax.Device):
+        sharding = jax.sharding.SingleDeviceSharding(sharding)
+    if not isinstance(sharding, jax.sharding.Sharding | None):
+        raise ConfigError(f"sharding is {sharding!r}, expected a jax.sharding.Sharding or a device")
+    type_of = functools.partial(_type_of, dtype=_checked_type(dtype))
+    return load.load_model(path, kind, weights, type_of, sharding and _auto_mesh(sharding))
 
 
-def fingerprint(params) -> str:
-    """16 hex digits of names, shapes and values; values rounded to bfloat16."""
+def fingerprint(params: Mapping[str, Any]) -> str:
+    """16 hex digits of names, shapes and values; values rounded to bfloat16, no buffers."""
     digest = hashlib.blake2b(digest_size=8)
+    named = {name: tree for name, tree in params.items() if name != "buffers"}
     for path, leaf in sorted(
         (jax.tree_util.keystr(keys), leaf)
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(params)
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(named)
     ):
         value = np.asarray(leaf).astype(jnp.bfloat16)
         digest.update(f"{path}{value.shape}".encode())
@@ -262,35 +423,104 @@ def _checked_ids(ids, limit: int, what: str) -> np.ndarray:
     return ids.astype(np.int32)
 
 
-def _placed(params, dtype):
-    """On the device, unless they are on one, in the type asked for; the codebook stays float32."""
-    placed = jax.tree.map(lambda x: _auto(jnp.asarray(x, dtype or jnp.float32)), params)
-    if "quantizer" in params:
-        placed["quantizer"] = jax.tree.map(lambda x: _auto(jnp.asarray(x)), params["quantizer"])
-    return placed
+def _checked_images(images, size: int) -> np.ndarray | jax.Array:
+    """Images that a tokenizer takes, uint8 or float32."""
+    if not isinstance(images, jax.Array) or isinstance(images, jax.core.Tracer):
+        images = _on_host(images, "encode(params, images, config)")
+    if images.ndim != 4 or images.shape[1:] != (size, size, 3):
+        raise DataError(f"images are {images.shape}, expected [b, {size}, {size}, 3]")
+    if images.dtype == np.uint8:
+        return images
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise DataError(f"images are {images.dtype}, expected uint8, or floats in [-1, 1]")
+    return images.astype(np.float32)
 
 
-def _auto(x: jax.Array) -> jax.Array:
-    """The same array on a mesh whose axes leave shardings to the compiler, as ours do."""
-    if not isinstance(x.sharding, NamedSharding):
-        return x
-    mesh = x.sharding.mesh
+def _on_host(array, pure: str) -> np.ndarray:
+    if isinstance(array, jax.core.Tracer):
+        raise DataError(f"inside jit, grad and shard_map call gigatok_jax.{pure}")
+    return np.asarray(array)
+
+
+def _check_parts(params: Mapping[str, Any], config: ModelConfig, kind: str) -> None:
+    """Refuses what is seen at a glance to be no model of that kind."""
+    found = "prior" if config.kind == "prior" else "tokenizer"
+    if found != kind:
+        raise ConfigError(f"the config is of a {found}, expected one of a {kind}")
+    if missing := [part for part in PARTS[kind] if part not in params]:
+        raise CheckpointError(
+            f"the parameters have no {missing[0]}, only {', '.join(map(str, params))}: expected"
+            f" those of a {kind}"
+        )
+
+
+def _checked_type(dtype) -> np.dtype:
+    try:
+        chosen = jnp.dtype(dtype or jnp.float32)
+    except TypeError:
+        chosen = None
+    if chosen is None or chosen.name not in TYPES:
+        raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(TYPES)}")
+    return chosen
+
+
+def _type_of(path: str, dtype: np.dtype) -> np.dtype:
+    """Type of a parameter by its path: distances to the codebook are taken in float32."""
+    return np.dtype(np.float32) if path.startswith(("quantizer/", "buffers/")) else dtype
+
+
+def _placed(params: Mapping[str, Any], dtype) -> dict[str, Any]:
+    """In the type asked for, on the device unless they are on one; copies of numpy arrays."""
+    dtype = _checked_type(dtype)
+
+    def place(keys, leaf):
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        leaf = jnp.array(leaf, _type_of(path, dtype), copy=not isinstance(leaf, jax.Array))
+        return jax.device_put(leaf, _auto_mesh(leaf.sharding))
+
+    return jax.tree_util.tree_map_with_path(place, dict(params))
+
+
+def _auto_mesh(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    """The same on a mesh whose axes leave shardings to the compiler, as ours do."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    mesh = sharding.mesh
     types = (AxisType.Auto,) * len(mesh.axis_names)
     mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=types)
-    return jax.device_put(x, NamedSharding(mesh, x.sharding.spec))
+    return NamedSharding(mesh, sharding.spec)
+
+
+def _padded_sizes(most: int) -> list[int]:
+    return [1 << i for i in range(most.bit_length())]
 
 
 def _in_batches(run: Callable[..., jax.Array], params, most: int, *arrays) -> jax.Array:
     """`run(params, ...)` over pieces padded to powers of two; the padding is cut off again."""
     place, shards = _batch_sharding(params)
-    count, done = len(arrays[0]), []
+    count, done, sizes = len(arrays[0]), [], []
     for start in range(0, max(count, 1), most):
         pieces = [array[start : start + most] for array in arrays]
-        size = len(pieces[0])
-        room = -(-(1 << max(size - 1, 0).bit_length()) // shards) * shards
-        padded = [_padded(piece, room - size) for piece in pieces]
-        done.append(run(params, *jax.device_put(padded, place))[:size])
-    return done[0] if len(done) == 1 else jnp.concatenate(done)
+        sizes.append(len(pieces[0]))
+        room = -(-(1 << max(sizes[-1] - 1, 0).bit_length()) // shards) * shards
+        padded = [_padded(piece, room - sizes[-1]) for piece in pieces]
+        done.append(run(params, *jax.device_put(padded, place)))
+    if len(done) == 1 and len(done[0]) == sizes[0]:
+        return done[0]
+    return _joined(done, sizes)
+
+
+def _joined(done: list[jax.Array], sizes: list[int]) -> jax.Array:
+    """The first rows of each array, one array below the other."""
+    if done[0].ndim > 2 or not done[0].is_fully_addressable:
+        parts = [array[:size] for array, size in zip(done, sizes, strict=True)]
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+    # Codes are small: the host cuts them, where another size is not another program.
+    parts = [np.asarray(array)[:size] for array, size in zip(done, sizes, strict=True)]
+    place = done[0].sharding
+    if isinstance(place, NamedSharding):
+        place = NamedSharding(place.mesh, PartitionSpec())
+    return jax.device_put(np.concatenate(parts), place)
 
 
 def _batch_sharding(params):
@@ -303,5 +533,7 @@ def _batch_sharding(params):
     return NamedSharding(sharding.mesh, PartitionSpec(axes)), parts
 
 
-def _padded(array, count: int) -> np.ndarray:
+def _padded(array, count: int):
+    if not count:
+        return array
     return np.concatenate([array, np.zeros((count, *array.shape[1:]), array.dtype)])

@@ -133,7 +133,7 @@ def open_job(config, workdir: epath.Path) -> Job:
     prior = library.load_prior(config.prior, weights=config.weights_kind, **where)
     tokenizer = library.load_tokenizer(config.tokenizer, **where)
     pair.check_tokenizer(prior, tokenizer)
-    names = classes.names_of(prior.config.classes, pair.class_names(config.prior, prior.step))
+    names = classes.names_of(prior.config.classes, prior.class_names)
     class_ids = _class_ids(config.class_ids, names)
     image_ids = _image_ids(config, EACH * len(class_ids))
     return Job(config, workdir, prior, tokenizer, names, class_ids, image_ids)

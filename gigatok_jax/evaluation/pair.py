@@ -1,11 +1,9 @@
 """A prior and the tokenizer whose codes it learned: loaded alike, and checked to fit."""
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 
-from gigatok_jax import checkpoint, files, library, parallel
+from gigatok_jax import library, parallel
 from gigatok_jax.errors import ConfigError
 
 
@@ -60,14 +58,3 @@ def check_tokenizer(prior: library.Prior, tokenizer: library.Tokenizer) -> None:
     """`check` of a loaded tokenizer."""
     model = tokenizer.config
     check(prior, tokenizer.num_tokens, model.codebook_size, tokenizer.fingerprint)
-
-
-def class_names(path, step: int) -> Sequence[str]:
-    """Names of the classes that a prior learned, as its data called them; none when it knows none.
-
-    Args:
-        path: of its checkpoint: a workdir, its checkpoints/, or one step.
-        step: of the checkpoint that was loaded from there.
-    """
-    root, _ = checkpoint.find(path)
-    return files.read_json(root / str(step) / checkpoint.EXTRAS).get("class_names", ())
