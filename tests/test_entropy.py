@@ -1,8 +1,11 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gigatok_jax.ops import implementation
 from gigatok_jax.ops.entropy import entropy_loss
 
 torch = pytest.importorskip("torch")
@@ -63,14 +66,47 @@ def test_value_and_gradients_are_those_of_the_formula(b, n, k, groups, block_ele
     assert relative(de, expected_de) < 1e-4
 
 
-@pytest.mark.parametrize("distinct", [1, 5])
-def test_collapsed_codebooks_keep_their_gradients(distinct):
-    z, codebook = make(distinct, 2, 64, 512, distinct=distinct)
-    value, (dz, de) = jax.value_and_grad(entropy_loss, argnums=(0, 1))(z, codebook, 0.01)
+@functools.cache  # one program for all codebooks
+def graded(impl, groups=1):
+    def loss(z, codebook):
+        return entropy_loss(z, codebook, 0.01, groups, impl=impl, interpret=impl != "xla")
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+
+
+@pytest.mark.parametrize("impl", implementation.NAMES)
+@pytest.mark.parametrize("distinct", [None, 1, 5])
+def test_collapsed_codebooks_of_full_size_keep_their_gradients(impl, distinct):
+    z, codebook = make(distinct or 7, 2, 24, 16384, distinct=distinct)
+    # Tokens that share rows: of lonely ones the two entropies cancel, and rounding remains.
+    z = unit(z[:, np.arange(24) % 6] + 0.05 * z[:, ::-1])
+    value, (dz, de) = graded(impl)(z, codebook)
     expected, expected_dz, expected_de = reference(z, codebook, 0.01)
+    assert value == pytest.approx(expected, rel=1e-5, abs=2e-5)
+    assert relative(dz, expected_dz) < 1e-4
+    assert relative(de, expected_de) < 1e-4
+
+
+@pytest.mark.parametrize("impl", ["pallas_gpu", "pallas_tpu"])
+def test_kernels_take_groups_and_sizes_that_fill_no_block(impl):
+    z, codebook = make(6, 4, 33, 300)
+    value, (dz, de) = graded(impl, groups=2)(z, codebook)
+    expected, expected_dz, expected_de = reference(z, codebook, 0.01, groups=2)
     assert value == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert relative(dz, expected_dz) < 1e-4
     assert relative(de, expected_de) < 1e-4
+
+
+@pytest.mark.parametrize("impl", ["pallas_gpu", "pallas_tpu"])
+def test_kernels_take_rows_of_any_length_and_other_temperatures(impl):
+    rng = np.random.default_rng(9)
+    z = 3 * rng.normal(size=(1, 40, 6)).astype(np.float32)
+    codebook = rng.normal(size=(50, 6)).astype(np.float32)
+    run = jax.jit(lambda z, e: entropy_loss(z, e, 1.5, impl=impl, interpret=True))
+    value, (dz, de) = jax.value_and_grad(run, argnums=(0, 1))(z, codebook)
+    expected, expected_dz, expected_de = reference(z, codebook, 1.5)
+    assert value == pytest.approx(expected, rel=1e-5)
+    assert relative(dz, expected_dz) < 1e-4 and relative(de, expected_de) < 1e-4
 
 
 def test_rows_of_any_length_and_other_temperatures():
@@ -112,3 +148,17 @@ def test_bad_shapes_are_named():
         entropy_loss(jnp.zeros((2, 4, 8)), jnp.zeros((16, 6)), 0.01)
     with pytest.raises(ValueError, match="3 groups do not divide a batch of 4"):
         entropy_loss(jnp.zeros((4, 4, 8)), jnp.zeros((16, 8)), 0.01, groups=3)
+    with pytest.raises(NotImplementedError, match="'pallas_gpu' cannot run here: it needs a gpu"):
+        entropy_loss(jnp.zeros((2, 4, 8)), jnp.zeros((16, 8)), 0.01, impl="pallas_gpu")
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("distinct", [None, 1, 5])
+def test_a_gpu_keeps_the_gradients_of_collapsed_codebooks(distinct):
+    z, codebook = make(8, 4, 256, 16384, distinct=distinct)
+    run = jax.jit(lambda z, e: entropy_loss(z, e, 0.01, impl="pallas_gpu"))
+    value, (dz, de) = jax.value_and_grad(run, argnums=(0, 1))(z, codebook)
+    expected, expected_dz, expected_de = reference(z, codebook, 0.01)
+    assert value == pytest.approx(expected, rel=1e-5, abs=2e-5)
+    assert relative(dz, expected_dz) < 1e-4
+    assert relative(de, expected_de) < 1e-4

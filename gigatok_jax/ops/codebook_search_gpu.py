@@ -3,14 +3,12 @@
 Axes: m tokens, k rows, e width, c packed width, w column classes, s splits, a tokens and r rows
 compared at once.
 
-Scores z.e - |e|^2 / 2 come from tensor cores: each float32 is cut into two float16, and the three
-products that matter share one contraction with the offset, z = [high low high 1 ..] and
-e = [high high low offset], good to about 2e-7. A program keeps, for each class of columns (those
-that one thread holds), the best score and the group of rows that it came from. The rows of the
-best group are then compared by their float32 distances. Where scores cannot decide, distances do:
-a second group as near as the first is compared as well, and in closer company, or for norms that
-the scores do not serve, all rows are. So the row is the nearest one to within rounding, and the
-lowest of equal ones.
+Scores z.e - |e|^2 / 2 come from tensor cores, good to a few 1e-7. A program keeps, for each class
+of columns (those that one thread holds), the best score and the group of rows that it came from.
+The rows of the best group are then compared by their float32 distances. Where scores cannot decide,
+distances do: a second group as near as the first is compared as well, and in closer company, or for
+norms that the scores do not serve, all rows are. So the row is the nearest one to within rounding,
+and the lowest of equal ones.
 """
 
 import functools
@@ -22,13 +20,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from gigatok_jax.ops import split_product
+
 _CLASSES = 8  # columns apart, in the tensor cores' result, of what one thread holds of a row
 _GUARD = 2e-6  # more than the error of a difference of two scores
 _BIAS = 1.5  # keeps the scores of unit vectors positive: such floats are ordered as integers
 _LOW, _HIGH = 0.01, 2.6  # scores, with the bias, that can be trusted
 _SHORT, _LONG = 0.2, 1.05  # squared norms that the scores serve
 _NEVER, _ALWAYS = -60000.0, 30000.0  # offsets of a row that is not there, of one not served
-_FINE = 2.0**-12  # unit of the offset's lower parts, which float16 flushes when they are small
 _ROUNDING = 4e-7  # of a distance, relative
 _PROGRAMS = 128  # at least, where tokens are few
 _GATHERED = 64  # floats of codebook rows that a thread has under way at a time
@@ -69,7 +68,7 @@ def search(z, codebook, *, tiling: Tiling | None = None, interpret: bool = False
     wide = ((0, 0), (0, pl.next_power_of_2(e) - e))
     groups = pl.cdiv(k, tiling.span * tiling.splits)  # of one split
     packed = _pack_rows(codebook, groups * tiling.splits, tiling)
-    tokens = _pack_tokens(z, -m % tiling.tokens)
+    tokens = split_product.left(jnp.pad(z, ((0, -m % tiling.tokens), (0, 0))))
     shape = (tiling.splits, m)
     block = pl.BlockSpec((tiling.tokens, tokens.shape[1]), lambda i, j: (i, 0))
     out = pl.BlockSpec(memory_space=pl.ANY)
@@ -90,14 +89,6 @@ def search(z, codebook, *, tiling: Tiling | None = None, interpret: bool = False
     return jnp.take_along_axis(code, split[None], axis=0)[0]
 
 
-def _pack_tokens(z, missing):
-    """f32[m e] -> f16[m c], the first operand of the products, with rows of zeros added."""
-    high, low = _split(z)
-    units = [jnp.full((len(z), n), x, jnp.float16) for n, x in ((1, 1), (2, _FINE))]
-    packed = jnp.concatenate([high, low, high, *units], axis=1)
-    return jnp.pad(packed, [(0, missing), (0, _packed_width(z.shape[1]) - packed.shape[1])])
-
-
 def _pack_rows(codebook, groups, tiling):
     """f32[k e] -> f16[c k], the second operand of the products.
 
@@ -105,29 +96,12 @@ def _pack_rows(codebook, groups, tiling):
     """
     norm = jnp.sum(jnp.square(codebook), axis=1)
     served = (norm >= _SHORT) & (norm <= _LONG)
-    high, low = _split(jnp.where(served[:, None], codebook, 0))
     offset = jnp.where(served, _BIAS - 0.5 * norm, jnp.where(jnp.isfinite(norm), _ALWAYS, _NEVER))
-    first = lax.reduce_precision(offset, 5, 10)
-    offset = [first.astype(jnp.float16), *_split((offset - first) / _FINE)]
-    packed = jnp.concatenate([high, high, low, jnp.stack(offset, axis=1)], axis=1)
-    missing = groups * tiling.span - len(packed), _packed_width(codebook.shape[1]) - packed.shape[1]
-    packed = jnp.pad(packed, [(0, missing[0]), (0, missing[1])])
-    row = lax.broadcasted_iota(jnp.int32, packed.shape, 0)
-    column = lax.broadcasted_iota(jnp.int32, packed.shape, 1)
-    absent = (row >= len(codebook)) & (column == 3 * codebook.shape[1])
-    packed = jnp.where(absent, jnp.float16(_NEVER), packed)
+    missing = (0, groups * tiling.span - len(codebook))
+    rows = jnp.pad(jnp.where(served[:, None], codebook, 0), (missing, (0, 0)))
+    packed = split_product.right(rows, jnp.pad(offset, missing, constant_values=_NEVER))
     packed = packed.reshape(groups, _CLASSES, tiling.unroll, -1, packed.shape[1])
     return packed.transpose(4, 0, 2, 3, 1).reshape(packed.shape[-1], -1)
-
-
-def _split(x):
-    """f32 as a sum of two f16. `reduce_precision`, since XLA drops casts there and back."""
-    high = lax.reduce_precision(x, 5, 10)
-    return high.astype(jnp.float16), (x - high).astype(jnp.float16)
-
-
-def _packed_width(width: int) -> int:
-    return max(16, pl.next_power_of_2(3 * width + 3))  # what a matrix product takes
 
 
 def _kernel(tokens_ref, packed_ref, z_ref, e_ref, distance_ref, code_ref, *, tiling, groups):
