@@ -11,6 +11,8 @@ from gigatok_jax.conversion import names
 from gigatok_jax.conversion.names import Entry
 from gigatok_jax.errors import ConfigError
 
+_COUNTER = "num_batches_tracked"  # batches that a norm has seen: integers, in old files absent
+
 
 def from_torch(state: Mapping, kind: str) -> dict:
     """Variables of a discriminator from its state dict in PyTorch.
@@ -23,22 +25,24 @@ def from_torch(state: Mapping, kind: str) -> dict:
         CheckpointError: a tensor is missing.
         ConfigError: unknown kind.
     """
+    counters = [entry for entry in entries(kind) if entry.name.endswith(_COUNTER)]
+    state = {entry.name: np.zeros((), np.int64) for entry in counters} | dict(state)
     variables = names.from_torch(state, entries(kind))
-    for entry in _counters(kind):
-        names.set_path(variables, entry.path, np.asarray(state.get(entry.name, 0), np.int32))
+    for entry in counters:
+        count = np.asarray(names.get_path(variables, entry.path), np.int32)
+        names.set_path(variables, entry.path, count)
     return variables
 
 
 def to_torch(variables: Mapping, kind: str) -> dict[str, np.ndarray]:
     """State dict of PyTorch names from variables; the inverse of `from_torch`."""
     state = names.to_torch(variables, entries(kind))
-    for entry in _counters(kind):
-        state[entry.name] = np.asarray(names.get_path(variables, entry.path), np.int64)
-    return state
+    counts = {name: np.asarray(x, np.int64) for name, x in state.items() if name.endswith(_COUNTER)}
+    return state | counts
 
 
 def entries(kind: str) -> list[Entry]:
-    """Name table of a discriminator's float tensors."""
+    """Name table of a discriminator, in the original's order."""
     if kind not in ("patchgan", "dino"):
         raise ConfigError(f"discriminator {kind!r} is unknown; use patchgan or dino")
     return _patchgan() if kind == "patchgan" else _dino_heads()
@@ -50,34 +54,30 @@ def _patchgan() -> list[Entry]:
         conv, norm = f"main.{3 * i - 1}", f"main.{3 * i}"
         table += names.layer_pair(f"params/conv_{i}", conv, "conv", bias=False)
         table += names.norm_pair(f"params/norm_{i}", norm)
-        table.append(Entry(f"batch_stats/norm_{i}/mean", f"{norm}.running_mean"))
-        table.append(Entry(f"batch_stats/norm_{i}/var", f"{norm}.running_var"))
+        table += [
+            Entry(f"batch_stats/norm_{i}/mean", f"{norm}.running_mean"),
+            Entry(f"batch_stats/norm_{i}/var", f"{norm}.running_var"),
+            Entry(f"batch_stats/norm_{i}/count", f"{norm}.{_COUNTER}"),
+        ]
     return table + names.layer_pair("params/conv_4", "main.11", "conv")
-
-
-def _counters(kind: str) -> list[Entry]:
-    """Batches that each norm has seen: integers, in old files absent."""
-    if kind != "patchgan":
-        return []
-    name = "main.{}.num_batches_tracked"
-    return [Entry(f"batch_stats/norm_{i}/count", name.format(3 * i)) for i in range(1, 4)]
 
 
 def _dino_heads() -> list[Entry]:
     table = []
     for i in range(5):
         ours, theirs = f"head_{i}", f"heads.{i}"
-        for j, name in enumerate((".0.0", ".1.fn.0", ".2")):
-            table += _spectral(f"{ours}/conv_{j}", theirs + name)
+        table += _spectral(f"{ours}/conv_0", f"{theirs}.0.0")
         table += names.norm_pair(f"params/{ours}/norm_0", f"{theirs}.0.1")
+        table += _spectral(f"{ours}/conv_1", f"{theirs}.1.fn.0")
         table += names.norm_pair(f"params/{ours}/norm_1", f"{theirs}.1.fn.1")
+        table += _spectral(f"{ours}/conv_2", f"{theirs}.2")
     return table
 
 
 def _spectral(ours: str, theirs: str) -> list[Entry]:
     return [
-        Entry(f"params/{ours}/kernel", f"{theirs}.weight_orig", "conv1d"),
         Entry(f"params/{ours}/bias", f"{theirs}.bias"),
+        Entry(f"params/{ours}/kernel", f"{theirs}.weight_orig", "conv1d"),
         Entry(f"spectral/{ours}/u", f"{theirs}.weight_u"),
         Entry(f"spectral/{ours}/v", f"{theirs}.weight_v"),
     ]

@@ -16,10 +16,9 @@ from etils import epath
 from gigatok_jax import files
 from gigatok_jax.conversion import (
     ar,
-    models,
-    names,
     orbax_file,
     recognise,
+    run_state,
     safetensors_file,
     tokenizer,
     torch_file,
@@ -105,7 +104,7 @@ def read(path: epath.PathLike, weights: str = "auto", **overrides) -> Weights:
         {
             "path": str(path),
             "step": found.step,
-            "weights": "ema" if part == "ema" else found.extras.get("weights", "raw"),
+            "weights": "ema" if part == "ema" else "raw",
             "tokenizer": found.extras.get("tokenizer", ""),
         },
     )
@@ -189,8 +188,8 @@ def _load_torch(path: epath.Path) -> Checkpoint:
     step = saved.get("steps", int(path.stem) if path.stem.isdecimal() else None)
     if step is not None and (type(step) is not int or not 0 <= step < 2**31):
         raise CheckpointError(f"{path}: steps is {step!r}, expected a number of updates")
-    promised = {name: _promised(path, part) for name, part in parts.items()}
-    return Checkpoint(str(path), promised, optimizers, None, step, {})
+    parts = {name: promised(path, part) for name, part in parts.items()}
+    return Checkpoint(str(path), parts, optimizers, None, step, {})
 
 
 def _load_safetensors(path: epath.Path) -> Checkpoint:
@@ -203,46 +202,24 @@ def _load_safetensors(path: epath.Path) -> Checkpoint:
     except (ValueError, AttributeError):
         raise CheckpointError(f"{beside} is not the config of a model: remove it") from None
     model = model if isinstance(model, dict) and "kind" in model else None
-    extras = {name: config[name] for name in ("weights", "tokenizer") if name in config}
-    parts = {"model": _promised(path, arrays)}
+    extras = {name: config[name] for name in ("tokenizer",) if name in config}
+    part = "ema" if config.get("weights") == "ema" else "model"
+    parts = {part: promised(path, arrays)}
     return Checkpoint(str(path), parts, {}, model, config.get("step"), extras)
 
 
 def _load_orbax(path: epath.Path) -> Checkpoint:
     step = orbax_file.read(path)
     model = ml_collections.ConfigDict(step.extras["config"]["model"])
-    entries = models.entries(model)
-    parts = {}
-    for name, prefix in (("model", "params/"), ("ema", "ema_params/")):
-        arrays = below(step.arrays, prefix)
-        if arrays:
-            arrays = arrays | _history(step.arrays, model, name)
-            parts[name] = _promised(path, names.tensors(arrays, entries))
+    arrays = promised(path, step.arrays)
+    parts, optimizers = run_state.to_theirs(arrays, model)
     if not parts:
         raise CheckpointError(f"{path} has no entry params or ema_params")
-    return Checkpoint(str(path), parts, {}, model.to_dict(), step.extras["step"], step.extras)
+    number = step.extras["step"]
+    return Checkpoint(str(path), parts, optimizers, model.to_dict(), number, step.extras)
 
 
-def _history(arrays: Mapping[str, Promise], model, part: str) -> dict[str, Promise]:
-    """The latest codes, which the original keeps in the model; its average never gets any."""
-    if model.kind == "prior":
-        return {}
-    if part == "model" and "codebook_used" in arrays:
-        return {models.USED: arrays["codebook_used"]}
-    shape = (models.HISTORY,)
-    return {models.USED: Promise(shape, np.dtype("f4"), lambda: np.zeros(shape, "f4"))}
-
-
-def below(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Entries whose path begins with a prefix, without it."""
-    return {
-        path.removeprefix(prefix): array
-        for path, array in arrays.items()
-        if path.startswith(prefix)
-    }
-
-
-def _promised(path: epath.PathLike, state: Mapping[str, Any]) -> dict[str, Promise]:
+def promised(path: epath.PathLike, state: Mapping[str, Any]) -> dict[str, Promise]:
     """Promises that refuse values that are not finite, by name."""
     try:
         recognise.seen(state)

@@ -3,10 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from gigatok_jax import dry_run
 from gigatok_jax.conversion import ar, tokenizer
 from gigatok_jax.conversion.names import Entry
-from gigatok_jax.models import ar as ar_module
-from gigatok_jax.models import tokenizer as tokenizer_module
 
 USED, HISTORY = "buffers/codebook_used", 65536  # latest codes, which the original keeps too
 
@@ -18,14 +17,7 @@ def entries(model) -> list[Entry]:
 
 def shapes(model) -> dict[str, jax.ShapeDtypeStruct]:
     """Every parameter and buffer of a config by path; nothing is computed."""
-    if model.kind == "prior":
-        codes = jnp.zeros((1, model.tokens), jnp.int32)
-        module, inputs = ar_module.make(model), (codes[:, 0], codes)
-    else:
-        side = model.image_size
-        module, inputs = tokenizer_module.make(model), (jnp.zeros((1, side, side, 3)),)
-    tree = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
-    flat = flatten(tree)
+    flat = flatten(dry_run.abstract_params(model))
     if model.kind != "prior":
         flat[USED] = jax.ShapeDtypeStruct((HISTORY,), jnp.float32)
     return flat

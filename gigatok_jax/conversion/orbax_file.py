@@ -3,9 +3,10 @@
 import asyncio
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -15,7 +16,7 @@ from gigatok_jax import checkpoint, files
 from gigatok_jax.conversion.models import flatten
 from gigatok_jax.conversion.names import Promise, set_path, value_of
 
-GROUP = 1 << 28  # bytes of small arrays that are read at once
+GROUP = 1 << 28  # bytes; Orbax takes as long for one small array as for many at once
 
 
 class Step(NamedTuple):
@@ -50,16 +51,23 @@ def read(path: epath.PathLike) -> Step:
 
 
 def _groups(leaves: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Names that are read at once, by name: Orbax takes as long for a small array as for many."""
+    """Names that are read at once, by name."""
+    names = list(leaves)
+    nbytes = [math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in leaves.values()]
+    groups = [tuple(names[i] for i in group) for group in _packed(nbytes)]
+    return {name: group for group in groups for name in group}
+
+
+def _packed(nbytes: Sequence[int]) -> list[list[int]]:
+    """Consecutive numbers of arrays of up to GROUP bytes together, or one larger one."""
     groups, size = [[]], 0
-    for name, leaf in leaves.items():
-        nbytes = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-        if size + nbytes > GROUP:
+    for i, count in enumerate(nbytes):
+        if groups[-1] and size + count > GROUP:
             groups.append([])
             size = 0
-        groups[-1].append(name)
-        size += nbytes
-    return {name: tuple(group) for group in groups for name in group}
+        groups[-1].append(i)
+        size += count
+    return groups
 
 
 def _read(state: epath.Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -95,7 +103,9 @@ def write(
     tree = {}
     for path, array in arrays.items():
         set_path(tree, path, _Promised(array))
-    registry = type_handlers.create_type_handler_registry((_Promised, _Handler(progress)))
+    registry = type_handlers.create_type_handler_registry(
+        (_Promised, _Handler(progress)), (jax.Array, type_handlers.ArrayHandler())
+    )
     # Compression saves a tenth of the space of float32 weights and costs half of the speed.
     handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
     with ocp.Checkpointer(handler) as writer:
@@ -114,17 +124,18 @@ class _Promised:
 
 
 class _Handler(type_handlers.NumpyHandler):
-    """Writes one promised array after the other; they are read as any array is."""
+    """Writes promised arrays a few at a time; they are read as any array is."""
 
     def __init__(self, progress: Callable[[int], None]):
-        super().__init__()
+        super().__init__(deepcopy_host_arrays=False)  # nobody else has them
         self._progress = progress
 
     async def serialize(self, values, infos, args=None):
         args = args or [ocp.SaveArgs()] * len(values)
-        for value, info, arg in zip(values, infos, args, strict=True):
-            array = value_of(value.array)
-            for future in await super().serialize([array], [info], [arg]):
+        for group in _packed([value.nbytes for value in values]):
+            arrays = [value_of(values[i].array) for i in group]
+            rest = ([infos[i] for i in group], [args[i] for i in group])
+            for future in await super().serialize(arrays, *rest):
                 await asyncio.to_thread(future.result)
-            self._progress(value.nbytes)
+            self._progress(sum(array.nbytes for array in arrays))
         return []

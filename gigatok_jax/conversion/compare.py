@@ -1,0 +1,120 @@
+"""Two checkpoints side by side, and one by itself."""
+
+import collections
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from gigatok_jax.conversion import formats, recognise
+from gigatok_jax.conversion.formats import Checkpoint
+from gigatok_jax.conversion.names import Promise
+from gigatok_jax.conversion.progress import Progress
+
+SHOWN = 20  # lines of a kind
+PARTS = {"auto": ("model", "ema", "discriminator"), "ema": ("ema",), "raw": ("model",)}
+
+
+def compare(first: str, second: str, tolerance: float = 0.0, weights: str = "auto") -> bool:
+    """Prints how two checkpoints of any format differ.
+
+    Args:
+        first, second: paths.
+        tolerance: largest difference of two values that passes.
+        weights: "ema" or "raw"; "auto" compares whatever both hold.
+
+    Returns:
+        Whether they have the same names, and no difference is above the tolerance.
+    """
+    a, b = formats.load(first), formats.load(second)
+    same = [_compare_part(a, b, one, other, tolerance) for one, other in _pairs(a, b, weights)]
+    return all(same)
+
+
+def _pairs(a: Checkpoint, b: Checkpoint, weights: str) -> list[tuple[str, str]]:
+    """Parts to compare; two files that hold one copy each are compared whatever it is called."""
+    wanted = PARTS[weights]
+    common = [part for part in wanted if part in a.parts and part in b.parts]
+    if common:
+        return [(part, part) for part in common]
+    return [(formats.choose(a, weights), formats.choose(b, weights))]
+
+
+def _compare_part(a: Checkpoint, b: Checkpoint, one: str, other: str, tolerance: float) -> bool:
+    left, right = a.parts[one], b.parts[other]
+    print(f"{one} of {a.path}, {other} of {b.path}: {len(left)} and {len(right)} tensors")
+    missing = [f"missing: {name}" for name in left if name not in right]
+    extra = [f"extra: {name}" for name in right if name not in left]
+    differences = _differences(left, right)
+    worst = sorted(differences.items(), key=lambda pair: -pair[1])
+    above = [f"{difference:.3g}: {name}" for name, difference in worst if difference > tolerance]
+    for lines in (missing, extra, above):
+        _print_first(lines)
+    if worst:
+        print(f"largest difference {worst[0][1]:.3g}, of {worst[0][0]}; tolerance {tolerance:g}")
+    return not (missing or extra or above)
+
+
+def _print_first(lines: list[str]) -> None:
+    for line in lines[:SHOWN]:
+        print(line)
+    if len(lines) > SHOWN:
+        print(f"... and {len(lines) - SHOWN} more")
+
+
+def _differences(left: Mapping[str, Promise], right: Mapping[str, Promise]) -> dict[str, float]:
+    """Largest absolute difference by name; infinite between shapes that differ."""
+    common = [name for name in left if name in right]
+    common.sort(key=lambda name: (left[name].order, right[name].order))  # as they are read fastest
+    progress = Progress(sum(left[name].nbytes for name in common), "comparing")
+    found = {}
+    for name in common:
+        found[name] = _difference(left[name], right[name])
+        progress(left[name].nbytes)
+    return found
+
+
+def _difference(left: Promise, right: Promise) -> float:
+    if left.shape != right.shape:
+        return math.inf
+    if not left.size:
+        return 0.0
+    a, b = left.read().reshape(-1), right.read().reshape(-1)
+    step = 1 << 22  # values at a time, in double precision
+    return max(
+        float(np.abs(a[i : i + step].astype(np.float64) - b[i : i + step]).max())
+        for i in range(0, a.size, step)
+    )
+
+
+def inspect(path: str) -> None:
+    """Prints what a checkpoint holds; reads names, shapes and the config alone."""
+    found = formats.load(path)
+    print(f"{path}: {found.kind}" + ("" if found.step is None else f" at step {found.step}"))
+    for name, part in found.parts.items():
+        kinds = collections.Counter(np.dtype(tensor.dtype).name for tensor in part.values())
+        types = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        size, numbers = (sum(getattr(x, n) for x in part.values()) for n in ("nbytes", "size"))
+        print(f"  {name}: {len(part)} tensors ({types}), {numbers:,} numbers, {size / 1e9:.3f} GB")
+        for top, numbers in _by_module(part).items():
+            print(f"    {top:<28} {numbers:>13,}")
+    for name, optimizer in found.optimizers.items():
+        states, groups = (len(optimizer.get(key, ())) for key in ("state", "param_groups"))
+        print(f"  {name}: moments of {states} parameters, {groups} groups")
+    if found.kind in formats.INFER:
+        _inspect_model(found)
+
+
+def _inspect_model(found: Checkpoint) -> None:
+    model = formats.config_of(found)
+    print(f"  {recognise.published_name(model) or 'no published model'}: it has")
+    print("    " + ", ".join(f"{key}={value!r}" for key, value in model.items()))
+    part = "model" if "model" in found.parts else "ema"
+    formats.checked(found, part, model)
+
+
+def _by_module(part: Mapping[str, Promise]) -> dict[str, int]:
+    counts = collections.Counter()
+    for name, tensor in part.items():
+        counts[name.split(".")[0]] += tensor.size
+    return dict(counts)

@@ -1,0 +1,276 @@
+"""From one checkpoint to another: what the commands `from_torch` and `to_torch` do."""
+
+import ast
+import itertools
+import runpy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import ml_collections
+from etils import epath
+
+from gigatok_jax import files, library
+from gigatok_jax.conversion import formats, orbax_file, recognise, run_state, tokenizer
+from gigatok_jax.conversion.names import Promise
+from gigatok_jax.conversion.progress import Progress
+from gigatok_jax.errors import CheckpointError, ConfigError
+from gigatok_jax.train import loop, optim
+from gigatok_jax.train import tokenizer as tokenizer_run
+
+# What PyTorch's AdamW keeps with each group of parameters beside its own settings.
+GROUP = {
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+    "decoupled_weight_decay": True,
+}
+PUBLISHED = {"tokenizer": (1e-4, 1e-4), "prior": (1e-4, 0.05)}  # learning rate, weight decay
+
+
+def from_torch(
+    source: str,
+    out: str,
+    *,
+    weights: str = "auto",
+    overrides: Mapping[str, Any] | None = None,
+    config: str = "",
+    tokenizer_path: str = "",
+) -> None:
+    """Converts a checkpoint to a `.safetensors`, or to a workdir that a run goes on in.
+
+    Args:
+        source: of any format.
+        out: ends in `.safetensors`, or is the folder of a run.
+        weights: for `.safetensors`, see `formats.read`.
+        overrides: fields of the model's config in the place of what is recognised.
+        config: the run's config file, with its arguments after a colon; for a workdir.
+        tokenizer_path: whose codes a prior learned; for a workdir.
+
+    Raises:
+        CheckpointError: the source is damaged or does not fit, or `out` is there already.
+    """
+    target = epath.Path(out).expanduser()
+    _check_free(target)
+    found = formats.load(source)
+    if target.suffix == ".safetensors":
+        _weights_only(formats.read(source, weights, **overrides or {}), target)
+        return
+    if target.suffix:
+        raise ConfigError(f"{out}: from_torch writes .safetensors or a workdir without a suffix")
+    _to_workdir(found, target, overrides or {}, config, tokenizer_path)
+
+
+def to_torch(source: str, out: str, *, weights: str = "auto", **overrides) -> None:
+    """Converts a checkpoint to a `.pt` or a `.safetensors` under the original's names.
+
+    A `.pt` of a run of ours holds what the original's trainer resumes from.
+
+    Args, Raises: as of `from_torch`.
+    """
+    target = epath.Path(out).expanduser()
+    _check_free(target)
+    if target.suffix == ".safetensors":
+        _weights_only(formats.read(source, weights, **overrides), target)
+    elif target.suffix == ".pt":
+        _to_pt(formats.load(source), target, weights, overrides)
+    else:
+        raise ConfigError(f"{out}: to_torch writes .pt or .safetensors")
+
+
+def _check_free(target: epath.Path) -> None:
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise CheckpointError(f"{target} is there already: remove it or choose another name")
+
+
+def _weights_only(found: formats.Weights, target: epath.Path) -> None:
+    state = found.state.promises
+    progress = Progress(nbytes(state.values()), target.name)
+    extras = {name: found.extras[name] for name in ("step", "weights", "tokenizer")}
+    formats.write_safetensors(target, state, found.config, progress, **extras)
+    print(f"{target}: {describe(found.config)}, {found.extras['weights']} weights")
+
+
+def nbytes(arrays: Iterable) -> int:
+    """Bytes of arrays and promises."""
+    return sum(array.nbytes for array in arrays)
+
+
+def describe(model) -> str:
+    """A model in a few words."""
+    name = recognise.published_name(model)
+    count = sum(
+        Promise(shape, None, None).size for shape in recognise.tensor_shapes(model).values()
+    )
+    what = "prior" if model.kind == "prior" else f"{model.kind} tokenizer"
+    return f"{name or what} of {count / 1e6:.1f}M numbers"
+
+
+# A run of ours.
+
+
+def _to_workdir(found, target: epath.Path, overrides, config_path: str, tokenizer_path: str):
+    run = _run_config(config_path) if config_path else None
+    model = formats.config_of(found, **overrides)
+    if run is not None:
+        model = _same_model(model, run.model, found.path)
+    parts = dict(found.parts)
+    for part in run_state.COPIES:
+        if part in parts:
+            parts[part] = formats.checked(found, part, model)
+    fallback = run.loss.discriminator if run and "loss" in run else "patchgan"
+    arrays = run_state.to_ours(
+        parts, found.optimizers, found.step or 0, model,
+        seed=run.seed if run else 0, fallback=fallback,
+    )  # fmt: skip
+    extras = {
+        "config": run.to_dict() if run else {"model": model.to_dict()},
+        "data": {"fingerprint": ""},
+        "groups": _settings(found.optimizers),
+    }
+    if model.kind == "prior":
+        extras |= _prior_extras(found, tokenizer_path)
+    progress = Progress(nbytes(arrays.values()), target.name)
+    with formats.draft(target) as draft:
+        orbax_file.write(draft, found.step or 0, arrays, extras, progress)
+        if run:
+            files.write_json(draft / "config.json", run.to_dict())
+    print(f"{target}: {describe(model)} at step {found.step or 0}; resume it with")
+    print(f"  python main.py --config={config_path or 'configs/<run>.py'} --workdir={target}")
+
+
+def _run_config(value: str) -> ml_collections.ConfigDict:
+    """The config of a file, with the arguments after a colon."""
+    path, _, argument = value.partition(":")
+    if not epath.Path(path).exists():
+        raise ConfigError(f"no config file {path}")
+    return runpy.run_path(path)["get_config"](argument or None)
+
+
+def _same_model(found, run, path: str):
+    """The run's model, once it is as the tensors show."""
+    differ = [f"{k} {found[k]!r} not {run[k]!r}" for k in found if found[k] != run.get(k)]
+    hidden = ("l2_norm", "rotation", "align_block", "query_init", "heads", "tokens")
+    shown = [text for text in differ if text.split()[0] not in hidden]
+    if shown:
+        raise CheckpointError(f"{path} is of another model than the config: {', '.join(shown)}")
+    return run
+
+
+def _prior_extras(found, tokenizer_path: str) -> dict[str, Any]:
+    fingerprint = found.extras.get("tokenizer", "")
+    if tokenizer_path:
+        weights = formats.read(tokenizer_path)
+        params = tokenizer.from_torch(weights.state, weights.config)
+        fingerprint = library.fingerprint({name: params[name] for name in library.CODE_PARTS})
+    elif not fingerprint:
+        print("whose codes it learned is not known: to resume it, convert with --tokenizer=PATH")
+    return {"tokenizer": fingerprint, "class_names": [], "decay_from": None}
+
+
+def _settings(optimizers: Mapping[str, dict]) -> dict[str, list[dict]]:
+    """Plain numbers of each optimizer's groups, kept so that they can go back."""
+    plain = (int, float, bool, str, type(None))
+    return {
+        name: [
+            {
+                key: list(value) if isinstance(value, tuple) else value
+                for key, value in group.items()
+                if isinstance(value, plain)
+                or (isinstance(value, tuple) and all(isinstance(x, plain) for x in value))
+            }
+            for group in optimizer.get("param_groups", [])
+        ]
+        for name, optimizer in optimizers.items()
+    }
+
+
+# A file of the original.
+
+
+def _to_pt(found, target: epath.Path, weights: str, overrides) -> None:
+    model = formats.config_of(found, **overrides)
+    copies = [part for part in run_state.COPIES if part in found.parts]
+    if weights != "auto" or not found.optimizers:
+        copies = [formats.choose(found, weights)]
+    saved = {part: formats.checked(found, part, model) for part in copies}
+    if len(copies) == 1:
+        saved = {"model": saved[copies[0]]}
+    if weights == "auto":
+        saved |= _rest(found, model)
+    if found.step is not None:
+        saved["steps"] = found.step
+    progress = Progress(nbytes(_tensors(saved)), target.name)
+    formats.write_pt(target, saved, progress)
+    print(f"{target}: {describe(model)}, {', '.join(saved)}")
+
+
+def _rest(found, model) -> dict[str, Any]:
+    """What the original resumes with beside the parameters."""
+    kind = "prior" if model.kind == "prior" else "tokenizer"
+    rates = _rates(found, kind)
+    saved = {}
+    for name, optimizer in found.optimizers.items():
+        old = found.extras.get("groups", {}).get(name, [])
+        groups = [
+            _group(found, kind, rates.get(name), i, old) | {"params": group["params"]}
+            for i, group in enumerate(optimizer["param_groups"])
+        ]
+        saved[name] = {"state": optimizer["state"], "param_groups": groups}
+    if "discriminator" in found.parts:
+        saved["discriminator"] = found.parts["discriminator"]
+    return saved
+
+
+def _group(found, kind: str, rate: float | None, i: int, old: list[dict]) -> dict[str, Any]:
+    """Settings of one group: the run's, or else those of the file that it came from."""
+    published, decay = PUBLISHED[kind]
+    settings = {"lr": published, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": decay}
+    run = found.extras.get("config", {}).get("optim")
+    if run:
+        betas = (run["beta1"], run["beta2"])
+        settings |= {"lr": rate, "betas": betas, "weight_decay": run["weight_decay"]}
+    if kind == "prior" and i:
+        settings["weight_decay"] = 0.0
+    if i < len(old) and not run:
+        settings |= {k: tuple(v) if isinstance(v, list) else v for k, v in old[i].items()}
+    return settings | {name: value for name, value in GROUP.items() if name not in settings}
+
+
+def _rates(found, kind: str) -> dict[str, float]:
+    """Learning rate of the next update of each optimizer, when the run's config is known."""
+    config = ml_collections.ConfigDict(found.extras.get("config", {}))
+    if "optim" not in config:
+        return {}
+    if kind == "tokenizer":
+        made = tokenizer_run.make_optimizers(config)
+        rates = {"optimizer": made.rate, "optimizer_disc": made.discriminator_rate}
+    else:
+        total, epoch = loop.total_steps(config), loop.steps_per_epoch(config)
+        start = found.extras.get("decay_from")
+        rates = {"optimizer": optim.learning_rate(config.optim, total, epoch, decay_from=start)}
+    return {name: float(rate(found.step)) for name, rate in rates.items()}
+
+
+def _tensors(saved: Any) -> Iterable:
+    if isinstance(saved, dict):
+        return itertools.chain.from_iterable(map(_tensors, saved.values()))
+    return [saved] if hasattr(saved, "nbytes") else []
+
+
+def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
+    """Fields and values of NAME=VALUE texts."""
+    values = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"{text!r} sets nothing, expected NAME=VALUE such as rotation=False")
+        try:
+            values[name] = ast.literal_eval(
+                value.capitalize() if value in ("true", "false") else value
+            )
+        except (ValueError, SyntaxError):
+            values[name] = value
+    return values

@@ -1,0 +1,254 @@
+"""The state of a training run: our tree of arrays and the original's numbered one, both ways.
+
+The original's optimizers number the parameters: those of the tokenizer and of the discriminator as
+their state dicts list them, those of a prior with all matrices first. In ours the moments lie in
+trees as the parameters do.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gigatok_jax.conversion import discriminator, models, names, recognise
+from gigatok_jax.conversion.names import Entry, Promise, value_of
+from gigatok_jax.errors import CheckpointError
+from gigatok_jax.models import discriminator as discriminator_modules
+
+ADAM = "opt_state/1/"  # of the three links of `optim.make_optimizer`, the one that has a state
+MOMENTS = {"mu": "exp_avg", "nu": "exp_avg_sq"}
+COPIES = {"model": "params/", "ema": "ema_params/"}
+MODULES = {
+    "patchgan": discriminator_modules.PatchGAN,
+    "dino": discriminator_modules.DinoDiscriminator,
+}
+
+Tensors = dict[str, Promise]
+
+
+def parameter_table(entries: list[Entry]) -> list[Entry]:
+    """The entries of a table that an optimizer updates."""
+    fixed = ("buffers/", "batch_stats/", "spectral/")
+    return [entry for entry in entries if not entry.path.startswith(fixed)]
+
+
+def parameter_order(tensors: Mapping[str, Any], entries: list[Entry], kind: str) -> list[str]:
+    """Names of the parameters as the original's optimizer numbers them."""
+    order = list(dict.fromkeys(entry.name for entry in parameter_table(entries)))
+    if kind != "prior":
+        return order
+    return sorted(order, key=lambda name: len(tensors[name].shape) < 2)  # matrices, then the rest
+
+
+def below(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Entries whose path begins with a prefix, without it."""
+    return {path.removeprefix(prefix): x for path, x in arrays.items() if path.startswith(prefix)}
+
+
+def above(prefix: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries with a prefix before their paths."""
+    return {f"{prefix}{path}": x for path, x in arrays.items()}
+
+
+# From the original.
+
+
+def to_ours(
+    parts: Mapping[str, Tensors],
+    optimizers: Mapping[str, dict],
+    step: int,
+    model,
+    *,
+    seed: int = 0,
+    fallback: str = "patchgan",
+) -> dict[str, Promise | np.ndarray]:
+    """Arrays of our run by path, which goes on where the original's stopped.
+
+    What is not there is made anew, and a line says so: moments, an average, a discriminator.
+
+    Args:
+        parts: "model", "ema", "discriminator"; one of the first two is enough.
+        optimizers: "optimizer", "optimizer_disc" as PyTorch writes them.
+        step: updates done.
+        model: config.
+        seed: of the draws of the updates to come.
+        fallback: the discriminator where there is none: "patchgan", "dino" or "none".
+
+    Raises:
+        CheckpointError: an optimizer of other parameters.
+    """
+    entries = models.entries(model)
+    trained, average = (
+        parts.get(one) or parts[other] for one, other in (("model", "ema"), ("ema", "model"))
+    )
+    params, ema = names.leaves(trained, entries), names.leaves(average, entries)
+    used = params.pop(models.USED, None)
+    ema.pop(models.USED, None)
+    order = parameter_order(trained, entries, model.kind)
+    arrays = {
+        "step": np.asarray(step, np.int32),
+        "rng": np.asarray(jax.random.key_data(jax.random.key(seed))),
+        **above(COPIES["model"], params),
+        **above(COPIES["ema"], ema),
+        **_adam_to_ours(optimizers, "optimizer", order, trained, entries),
+    }
+    if "ema" not in parts or "model" not in parts:
+        print("one copy of the parameters is there: the trained one and the average start equal")
+    if model.kind != "prior":
+        arrays["codebook_used"] = used
+        arrays |= {f"lecam/{name}": np.zeros((), np.float32) for name in ("real", "fake")}
+        arrays |= _discriminator_to_ours(parts.get("discriminator"), optimizers, fallback)
+    return {path: _single(array) for path, array in arrays.items()}
+
+
+def _adam_to_ours(optimizers, name: str, order: list[str], tensors, entries) -> dict[str, Any]:
+    """Count and moments of one optimizer, zeros where it has none yet."""
+    states = _numbered(optimizers.get(name), name, order)
+    if empty := sum(not state for state in states.values()):
+        print(f"{name}: {empty} of {len(order)} parameters have no moments, theirs start at zero")
+    count = max((int(value_of(state["step"])) for state in states.values() if state), default=0)
+    arrays = {f"{ADAM}count": np.asarray(count, np.int32)}
+    for ours, theirs in MOMENTS.items():
+        moments = {n: _moment(n, states[n], theirs, tensors[n].shape) for n in order}
+        leaves = names.leaves(moments, parameter_table(entries))
+        arrays |= above(f"{ADAM}{ours}/", leaves)
+    return arrays
+
+
+def _numbered(optimizer: dict | None, name: str, order: list[str]) -> dict[str, dict]:
+    """State of each parameter by its name; empty before its first update."""
+    if optimizer is None:
+        return {parameter: {} for parameter in order}
+    try:
+        numbers = [n for group in optimizer["param_groups"] for n in group["params"]]
+        states = {n: dict(optimizer["state"].get(n, {})) for n in numbers}
+    except (LookupError, TypeError, AttributeError):
+        raise CheckpointError(f"{name} is not the state of an optimizer of PyTorch") from None
+    if len(numbers) != len(order):
+        raise CheckpointError(
+            f"{name} has {len(numbers)} parameters, the model {len(order)}: is it of another model?"
+        )
+    return {parameter: states[n] for parameter, n in zip(order, numbers, strict=True)}
+
+
+def _moment(name: str, state: dict, field: str, shape: tuple[int, ...]):
+    """One moment of one parameter, or zeros."""
+    if not state:
+        return Promise(shape, np.dtype(np.float32), lambda: np.zeros(shape, np.float32))
+    moment = state.get(field)
+    if moment is None or "step" not in state:
+        raise CheckpointError(f"the optimizer of {name} has {', '.join(state)}, expected AdamW's")
+    if tuple(moment.shape) != tuple(shape):
+        raise CheckpointError(
+            f"{field} of {name} has shape {list(moment.shape)}, expected {list(shape)}: the"
+            " parameters are numbered in another order"
+        )
+    return moment
+
+
+def _discriminator_to_ours(part: Tensors | None, optimizers, fallback: str) -> dict[str, Any]:
+    """Parameters, statistics and optimizer of a discriminator."""
+    if part is None and fallback == "none":
+        return above("discriminator_", {f"{ADAM}count": np.zeros((), np.int32)})
+    if part is None:
+        print(f"no discriminator is there: a new {fallback} starts")
+        kind, variables, optimizers = fallback, _new_discriminator(fallback), {}
+    else:
+        kind = recognise.kind_of(part)
+        variables = discriminator.from_torch({n: p.read() for n, p in part.items()}, kind)
+    entries = discriminator.entries(kind)
+    tensors = names.to_torch(variables, entries)
+    table = [e._replace(path=e.path.removeprefix("params/")) for e in parameter_table(entries)]
+    order = parameter_order(tensors, table, kind)
+    adam = _adam_to_ours(optimizers, "optimizer_disc", order, tensors, table)
+    return {
+        **above("discriminator/", models.flatten(variables.pop("params"))),
+        **above("discriminator_stats/", models.flatten(variables)),
+        **above("discriminator_", adam),
+    }
+
+
+def _new_discriminator(kind: str) -> dict:
+    keys = {"params": jax.random.key(1), "augment": jax.random.key(2)}
+    images = jnp.zeros((1, 64, 64, 3))
+    variables = jax.jit(lambda: MODULES[kind]().init(keys, images, train=True))()
+    return jax.tree.map(np.asarray, variables)
+
+
+def _single(array: Promise | np.ndarray) -> Promise | np.ndarray:
+    """Half precision widened: a run keeps its state in float32."""
+    if array.dtype == np.float32 or np.issubdtype(array.dtype, np.integer):
+        return array
+    read = lambda: value_of(array).astype(np.float32)  # noqa: E731
+    return Promise(tuple(array.shape), np.dtype(np.float32), read)
+
+
+# To the original.
+
+
+def to_theirs(arrays: Mapping[str, Promise], model) -> tuple[dict[str, Tensors], dict[str, dict]]:
+    """Parts and optimizers of our run as PyTorch has them.
+
+    Returns:
+        "model", "ema", "discriminator" as far as they are there, and "optimizer",
+        "optimizer_disc", whose groups have no settings yet.
+    """
+    entries, parts, optimizers = models.entries(model), {}, {}
+    for part, prefix in COPIES.items():
+        if copy := below(arrays, prefix):
+            parts[part] = names.tensors(copy | _history(arrays, model, part), entries)
+    if f"{ADAM}count" in arrays and parts:
+        tensors = next(iter(parts.values()))
+        order = parameter_order(tensors, entries, model.kind)
+        optimizers["optimizer"] = _adam_to_theirs(arrays, order, entries, model.kind, tensors)
+    if judge := below(arrays, "discriminator/"):
+        stats = below(arrays, "discriminator_stats/")
+        kind = "dino" if any(path.startswith("spectral/") for path in stats) else "patchgan"
+        part, optimizer = _discriminator_to_theirs(arrays, above("params/", judge) | stats, kind)
+        parts["discriminator"], optimizers["optimizer_disc"] = part, optimizer
+    return parts, optimizers
+
+
+def _history(arrays: Mapping[str, Promise], model, part: str) -> Tensors:
+    """The latest codes, which the original keeps in the model; its average never gets any."""
+    if model.kind == "prior":
+        return {}
+    if part == "model" and "codebook_used" in arrays:
+        return {models.USED: arrays["codebook_used"]}
+    shape = (models.HISTORY,)
+    return {models.USED: Promise(shape, np.dtype("f4"), lambda: np.zeros(shape, np.float32))}
+
+
+def _adam_to_theirs(arrays, order: list[str], entries, kind: str, tensors) -> dict[str, Any]:
+    """Numbered moments; the matrices of a prior are a group of their own."""
+    table, state = parameter_table(entries), {}
+    count = arrays[f"{ADAM}count"]
+    if int(value_of(count)):
+        moments = {
+            theirs: names.tensors(below(arrays, f"{ADAM}{ours}/"), table)
+            for ours, theirs in MOMENTS.items()
+        }
+        steps = np.asarray(value_of(count), np.float32)
+        for i, name in enumerate(order):
+            state[i] = {"step": steps} | {field: moments[field][name] for field in moments}
+    cut = sum(len(tensors[n].shape) >= 2 for n in order) if kind == "prior" else len(order)
+    groups = [list(range(cut)), list(range(cut, len(order)))]
+    return {"state": state, "param_groups": [{"params": group} for group in groups if group]}
+
+
+def _discriminator_to_theirs(arrays, variables: Tensors, kind: str) -> tuple[Tensors, dict]:
+    entries = discriminator.entries(kind)
+    part = names.tensors(variables, entries)
+    counts = {n: _counter(p) for n, p in part.items() if n.endswith("num_batches_tracked")}
+    table = [e._replace(path=e.path.removeprefix("params/")) for e in parameter_table(entries)]
+    mine = below(arrays, "discriminator_")
+    optimizer = _adam_to_theirs(mine, parameter_order(part, table, kind), table, kind, part)
+    return part | counts, optimizer
+
+
+def _counter(promise: Promise) -> Promise:
+    """PyTorch counts batches in 64 bits."""
+    read = lambda: np.asarray(promise.read(), np.int64)  # noqa: E731
+    return promise._replace(dtype=np.dtype(np.int64), read=read)
