@@ -129,11 +129,11 @@ def _placed(name: str, array: np.ndarray, dtype, sharding) -> jax.Array:
     if sharding is None:
         return jax.block_until_ready(jax.device_put(array))
     try:
-        placed = jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-    except ValueError as error:
-        raise ConfigError(
-            f"{name} {list(array.shape)} does not fit sharding {sharding}: {error}"
-        ) from None
+        sharding.check_compatible_aval(array.shape)
+        sharding.shard_shape(array.shape)
+    except ValueError:
+        raise ConfigError(f"{name} {list(array.shape)} cannot be divided as {sharding}") from None
+    placed = jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
     return jax.block_until_ready(placed)
 
 
@@ -157,10 +157,10 @@ def save_model(
     if config.kind != "prior" and models.USED not in flat:
         flat[models.USED] = np.zeros(models.HISTORY, np.float32)  # what the original starts from
     extras = {name: value for name, value in about.items() if value not in (None, "", (), {})}
+    card = model_card.text(config, params, extras, recognise.published_name(config), licence)
+    state = names.tensors(flat, models.entries(config))
     try:
-        state = names.tensors(flat, models.entries(config))
         formats.write_safetensors(folder / formats.SAFETENSORS, state, config, **extras)
-        card = model_card.text(config, params, extras, recognise.published_name(config), licence)
         files.write_bytes(folder / CARD, card.encode())
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from None

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from gigatok_jax import model_config
+from gigatok_jax.model_config import num_tokens
 
 PLACES = ("folder", "eval_folder", "tokenizer", "codes", "eval_codes", "cooldown_from")
 _USE = {
@@ -61,7 +61,7 @@ def _what(config, kind: str) -> str:
             f"Writes the {config.tokens} codes of an image, given one of {config.classes} classes"
             " (arXiv:2504.08736); a tokenizer turns them into pixels."
         )
-    codes = model_config.num_tokens(config)
+    codes = num_tokens(config)
     return (
         f"Turns {config.image_size} x {config.image_size} pixels into {codes} codes of a"
         f" {config.codebook_size} x {config.codebook_width} codebook, and back (arXiv:2504.08736)."
