@@ -31,30 +31,36 @@ TASKS = {  # config.task: module and function of (config, workdir)
 def main(argv):
     del argv
     config = flags.FLAGS.config
+    workdir = flags.FLAGS.workdir or f"runs/{config.name}"
     with command_line.one_line_errors():
         if flags.FLAGS.dry_run:
             from gigatok_jax import dry_run
 
             print(dry_run.report(config))
         else:
-            run(config, flags.FLAGS.workdir or f"runs/{config.name}")
+            # Once inside a cluster, a process that fails has its own way to end.
+            with cluster_of(config, workdir), command_line.one_line_errors():
+                run(config, workdir)
 
 
 def run(config, workdir):
     """Runs the task of a config and prints its results last."""
-    print(f"workdir: {workdir}", flush=True)
-    start_jax(config)
+    from gigatok_jax import processes
+
     module, function = TASKS[config.task]
     getattr(importlib.import_module(module), function)(config, workdir)
     results = epath.Path(workdir) / "results.json"
-    if results.exists():  # an interrupted run has none yet
+    if processes.is_first() and results.exists():  # an interrupted run has none yet
         print(results.read_text().strip())
 
 
-def start_jax(config):
+def cluster_of(config, workdir):
     """Keeps compiled programs between runs, and joins a cluster where there is one."""
     import jax
 
+    from gigatok_jax import cluster
+
+    print(f"workdir: {workdir}", flush=True)
     if config.get("mesh") and config.mesh.cpu_devices != 1:
         # Small steps do not spread over cores by themselves; shares of the batch do.
         cores = 1 << min(os.cpu_count(), 8).bit_length() - 1  # a power of two divides the batch
@@ -63,8 +69,7 @@ def start_jax(config):
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = os.path.expanduser("~/.cache/gigatok_jax/compiled")
         jax.config.update("jax_compilation_cache_dir", cache)
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize()
+    return cluster.joined(config, workdir)
 
 
 if __name__ == "__main__":  # Grain's worker processes import this file

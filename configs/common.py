@@ -121,7 +121,21 @@ def _keeping(config):
     config.profile = ""  # "start:count" in steps writes a trace
     config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     config.mesh.cpu_devices = 1  # parts of a host without accelerator; 0 is one per core
+    config.cluster = cluster_config()
     return config
+
+
+def cluster_config():
+    """How processes find each other; a launcher that is known fills in the first three."""
+    return ml_collections.ConfigDict(
+        {
+            "coordinator": "",  # host:port of process 0
+            "processes": 0,
+            "process": -1,
+            "start_seconds": 300.0,  # until all have to be there
+            "hang_minutes": 30.0,  # without a finished step until a process ends; 0 is never
+        }
+    )
 
 
 def data_config():

@@ -32,5 +32,6 @@ def get_config(arg=None):
             "eval": {"batch": 64},
             "dtype": "auto",  # bfloat16 on accelerators, float32 on a CPU
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "cpu_devices": 1},
+            "cluster": common.cluster_config(),
         }
     )

@@ -28,5 +28,6 @@ def get_config(arg=None):
             "batch": 128,  # crops that go through the tokenizer at once
             "data": {name: data[name] for name in data if name not in ("crop", "flip")},
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "cpu_devices": 1},
+            "cluster": common.cluster_config(),
         }
     )

@@ -22,6 +22,7 @@ def get_config(arg=None):
             "input": "",  # an image or a folder of images
             "weights_kind": "auto",  # "ema", "raw"; auto takes the EMA copy
             "eval": {"batch": 16},
+            "cluster": common.cluster_config(),
             "weights": {"folder": ""},  # frozen networks; "" is ~/.cache/gigatok_jax
         }
     )

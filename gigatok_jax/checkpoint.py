@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from gigatok_jax import files
+from gigatok_jax import files, processes
 from gigatok_jax.errors import CheckpointError, ConfigError
 
 FOLDER, STATE, EXTRAS, CHECKSUMS = "checkpoints", "state", "extras.json", "CHECKSUMS.json"
@@ -34,6 +34,7 @@ NO_SPACE = ("no space left", "resource_exhausted", "disk quota")  # TensorStore 
 # Keys that do not define a run: its length, what it prints and keeps, where and on what it runs.
 FREE_KEYS = (
     "batch",
+    "cluster",
     "checkpoint",  # so may what was trained before; its fingerprint is kept too
     "codes",
     "data.eval_folder",
@@ -123,17 +124,20 @@ class Checkpoints:
         """Newest step whose every file matches its checksum, None when there is none.
 
         Each newer step is named in the log, then removed (cut off while being written) or renamed
-        `<step>.bad` (damaged later), so that the run can save that step again.
+        `<step>.bad` (damaged later), so that the run can save that step again. Process 0 looks, and
+        tells the others.
         """
         self.wait()
+        self._current = processes.from_first(self._find_latest)
+        return self._current
+
+    def _find_latest(self) -> int | None:
         for step in reversed(_steps(self.root)):
             directory = self.root / str(step)
             if step == self._current or not (reason := damage(directory)):
-                self._current = step
                 return step
             logging.warning("checkpoint %s %s; using the one before it", directory, reason)
-            if jax.process_index() == 0:
-                _clear(directory)
+            _clear(directory)
         return None
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
@@ -173,7 +177,7 @@ class Checkpoints:
 
     def _commit(self, directory: epath.Path, extras: dict[str, Any]) -> None:
         """Background: the order of these lines is what makes a kill harmless."""
-        self._saver.wait_until_finished()
+        self._saver.wait_until_finished()  # of all processes
         if jax.process_index() != 0:
             return
         files.write_json(directory / EXTRAS, extras)
@@ -349,16 +353,23 @@ def _files(directory: epath.Path) -> Iterator[epath.Path]:
 def _verify(directory: epath.Path) -> None:
     if not directory.exists():
         raise CheckpointError(f"no checkpoint {directory}; there: {_steps(directory.parent)}")
-    if reason := damage(directory):
+    if reason := processes.from_first(lambda: damage(directory)):
         raise CheckpointError(f"checkpoint {directory} {reason}; choose another step")
 
 
 def _newest_whole(root: epath.Path) -> epath.Path:
+    step = processes.from_first(lambda: _newest_step(root))
+    if step is None:
+        raise CheckpointError(f"no whole checkpoint in {root}")
+    return root / str(step)
+
+
+def _newest_step(root: epath.Path) -> int | None:
     for step in reversed(_steps(root)):
         if not (reason := damage(root / str(step))):
-            return root / str(step)
+            return step
         logging.warning("checkpoint %s %s; using the one before it", root / str(step), reason)
-    raise CheckpointError(f"no whole checkpoint in {root}")
+    return None
 
 
 def _steps(root: epath.Path) -> list[int]:

@@ -18,7 +18,7 @@ PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "numpy"),
     *("ml_collections", "pillow", "scikit-learn", "tensorboardX"),
 )
-VARIABLES = ("XLA_FLAGS", "JAX_PLATFORMS", "LIBTPU_INIT_ARGS", "CUDA_VISIBLE_DEVICES")
+VARIABLES = ("XLA_FLAGS", "JAX_PLATFORMS", "LIBTPU_INIT_ARGS")
 
 
 def write(workdir: epath.PathLike) -> None:
@@ -32,13 +32,20 @@ def describe() -> dict[str, Any]:
     kinds = collections.Counter(device.device_kind for device in jax.devices())
     return {
         "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
-        "commit": commit(),
-        "python": platform.python_version(),
+        **software(),
         "system": platform.platform(),
         "cpus": os.cpu_count(),
         "devices": dict(kinds),
         "backend": jax.default_backend(),
         "processes": jax.process_count(),
+    }
+
+
+def software() -> dict[str, Any]:
+    """Commit, versions and flags: what all processes of a run have in common."""
+    return {
+        "commit": commit(),
+        "python": platform.python_version(),
         "flags": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "packages": {name: _version(name) for name in PACKAGES},
     }

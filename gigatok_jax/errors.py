@@ -9,6 +9,10 @@ class ConfigError(GigatokError, ValueError):
     """A configuration value that does not exist, has the wrong type or cannot work."""
 
 
+class ClusterError(GigatokError):
+    """Processes that cannot run as one."""
+
+
 class DataError(GigatokError):
     """Images or folders that cannot be read or used."""
 

@@ -1,6 +1,8 @@
 """Meshes and placement. Axes of a mesh: data (replicas), fsdp (sharded state), tensor."""
 
+import collections
 import math
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -64,3 +66,40 @@ def check_batch(mesh: Mesh, global_batch: int, micro_batches: int) -> None:
 def global_array(local: np.ndarray, sharding: NamedSharding) -> jax.Array:
     """One global array from every process's rows of it."""
     return jax.make_array_from_process_local_data(sharding, local)
+
+
+class Share(NamedTuple):
+    """The part of every batch that a process reads."""
+
+    index: int
+    count: int
+    first: bool  # of the processes that read the same
+
+
+def share(mesh: Mesh) -> Share:
+    """What this process reads; processes that only split matrices among them read the same.
+
+    Raises:
+        ConfigError: the mesh divides batches unevenly among the processes.
+    """
+    rows = collections.defaultdict(set)
+    places = split_batch(mesh).devices_indices_map((batch_shards(mesh),))
+    for device, (piece,) in places.items():
+        rows[device.process_index].add(piece.start or 0)
+    mine = rows[jax.process_index()]
+    groups = sorted({tuple(sorted(one)) for one in rows.values()})
+    if len({len(one) for one in groups}) != 1 or sum(map(len, groups)) != batch_shards(mesh):
+        sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+        raise ConfigError(
+            f"mesh {sizes} divides a batch unevenly among {len(rows)} processes: let tensor divide"
+            " the devices of a process, or be a multiple of them"
+        )
+    alike = [process for process in rows if rows[process] == mine]
+    index = groups.index(tuple(sorted(mine)))
+    return Share(index, len(groups), min(alike) == jax.process_index())
+
+
+def local_rows(array: jax.Array) -> np.ndarray:
+    """Rows of a `split_batch` array that this process gave, in their order."""
+    pieces = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(pieces[start]) for start in sorted(pieces)])

@@ -24,7 +24,8 @@ ALLOWED = {
     "data": BASE,
     "sampling": BASE | {"ops", "models"},
     "parallel": BASE | {"ops"},
-    "checkpoint": BASE | {"parallel"},
+    "processes": set(),
+    "checkpoint": BASE | {"parallel", "processes"},
     "metric_writer": BASE | {"parallel"},
 }
 LOADERS = {"__init__.py", "load.py"}  # the public load_* may reach conversion

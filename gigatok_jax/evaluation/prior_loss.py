@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from etils import epath
 
-from gigatok_jax import files, library, parallel
+from gigatok_jax import files, library, parallel, processes
 from gigatok_jax.data import codes as codes_lib
 from gigatok_jax.data import pipeline, sources
 from gigatok_jax.errors import ConfigError, DataError
@@ -53,7 +53,8 @@ def mean_loss(losses: Callable, params: Any, batches: Iterable[dict]) -> dict[st
     total, count = 0.0, 0
     for batch in batches:
         keep = np.asarray(batch["mask"])
-        values = np.asarray(losses(params, batch["label"], batch["codes"]), np.float64)
+        values = processes.whole(losses(params, batch["label"], batch["codes"]))
+        values = values.astype(np.float64)
         total, count = total + values[keep].sum(), count + int(keep.sum())
     if not count:
         raise DataError("there is no image to take the loss of")
@@ -87,8 +88,9 @@ def evaluate(config, workdir: epath.PathLike) -> None:
     )
     losses = make_losses(ar.make(prior.config, where["dtype"]))
     results = mean_loss(losses, prior.params, placed) | {"step": prior.step}
-    epath.Path(workdir).mkdir(parents=True, exist_ok=True)
-    files.write_json(epath.Path(workdir) / "results.json", results)
+    if processes.is_first():
+        epath.Path(workdir).mkdir(parents=True, exist_ok=True)
+        files.write_json(epath.Path(workdir) / "results.json", results)
 
 
 def check_batch(batch: int, mesh) -> None:
@@ -127,7 +129,7 @@ def _image_batches(config, prior: library.Prior, where: dict) -> Iterator[dict]:
     size, most = tokenizer.image_size, data.max_unreadable
     with pipeline.eval_batches(source, size, config.eval.batch, max_unreadable=most) as batches:
         for batch in batches:
-            yield batch | {"codes": tokenizer.encode(batch["image"])}
+            yield batch | {"codes": processes.whole(tokenizer.encode(batch["image"]))}
 
 
 def _check_labels(labels: np.ndarray, prior: library.Prior) -> None:

@@ -3,6 +3,7 @@
 Axes: b batch, h w pixels, n codes.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from gigatok_jax import checkpoint, files, pictures
+from gigatok_jax import checkpoint, files, pictures, processes
 from gigatok_jax.data import sources, transforms
 from gigatok_jax.errors import ConfigError, DataError
 from gigatok_jax.evaluation import metrics
@@ -37,13 +38,14 @@ class Score(NamedTuple):
     lpips: np.ndarray | None
 
 
-def make_reconstruct(module, lpips=None) -> Callable[..., Reconstructed]:
+def make_reconstruct(module, lpips=None, sharding=None) -> Callable[..., Reconstructed]:
     """Jitted `reconstruct(params, images, lpips_params)` of uint8 images [b h w 3].
 
-    The decoder gets the exact codebook rows, as it does when images are generated.
+    The decoder gets the exact codebook rows, as it does when images are generated. The results come
+    in a sharding, or as the compiler likes.
     """
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=sharding)
     def reconstruct(params, images, lpips_params=None) -> Reconstructed:
         pixels = to_pixels(images)
         encoding = module.apply({"params": params}, pixels, method="encode")
@@ -72,10 +74,10 @@ def score(images: np.ndarray, made: Reconstructed) -> Score:
 def evaluate(
     reconstruct: Callable, batches: Iterable[dict], codebook_size: int
 ) -> dict[str, float]:
-    """Mean figures over batches of `data.pipeline.eval_batches`.
+    """Mean figures over batches of `data.pipeline.eval_batches`, of all processes.
 
     Args:
-        reconstruct: uint8 images [b h w 3] to `Reconstructed`.
+        reconstruct: uint8 images [b h w 3] of this process to `Reconstructed`.
         batches: "image" uint8[b h w 3] and "mask" bool[b], False for padding.
         codebook_size: rows of the codebook.
 
@@ -91,7 +93,8 @@ def evaluate(
         whole = score(batch["image"], made)
         scores.append(jax.tree.map(lambda x, keep=keep: x[keep], whole))
     merged = jax.tree.map(lambda *parts: np.concatenate(parts), *scores)
-    return summary(merged) | _codebook(counts)
+    merged = jax.tree.map(processes.gather_rows, merged)
+    return summary(merged) | _codebook(processes.gather_rows(counts[None]).sum(0))
 
 
 def summary(merged: Score) -> dict[str, float]:
@@ -153,6 +156,11 @@ def reconstruct(config, workdir: epath.PathLike) -> None:
         raise ConfigError("input is empty: name an image or a folder with --config.input=PATH")
     if config.eval.batch < 1:
         raise ConfigError(f"eval.batch is {config.eval.batch}, expected at least 1")
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"reconstruct writes one folder from one process, here are {jax.process_count()}: start"
+            " it on one host"
+        )
     workdir = epath.Path(workdir)
     model = load(config.checkpoint, config.weights_kind)
     run = _runner(model, config.weights.folder)

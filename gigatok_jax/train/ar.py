@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from gigatok_jax import checkpoint, files, library, parallel, pictures, sampling
+from gigatok_jax import checkpoint, files, library, parallel, pictures, processes, sampling
 from gigatok_jax.data import codes as codes_lib
 from gigatok_jax.data import pipeline, sources
 from gigatok_jax.errors import CheckpointError, ConfigError, DataError
@@ -56,7 +56,7 @@ class Data:
         codes: header of the codes; None for images.
     """
 
-    def __init__(self, config, tokenizer: library.Tokenizer | None):
+    def __init__(self, config, tokenizer: library.Tokenizer | None, share: parallel.Share):
         self.codes = None
         if config.codes:
             self.source, self.held_out = codes_lib.open_codes(
@@ -70,15 +70,12 @@ class Data:
                 sources.make_source(config.data, split, size) for split in ("train", "held_out")
             )
             self.inputs, self.fingerprint = ("image", "label"), sources.fingerprint(self.source)
-        self._config, self._tokenizer = config, tokenizer
+        self._config, self._tokenizer, self._share = config, tokenizer, share
 
     def train_batches(self, start: int) -> contextlib.AbstractContextManager:
         """Batches from that of update `start + 1` on."""
         config = self._config
-        rest = (
-            config.train.global_batch, config.seed, start, jax.process_index(),
-            jax.process_count(),
-        )  # fmt: skip
+        rest = (config.train.global_batch, config.seed, start, *self._share[:2])
         if self.codes:
             return contextlib.closing(codes_lib.train_batches(self.source, *rest))
         return pipeline.train_batches(config.data, self.source, self._tokenizer.image_size, *rest)
@@ -92,7 +89,7 @@ class Data:
         size, most = self._tokenizer.image_size, self._config.data.max_unreadable
         with pipeline.eval_batches(self.held_out, size, batch, max_unreadable=most) as batches:
             for one in batches:
-                yield one | {"codes": np.asarray(self._tokenizer.encode(one["image"]))}
+                yield one | {"codes": processes.whole(self._tokenizer.encode(one["image"]))}
 
 
 @dataclasses.dataclass
@@ -117,8 +114,9 @@ class PriorRun(Run):
         if self.tokenizer is None:
             return
         picture = sample(self.config, state.params, self.tokenizer)
-        pictures.save(self.workdir, "samples", done, picture)
-        self.writer.picture(done, "samples", picture)
+        if processes.is_first():
+            pictures.save(self.workdir, "samples", done, picture)
+            self.writer.picture(done, "samples", picture)
 
 
 def train(config, workdir: epath.PathLike) -> None:
@@ -138,7 +136,7 @@ def train(config, workdir: epath.PathLike) -> None:
     parallel.check_batch(mesh, config.train.global_batch, config.train.micro_batches)
     prior_loss.check_batch(config.eval.batch, mesh)
     tokenizer = load_tokenizer(config, mesh)
-    data = Data(config, tokenizer)
+    data = Data(config, tokenizer, parallel.share(mesh))
     extras = check_data(config, data, tokenizer)
     branch = find_branch(config, workdir, extras["tokenizer"])
     extras["decay_from"] = branch and branch["step"]
@@ -323,8 +321,8 @@ def sample(config, params, tokenizer: library.Tokenizer) -> np.ndarray:
     chosen = np.repeat(np.arange(rows) * classes // rows, columns)
     prior = library.Prior(params, config.model, np.dtype(config.train.dtype))
     settings = {name: config.sample[name] for name in SAMPLING}
-    codes = prior.generate(chosen, config.seed, **settings)
-    images = metrics.to_uint8(np.asarray(tokenizer.decode(codes)))
+    codes = processes.whole(prior.generate(chosen, config.seed, **settings))
+    images = metrics.to_uint8(processes.whole(tokenizer.decode(codes)))
     return pictures.grid(images, columns)
 
 
@@ -383,7 +381,8 @@ def begin(run: PriorRun, branch: dict[str, Any] | None) -> tuple[ar_step.PriorSt
     if branch is None or run.checkpoints.latest() is not None:
         return restore(run)
     state, _ = checkpoint.restore_from(branch["checkpoint"], run.abstract)
-    files.write_json(run.workdir / COOLDOWN, branch)
+    if processes.is_first():
+        files.write_json(run.workdir / COOLDOWN, branch)
     run.writer.truncate_after(branch["step"])
     print(f"the rate falls from step {branch['step']} to {run.total_steps}", flush=True)
     run.checkpoints.save(branch["step"], state, run.extras)

@@ -13,6 +13,7 @@ from sklearn import linear_model
 
 from gigatok_jax import files, report
 from gigatok_jax.data import sources, transforms
+from gigatok_jax.errors import ConfigError
 from gigatok_jax.evaluation import generation
 from gigatok_jax.train import ar, extract_codes, tokenizer
 
@@ -29,6 +30,11 @@ def train(config, workdir: epath.PathLike) -> None:
     Raises:
         GigatokError, SystemExit: as the stages do; the same command then goes on.
     """
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"the demo's later stages run in one process, here are {jax.process_count()}: start"
+            " one, or train the tokenizer alone with --config.task=train_tokenizer"
+        )
     workdir, start = epath.Path(workdir), time.perf_counter()
     stages = connect(config, workdir)
     tell("1 of 4: training the tokenizer")
@@ -39,8 +45,7 @@ def train(config, workdir: epath.PathLike) -> None:
     ar.train(stages.prior, workdir / "prior")
     tell("4 of 4: generating")
     generation.generate(stages.samples, workdir / "samples")
-    if jax.process_index() == 0:
-        summarise(config, workdir, time.perf_counter() - start)
+    summarise(config, workdir, time.perf_counter() - start)
 
 
 def connect(config, workdir: epath.Path):

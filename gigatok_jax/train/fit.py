@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 from absl import logging
 
-from gigatok_jax import parallel
+from gigatok_jax import parallel, processes
 from gigatok_jax.errors import ConfigError
 
 
@@ -65,6 +65,7 @@ def memory_needed(compiled) -> int | None:
 
 
 def memory_limit() -> int | None:
-    """Bytes that one device offers this process; None on a CPU."""
+    """Bytes that every device offers; None on a CPU."""
     stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("bytes_limit")
+    limit = processes.smallest(stats.get("bytes_limit", -1))  # all have to choose alike
+    return None if limit < 0 else limit

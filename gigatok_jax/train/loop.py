@@ -14,7 +14,16 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from gigatok_jax import checkpoint, environment, files, metric_writer, parallel, report
+from gigatok_jax import (
+    checkpoint,
+    cluster,
+    environment,
+    files,
+    metric_writer,
+    parallel,
+    processes,
+    report,
+)
 from gigatok_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from gigatok_jax.train.fit import FittedStep
 
@@ -122,7 +131,8 @@ def restore(run: Run) -> tuple[Any, int]:
     if extras["data"]["fingerprint"] != run.extras["data"]["fingerprint"]:
         logging.warning("the images are not those of the checkpoint: other names or another count")
     run.writer.truncate_after(step)
-    print(f"resuming at step {step} of {run.total_steps}", flush=True)
+    if processes.is_first():
+        print(f"resuming at step {step} of {run.total_steps}", flush=True)
     return state, step
 
 
@@ -140,7 +150,8 @@ def loop(
     """
     late, split = LateScalars(), parallel.split_batch(run.mesh)
     profile, done = Profile(run.config.profile, run.workdir), start
-    with batches as stream, profile:
+    watchdog = cluster.Watchdog(run.config.cluster.hang_minutes)
+    with batches as stream, profile, watchdog:
         for done in range(start + 1, run.total_steps + 1):
             with run.timer.measure("data"):
                 given = next(stream)
@@ -150,12 +161,14 @@ def loop(
                 state, scalars = run.advance(state, batch, done)
                 ready = late.push(done, scalars)
             report_scalars(run, ready)
-            if is_due(run, done) or interrupts.received:
+            stopping = interrupts.agreed()
+            if is_due(run, done) or stopping:
                 with run.timer.measure("compute"):
                     ready = late.pop()
                 report_scalars(run, ready)
-            record(run, state, done, bool(interrupts.received))
-            if interrupts.received:
+            record(run, state, done, stopping)
+            watchdog.beat()
+            if stopping:
                 break
     return done
 
@@ -187,7 +200,8 @@ def record(run: Run, state, done: int, stopping: bool) -> None:
     if last or (config.log.pictures_every and done % config.log.pictures_every == 0):
         with run.timer.measure("evaluate"):
             run.draw(state, done)
-            report.write(run.workdir)
+            if processes.is_first():
+                report.write(run.workdir)
     if last or stopping or (config.save.every and done % config.save.every == 0):
         with run.timer.measure("save"):
             run.checkpoints.save(done, state, run.extras)
@@ -196,13 +210,23 @@ def record(run: Run, state, done: int, stopping: bool) -> None:
 def has_results(workdir: epath.Path, step: int) -> bool:
     """Whether the results of a run of that many steps are there already."""
     path = workdir / "results.json"
-    return path.exists() and files.read_json(path).get("step") == step
+    return processes.from_first(lambda: path.exists() and files.read_json(path).get("step") == step)
 
 
 def finish(run: Run, done: int, interrupts: "Interrupts") -> None:
     """Waits for the last save; writes the page, and the results of a run that is complete."""
     with run.timer.measure("save"):
         run.checkpoints.wait()
+    if processes.is_first():
+        write_results(run, done)
+    if done < run.total_steps:
+        if processes.is_first():
+            print(f"stopped at step {done} of {run.total_steps}; the same command resumes")
+        raise SystemExit(128 + interrupts.received)
+
+
+def write_results(run: Run, done: int) -> None:
+    """The page, and the results of a run that is complete."""
     seconds, shares = run.timer.total()
     share = shares.get("compute", 0.0)
     if done >= run.total_steps:
@@ -213,15 +237,14 @@ def finish(run: Run, done: int, interrupts: "Interrupts") -> None:
         files.write_json(run.workdir / "results.json", results)
     page = report.write(run.workdir)
     print(f"{share:.0%} of {metric_writer.duration(seconds)} spent computing; page: {page}")
-    if done < run.total_steps:
-        print(f"stopped at step {done} of {run.total_steps}; the same command resumes", flush=True)
-        raise SystemExit(128 + interrupts.received)
 
 
 class Interrupts:
     """Notes Ctrl-C and SIGTERM, so that the loop can end between two steps.
 
-    A second signal of the same kind acts at once, as if nobody had asked for the first.
+    A second signal of the same kind acts at once, as if nobody had asked for the first. Of several
+    processes each tells the others with every step, and hears them one step late: so all end after
+    the same step, whoever got the signal.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -229,6 +252,7 @@ class Interrupts:
     def __init__(self):
         self.received: int | None = None
         self._before = {}
+        self._told: jax.Array | None = None  # with the step before
 
     def __enter__(self) -> "Interrupts":
         for number in self.SIGNALS:
@@ -238,6 +262,16 @@ class Interrupts:
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def agreed(self) -> bool:
+        """Whether all processes end after this step; called once in each."""
+        if jax.process_count() == 1:
+            return bool(self.received)
+        before, self._told = self._told, processes.largest(self.received or 0)
+        if before is not None and int(before):
+            self.received = int(before)
+            return True
+        return False
 
     def _note(self, number, frame) -> None:
         del frame

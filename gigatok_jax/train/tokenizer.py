@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from gigatok_jax import parallel, pictures
+from gigatok_jax import parallel, pictures, processes
 from gigatok_jax.data import pipeline, sources
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.evaluation import reconstruction
@@ -56,13 +56,13 @@ class TokenizerRun(Run):
 
     def draw(self, state, done):
         """Pictures of held-out reconstructions and of the codebook's use."""
-        codes = np.asarray(state.codebook_used).astype(np.int64)
+        codes = processes.whole(state.codebook_used).astype(np.int64)
         counts = np.bincount(codes, minlength=self.config.model.codebook_size)
         made = {
             "reconstruction": self.held_out.picture(state.ema_params),
             "codebook_usage": pictures.codebook_usage(counts),
         }
-        for name, picture in made.items():
+        for name, picture in made.items() if processes.is_first() else ():
             pictures.save(self.workdir, name, done, picture)
             self.writer.picture(done, name, picture)
 
@@ -89,7 +89,7 @@ def train(config, workdir: epath.PathLike) -> None:
         if done < run.total_steps or not has_results(run.workdir, done):
             batches = pipeline.train_batches(
                 config.data, source, config.model.image_size, config.train.global_batch,
-                config.seed, done, jax.process_index(), jax.process_count(),
+                config.seed, done, *parallel.share(mesh)[:2],
             )  # fmt: skip
             finish(run, loop(run, state, done, batches, interrupts), interrupts)
 
@@ -115,7 +115,7 @@ def make_run(config, workdir: epath.Path, mesh, fingerprint: str) -> TokenizerRu
         **common_parts(local, workdir, mesh, create, make_step),
         extras={"config": local.to_dict(), "data": {"fingerprint": fingerprint}},
         frozen=frozen,
-        held_out=HeldOut(local, parts, frozen),
+        held_out=HeldOut(local, parts, frozen, mesh),
     )
 
 
@@ -161,9 +161,14 @@ def is_decayed(path: str) -> bool:
 class HeldOut:
     """Reconstructs held-out images with the EMA copy, by the functions of `reconstruct`."""
 
-    def __init__(self, config, parts: networks_lib.Parts, frozen):
+    def __init__(self, config, parts: networks_lib.Parts, frozen, mesh):
         module = tokenizer.make(config.model, parts.networks.tokenizer.dtype)
-        self._reconstruct = reconstruction.make_reconstruct(module, parts.networks.lpips)
+        self._split, self._share = parallel.split_batch(mesh), parallel.share(mesh)
+        self._reconstruct = reconstruction.make_reconstruct(
+            module, parts.networks.lpips, self._split
+        )
+        shards = parallel.batch_shards(mesh)
+        self._batch = -(-config.eval.batch // shards) * shards
         self._lpips = frozen.get("lpips")
         self._config, self._report = config, pipeline.Report()
         self._source = sources.make_source(config.data, "held_out", config.model.image_size)
@@ -172,21 +177,30 @@ class HeldOut:
         """PSNR, SSIM, LPIPS, codebook usage and perplexity over all held-out images."""
         size = self._config.model.codebook_size
         with self._batches() as batches:
-            return reconstruction.evaluate(lambda x: self._run(params, x), batches, size)
+            own = (self._counted(batch) for batch in batches)
+            return reconstruction.evaluate(lambda x: self._run(params, x), own, size)
 
     def picture(self, params) -> np.ndarray:
         """Originals over reconstructions, uint8[H W 3]."""
         with self._batches() as batches:
-            batch = next(batches)
+            batch = self._counted(next(batches))
         shown = np.flatnonzero(batch["mask"])[: reconstruction.SHOWN]
-        made = jax.device_get(self._run(params, batch["image"]))
-        return reconstruction.compare(
-            batch["image"][shown], made._replace(images=made.images[shown])
+        made = self._run(params, batch["image"])
+        images, rebuilt = (
+            processes.gather_rows(rows[shown])[: reconstruction.SHOWN]
+            for rows in (batch["image"], made.images)
         )
+        return reconstruction.compare(images, made._replace(images=rebuilt))
 
     def _run(self, params, images) -> reconstruction.Reconstructed:
-        return self._reconstruct(params, images, self._lpips)
+        """Of this process's images, on the host; all processes go through the program together."""
+        placed = parallel.global_array(images, self._split)
+        return jax.tree.map(parallel.local_rows, self._reconstruct(params, placed, self._lpips))
+
+    def _counted(self, batch: dict) -> dict:
+        """Without the images that another process counts."""
+        return batch | {"mask": batch["mask"] & self._share.first}
 
     def _batches(self) -> pipeline.Batches:
-        size, batch = self._config.model.image_size, self._config.eval.batch
-        return pipeline.eval_batches(self._source, size, batch, report=self._report)
+        size, own = self._config.model.image_size, self._share[:2]
+        return pipeline.eval_batches(self._source, size, self._batch, *own, report=self._report)

@@ -1,0 +1,86 @@
+"""What the processes of one run tell each other. Every function is called by all of them.
+
+Alone, a process only hears itself, and nothing is computed.
+"""
+
+import functools
+import json
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+def is_first() -> bool:
+    """Whether this is process 0, which alone writes files that are not arrays."""
+    return jax.process_index() == 0
+
+
+def name() -> str:
+    """This process for people: "process 1 of 4 on host b"."""
+    return f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"
+
+
+def gather(data: bytes) -> list[bytes]:
+    """The bytes of every process, in their order; lengths may differ."""
+    if jax.process_count() == 1:
+        return [data]
+    lengths = multihost_utils.process_allgather(np.array([len(data)], np.int32)).reshape(-1)
+    padded = np.zeros(max(int(lengths.max()), 1), np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
+
+
+def gather_rows(rows: np.ndarray) -> np.ndarray:
+    """Rows [b ...] of all processes below each other, exact in any type; b may differ."""
+    parts = gather(np.ascontiguousarray(rows).tobytes())
+    shape = (-1, *rows.shape[1:])
+    return np.concatenate([np.frombuffer(part, rows.dtype).reshape(shape) for part in parts])
+
+
+def from_first(make: Callable[[], Any]) -> Any:
+    """What `make()` gives on process 0, a JSON value; the others do not call it."""
+    if jax.process_count() == 1:
+        return make()
+    return json.loads(gather(json.dumps(make()).encode() if is_first() else b"")[0])
+
+
+def smallest(value: int) -> int:
+    """The smallest of the processes' values."""
+    return int(gather_rows(np.array([value])).min())
+
+
+def whole(array: jax.Array) -> np.ndarray:
+    """A global array on the host of every process."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def largest(value: int) -> jax.Array:
+    """i32, the largest of the processes' values; computed among the steps, so read it later."""
+    return _maximum()(_on_all_devices(value))
+
+
+@functools.cache
+def _devices() -> Mesh:
+    return Mesh(np.array(jax.devices()), ("all",))
+
+
+@functools.cache
+def _on_all_devices(value: int) -> jax.Array:
+    """Kept: nearly always the same number is sent."""
+    split = NamedSharding(_devices(), PartitionSpec("all"))
+    rows = np.full(jax.local_device_count(), value, np.int32)
+    return jax.make_array_from_process_local_data(split, rows)
+
+
+@functools.cache
+def _maximum() -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(jnp.max, out_shardings=NamedSharding(_devices(), PartitionSpec()))
