@@ -87,23 +87,34 @@ def test_import_sets_no_flags_and_no_jax_config():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+OUTSIDE = """
+import pathlib
+import gigatok_jax, jax, jax.numpy as jnp, numpy as np
+from gigatok_jax.models import tokenizer
+
+root = pathlib.Path(gigatok_jax.__file__).parent
+assert (root / "py.typed").exists() and "site-packages" in str(root)
+size = {"encoder": "pico", "decoder": "pico", "stem": "patch", "image_size": 64}
+model = gigatok_jax.model_config("S-S", latent_tokens=16, align_block=0, **size)
+images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+params = tokenizer.make(model).init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+made = gigatok_jax.Tokenizer(params, model)
+made.save("saved", licence="mit")
+again = gigatok_jax.load_tokenizer("saved")
+np.testing.assert_array_equal(again.encode(images), made.encode(images))
+assert gigatok_jax.to_uint8(again.decode(again.encode(images))).shape == images.shape
+"""
+
+
 @pytest.mark.slow
-def test_installed_package_works_outside_the_checkout(tmp_path):
-    """`pip install .` in an empty environment, then an import and one reconstruction."""
+def test_wheel_works_in_an_empty_environment(tmp_path):
+    """Built from the checkout, installed with what it requires, used somewhere else."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
     python = tmp_path / "env" / "bin" / "python"
     away = shutil.ignore_patterns(".*", "build", "runs", "tests", "*.egg-info")
     source = shutil.copytree(ROOT, tmp_path / "source", ignore=away)  # pip builds in the folder
-    subprocess.run([python, "-m", "pip", "install", "-q", source], check=True)
-    code = (
-        "import pathlib, gigatok_jax, jax, jax.numpy as jnp;"
-        "from gigatok_jax.models import tokenizer;"
-        "size = {'encoder': 'pico', 'decoder': 'pico', 'stem': 'patch', 'image_size': 64};"
-        "model = gigatok_jax.model_config('S-S', latent_tokens=16, **size);"
-        "module, images = tokenizer.make(model), jnp.zeros((1, 64, 64, 3));"
-        "_, decoding = module.apply(module.init(jax.random.key(0), images), images);"
-        "assert decoding.images.shape == images.shape;"
-        "root = pathlib.Path(gigatok_jax.__file__).parent;"
-        "assert (root / 'py.typed').exists() and 'site-packages' in str(root)"
-    )
-    subprocess.run([python, "-c", code], check=True, cwd=tmp_path)
+    wheel = [python, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, source]
+    subprocess.run(wheel, check=True)
+    (built,) = tmp_path.glob("gigatok_jax-*.whl")
+    subprocess.run([python, "-m", "pip", "install", "-q", built], check=True)
+    subprocess.run([python, "-c", OUTSIDE], check=True, cwd=tmp_path)
