@@ -12,11 +12,19 @@ WIDTHS = range(1, 65)
 
 
 class Hopper:
-    device_kind, compute_capability = "NVIDIA H200", "9.0"
+    platform, device_kind, compute_capability = "gpu", "NVIDIA H200", "9.0"
 
 
 class Volta:
-    device_kind, compute_capability = "Tesla V100", "7.0"
+    platform, device_kind, compute_capability = "gpu", "Tesla V100", "7.0"
+
+
+class Instinct:
+    platform, device_kind, compute_capability = "gpu", "AMD Instinct MI300X", "gfx942"
+
+
+class Trillium:
+    platform, device_kind = "tpu", "TPU v6 lite"
 
 
 @pytest.fixture
@@ -28,9 +36,8 @@ def said(monkeypatch):
     implementation._log.cache_clear()
 
 
-def on(monkeypatch, platform, device):
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    monkeypatch.setattr(jax, "devices", lambda: [device])
+def on(monkeypatch, device):
+    monkeypatch.setattr(jax, "devices", lambda *_: [device])
 
 
 def test_a_choice_is_logged_once(said):
@@ -39,22 +46,31 @@ def test_a_choice_is_logged_once(said):
     assert said == ["search: xla on cpu"]
 
 
-@pytest.mark.parametrize("platform, impl", [("gpu", "pallas_gpu"), ("tpu", "pallas_tpu")])
-def test_an_accelerator_takes_its_kernel_for_widths_that_fit(monkeypatch, said, platform, impl):
-    on(monkeypatch, platform, Hopper)
+@pytest.mark.parametrize("device, impl", [(Hopper, "pallas_gpu"), (Trillium, "pallas_tpu")])
+def test_an_accelerator_takes_its_kernel_for_widths_that_fit(monkeypatch, said, device, impl):
+    on(monkeypatch, device)
     assert implementation.choose("search", 8, WIDTHS) == impl
     assert implementation.choose("search", 100, WIDTHS) == "xla"
     assert "vectors are 100 wide, and it takes up to 64; use 'xla'" in said[1]
 
 
-def test_an_old_gpu_takes_xla(monkeypatch, said):
-    on(monkeypatch, "gpu", Volta)
+@pytest.mark.parametrize("device", [Volta, Instinct])
+def test_another_gpu_takes_xla(monkeypatch, said, device):
+    on(monkeypatch, device)
     assert implementation.choose("search", 8, WIDTHS) == "xla" and "8.0 or newer" in said[0]
 
 
 def test_a_jax_without_the_dialect_takes_xla(monkeypatch, said):
-    on(monkeypatch, "gpu", Hopper)
+    on(monkeypatch, Hopper)
     monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
     assert implementation.choose("search", 8, WIDTHS) == "xla"
     with pytest.raises(NotImplementedError, match=r"has no jax\.experimental\.pallas\.triton"):
         implementation.check("search", "pallas_gpu", 8, WIDTHS, interpret=True)
+
+
+def test_a_default_device_is_asked_instead_of_the_first(monkeypatch, said):
+    cpu = jax.devices("cpu")[0]
+    on(monkeypatch, Hopper)
+    with jax.default_device(cpu):
+        assert implementation.choose("search", 8, WIDTHS) == "xla"
+    assert implementation.choose("search", 8, WIDTHS) == "pallas_gpu"

@@ -1,7 +1,8 @@
 """The TPU's own compiler takes the kernels, without a TPU.
 
-Needs `pip install jax[tpu]` in an environment of its own:
-    python -m pytest -m tpu_compiler tests/test_tpu_compiler.py
+Needs an environment of its own, since jax takes a libtpu that it finds for a TPU:
+    pip install "jax[tpu]" -r requirements.txt -r requirements-test.txt
+    JAX_PLATFORMS=cpu python -m pytest -m tpu_compiler tests/test_tpu_compiler.py
 """
 
 import jax

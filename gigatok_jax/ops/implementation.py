@@ -20,7 +20,7 @@ def choose(operation: str, width: int, widths: Sequence[int]) -> str:
         width: of the vectors.
         widths: that the kernels take.
     """
-    impl = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(jax.default_backend(), "xla")
+    impl = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(_device().platform, "xla")
     reason = obstacle(impl, width, widths)
     _log(operation, "xla" if reason else impl, f" ({impl}: {reason})" if reason else "")
     return "xla" if reason else impl
@@ -28,7 +28,13 @@ def choose(operation: str, width: int, widths: Sequence[int]) -> str:
 
 @functools.cache  # once for each choice
 def _log(operation, impl, note):
-    logging.info("%s: %s on %s%s", operation, impl, jax.devices()[0].device_kind, note)
+    logging.info("%s: %s on %s%s", operation, impl, _device().device_kind, note)
+
+
+def _device():
+    """That programs are compiled for, unless their arguments lie elsewhere."""
+    given = jax.config.jax_default_device
+    return given if hasattr(given, "platform") else jax.devices(given)[0]
 
 
 def check(operation: str, impl: str, width: int, widths: Sequence[int], interpret: bool) -> None:
@@ -55,11 +61,19 @@ def obstacle(impl: str, width: int, widths: Sequence[int], interpret: bool = Fal
         return f"jax {jax.__version__} has no jax.experimental.pallas.{_DIALECTS[impl]}"
     if interpret:
         return None
-    if jax.default_backend() != PLATFORMS[impl]:
-        return f"it needs a {PLATFORMS[impl]}, and the device is a {jax.default_backend()}"
-    if impl == "pallas_gpu" and float(getattr(jax.devices()[0], "compute_capability", 0)) < 8:
+    if _device().platform != PLATFORMS[impl]:
+        return f"it needs a {PLATFORMS[impl]}, and the device is a {_device().platform}"
+    if impl == "pallas_gpu" and _compute_capability() < 8:
         return "it needs an NVIDIA GPU of compute capability 8.0 or newer"
     return None
+
+
+def _compute_capability() -> float:
+    """Of an NVIDIA GPU; 0 for another."""
+    try:
+        return float(getattr(_device(), "compute_capability", 0))
+    except ValueError:  # AMD's are names
+        return 0.0
 
 
 def _has_dialect(impl: str) -> bool:
