@@ -67,7 +67,7 @@ def test_a_damaged_conversion_is_made_again_or_named(tmp_path, shrunk):
     assert kept(tmp_path).read_bytes() == whole
     (tmp_path / FILE).unlink()
     kept(tmp_path).write_bytes(whole[:-100])
-    with pytest.raises(CheckpointError, match=r"converted/dinov2-s\.safetensors: damaged"):
+    with pytest.raises(CheckpointError, match=r"converted/dinov2-s\.safetensors: .*get it again"):
         load(tmp_path)
 
 

@@ -10,7 +10,6 @@ again when the file changes, and serves alone when the file is gone.
 import contextlib
 import functools
 import importlib.util
-import json
 import os
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,12 +19,10 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from absl import logging
 from etils import epath
 
-from gigatok_jax.conversion import names, torch_file
+from gigatok_jax.conversion import names, safetensors_file, torch_file
 from gigatok_jax.conversion.names import Entry
 from gigatok_jax.errors import CheckpointError, ConfigError, MissingWeightsError
 from gigatok_jax.models import dino, inception, perceptual
@@ -140,12 +137,12 @@ def _stamp(sources: Iterable[epath.Path]) -> str:
 
 
 def _is_of(kept: epath.Path, stamp: str) -> bool:
-    """Whether a converted file is whole enough to tell its sources, and they are these."""
+    """Whether a converted file is whole, and of these sources."""
+    if not kept.exists():
+        return False
     try:
-        with kept.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        return header["__metadata__"]["sources"] == stamp
-    except (OSError, ValueError, LookupError, TypeError, MemoryError):
+        return safetensors_file.load(kept)[1].get("sources") == stamp
+    except CheckpointError:
         return False
 
 
@@ -156,12 +153,11 @@ def _read_kept(path: epath.Path) -> dict:
 def _keep(path: epath.Path, params: dict, stamp: str) -> None:
     """Writes a converted file whole or not at all; a folder that takes none is no error."""
     flat = flax.traverse_util.flatten_dict(params, sep="/")
-    flat = {name: np.ascontiguousarray(value) for name, value in flat.items()}
     # A name of its own: the processes of a host start at once.
     draft = path.parent / f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(safetensors.numpy.save(flat, {"sources": stamp}))
+        safetensors_file.save(draft, flat, {"sources": stamp})
         draft.replace(path)
     except OSError as error:
         logging.warning("%s is not kept (%s); the next run converts again", path, error)
@@ -178,12 +174,7 @@ def _read_torch(path: epath.Path) -> dict[str, np.ndarray]:
 
 
 def _read_safetensors(path: epath.Path) -> dict[str, np.ndarray]:
-    try:
-        return _float32(path, safetensors.numpy.load(path.read_bytes()))
-    except (safetensors.SafetensorError, OSError, KeyError) as error:
-        raise CheckpointError(
-            f"{path}: damaged or not safetensors ({error}); get it again"
-        ) from None
+    return _float32(path, safetensors_file.load(path)[0])
 
 
 def _float32(path: epath.Path, state) -> dict[str, np.ndarray]:
