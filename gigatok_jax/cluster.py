@@ -89,8 +89,8 @@ def _check_known(source: str, count: int, index: int, coordinator: str) -> None:
     here = f"{source} on {socket.gethostname()}"
     if not count:
         raise ClusterError(
-            f"{here} shows process {index} of a job, not of how many: set"
-            " --config.cluster.processes=N (1 for a process that is alone)"
+            f"{here} does not say which of how many processes this is: start it as"
+            " launch/README.md shows, or set --config.cluster.processes=N (1 for one that is alone)"
         )
     if not coordinator:
         raise ClusterError(
@@ -138,10 +138,7 @@ def _slurm(env) -> Place | None:
     if size < 2:
         return None
     if "SLURM_STEP_NODELIST" not in env:  # the batch script itself, or a shell of salloc
-        raise ClusterError(
-            f"Slurm has {size} tasks for this job, but srun did not start this process: start it"
-            " with srun, as launch/slurm.sh does"
-        )
+        return Place("Slurm without srun", 0, -1, "")
     node, local = int(env["SLURM_NODEID"]), int(env["SLURM_LOCALID"])
     host = _first_host(env["SLURM_STEP_NODELIST"])
     job = int(env["SLURM_JOB_ID"])  # two jobs that meet on a host take different ports
@@ -300,8 +297,8 @@ class Meeting:
             )
         except OSError as error:
             raise ClusterError(
-                f"{_who(self._place)} cannot listen on port {port}: {error.strerror}; name another"
-                " one with --config.cluster.coordinator=HOST:PORT"
+                f"{_who(self._place)} cannot listen on port {port} ({os.strerror(error.errno)}):"
+                " name another one with --config.cluster.coordinator=HOST:PORT"
             ) from error
 
     def _reach(self, address) -> socket.socket:
@@ -407,10 +404,9 @@ def check_members(said: Sequence[Mapping], seconds: float) -> None:
         for one in sorted(said, key=lambda one: one["process"])
     )
     missing = sorted(set(range(size)) - set(indices))
-    what = f"processes {', '.join(map(str, missing))} did not come within {seconds:g} s; "
-    raise ClusterError(
-        f"the cluster is not complete: {what if missing else ''}these are here: {saw}"
-    )
+    who = ", ".join(map(str, missing[:TOLD])) + ("..." if len(missing) > TOLD else "")
+    what = f"process {who} did not come within {seconds:g} s" if missing else "they contradict"
+    raise ClusterError(f"the cluster is not complete, {what}; here are: {saw}")
 
 
 def check_same(said: Sequence[Mapping]) -> None:
