@@ -11,7 +11,7 @@ import safetensors.numpy
 from rule import rule_state
 from test_dino import DEPTH, WIDTH, vit_shapes
 
-from gigatok_jax.conversion import frozen, names
+from gigatok_jax.conversion import frozen, names, torch_file
 from gigatok_jax.errors import CheckpointError, MissingWeightsError
 from gigatok_jax.models import dino, inception
 
@@ -123,12 +123,57 @@ def test_a_pickle_of_anything_else_is_refused(tmp_path, shrunk):
 
 
 def test_lpips_refuses_another_vgg(tmp_path):
-    torch = pytest.importorskip("torch")
-    heads = {f"lin{i}.model.1.weight": torch.ones(1, 4, 1, 1) for i in range(5)}
-    torch.save(heads, tmp_path / "vgg.pth")
-    torch.save({"features.1.running_mean": torch.ones(4)}, tmp_path / "vgg16-397923af.pth")
+    heads = {f"lin{i}.model.1.weight": np.ones((1, 4, 1, 1), np.float32) for i in range(5)}
+    torch_file.save(tmp_path / "vgg.pth", heads)
+    other = {"features.1.running_mean": np.ones(4, np.float32)}
+    torch_file.save(tmp_path / "vgg16-397923af.pth", other)
     with pytest.raises(CheckpointError, match=r"holds features\.1\.running_mean"):
         frozen.load_frozen("lpips-vgg16", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [None, "s", "b", "l"])
+def test_published_sizes_load_from_both_publishers(tmp_path, size):
+    """Files of the real names and shapes; None is the DINO trunk, which is published once."""
+    width, _, depth = dino.SIZES[f"dinov2-{size}"] if size else (384, 12, 12)
+    fields = {} if size else {"patch": 16, "side": 14, "layer_scale": False}
+    shapes = vit_shapes(width=width, depth=depth, **fields)
+    state = {name: np.full(shape, len(name), np.float32) for name, shape in shapes.items()}
+    file = f"dinov2_vit{size}14_pretrain.pth" if size else "dino_deitsmall16_pretrain.pth"
+    name = f"dinov2-{size}" if size else "dino-s16"
+    torch_file.save(tmp_path / file, state)
+    params = frozen.load_frozen(name, tmp_path)
+    assert params["blocks"]["qkv"]["kernel"].shape == (depth, width, 3 * width)
+    if size:
+        hub = {"s": "small", "b": "base", "l": "large"}[size]
+        (tmp_path / "hub" / f"dinov2-{hub}").mkdir(parents=True)
+        path = tmp_path / "hub" / f"dinov2-{hub}" / "model.safetensors"
+        safetensors.numpy.save_file(hub_names(state), path)
+        same(frozen.load_frozen(name, tmp_path / "hub"), params)
+
+
+def hub_names(state):
+    """The authors' names as Hugging Face writes them, the fused projection in three."""
+    parts = {
+        "blocks.": "encoder.layer.",
+        "attn.proj": "attention.output.dense",
+        "ls1.gamma": "layer_scale1.lambda1",
+        "ls2.gamma": "layer_scale2.lambda1",
+        "patch_embed.proj": "embeddings.patch_embeddings.projection",
+        "cls_token": "embeddings.cls_token",
+        "pos_embed": "embeddings.position_embeddings",
+    }
+    hub = {}
+    for name, value in state.items():
+        for ours, theirs in parts.items():
+            name = name.replace(ours, theirs)
+        name = f"layernorm.{name[5:]}" if name.startswith("norm.") else name
+        if "attn.qkv" not in name:
+            hub[name] = value
+            continue
+        for part, piece in zip(("query", "key", "value"), np.split(value, 3), strict=True):
+            hub[name.replace("attn.qkv", f"attention.attention.{part}")] = piece
+    return hub
 
 
 # Inception
@@ -233,12 +278,10 @@ def test_inception_has_the_names_and_shapes_of_its_file():
 
 
 def test_inception_loads_from_its_file(tmp_path):
-    torch = pytest.importorskip("torch")
     with pytest.raises(MissingWeightsError, match=f"put {INCEPTION_FILE} .*toshas/torch-fidelity"):
         frozen.load_frozen("inception", tmp_path)
-    state = {name: torch.from_numpy(value) for name, value in inception_state().items()}
-    counter = {"Conv2d_1a_3x3.bn.num_batches_tracked": torch.tensor(0)}
-    torch.save(state | counter, tmp_path / INCEPTION_FILE)
+    counter = {"Conv2d_1a_3x3.bn.num_batches_tracked": np.array(0)}
+    torch_file.save(tmp_path / INCEPTION_FILE, inception_state() | counter)
     params = frozen.load_frozen("inception", tmp_path)
     theirs = inception_state()["Mixed_6d.branch7x7_2.conv.weight"]
     ours = params["Mixed_6d"]["branch7x7_2"]["kernel"]

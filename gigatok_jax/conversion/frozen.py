@@ -132,8 +132,12 @@ def _kept(name: str, folder: epath.Path) -> epath.Path:
 
 def _stamp(sources: Iterable[epath.Path]) -> str:
     """What changes with the files that a converted one was made of."""
-    stats = [(path.name, path.stat()) for path in sources]
-    return "; ".join(f"{name}, {stat.length} bytes, {stat.mtime}" for name, stat in stats)
+    return "; ".join(f"{path.name}, {path.stat().length} bytes, {_time(path)}" for path in sources)
+
+
+def _time(path: epath.Path) -> int:
+    """When a file was written, as exactly as its disk knows."""
+    return os.stat(path).st_mtime_ns if os.path.exists(path) else path.stat().mtime
 
 
 def _is_of(kept: epath.Path, stamp: str) -> bool:
