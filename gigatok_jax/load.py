@@ -71,6 +71,8 @@ def _load_run(path: epath.Path, kind: str, weights: str, dtype, sharding) -> Loa
 
     trees, extras = checkpoint.load_params(path, (names_of[weights],), sharding, type_of)
     ((name, tree),) = trees.items()
+    if "model" not in extras.get("config", {}):
+        raise CheckpointError(f"{path} has no config of a model beside its arrays: is it of a run?")
     config = ml_collections.ConfigDict(extras["config"]["model"])
     _check_kind(path, "prior" if config.kind == "prior" else "tokenizer", kind)
     if sharding is None:
@@ -156,9 +158,12 @@ def save_model(
     flat = models.flatten(params)
     if config.kind != "prior" and models.USED not in flat:
         flat[models.USED] = np.zeros(models.HISTORY, np.float32)  # what the original starts from
+    entries = models.entries(config)
+    if missing := [entry.path for entry in entries if entry.path not in flat]:
+        raise CheckpointError(f"the parameters have no {missing[0]}, which their config demands")
     extras = {name: value for name, value in about.items() if value not in (None, "", (), {})}
     card = model_card.text(config, params, extras, recognise.published_name(config), licence)
-    state = names.tensors(flat, models.entries(config))
+    state = names.tensors(flat, entries)
     try:
         formats.write_safetensors(folder / formats.SAFETENSORS, state, config, **extras)
         files.write_bytes(folder / CARD, card.encode())

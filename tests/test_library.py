@@ -405,6 +405,22 @@ def test_a_saved_tokenizer_comes_back_bit_for_bit(made, tmp_path, dtype):
     assert f"| parameters | {count:,} |" in card
 
 
+def test_parameters_that_do_not_fit_their_config_are_not_saved(made, tmp_path):
+    params = made.params
+    del params["encoder"]["norm_out"]
+    with pytest.raises(CheckpointError, match="have no encoder/norm_out/scale, which"):
+        gigatok_jax.Tokenizer(params, made.config).save(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_arrays_without_a_config_are_refused(made, tmp_path):
+    saver = checkpoint.Checkpoints(tmp_path)
+    saver.save(1, {"params": made.params}, {})
+    saver.close()
+    with pytest.raises(CheckpointError, match="no config of a model"):
+        gigatok_jax.load_tokenizer(tmp_path)
+
+
 def test_a_folder_of_another_model_stays(made, tmp_path):
     made.save(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()

@@ -5,15 +5,14 @@ Axes: b batch, h w pixels, n codes.
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import ml_collections
 import numpy as np
 from absl import logging
 from etils import epath
 
-from gigatok_jax import checkpoint, files, pictures, processes
+from gigatok_jax import files, library, pictures, processes
 from gigatok_jax.data import sources, transforms
 from gigatok_jax.errors import ConfigError, DataError
 from gigatok_jax.evaluation import metrics
@@ -113,20 +112,12 @@ def compare(images: np.ndarray, made: Reconstructed) -> np.ndarray:
     return pictures.comparison(images, metrics.to_uint8(np.asarray(made.images)))
 
 
-class Model(NamedTuple):
-    """A tokenizer from a checkpoint."""
-
-    config: ml_collections.ConfigDict
-    params: Any
-    step: int
-
-
-def load(path: epath.PathLike, kind: str = "auto") -> Model:
-    """Tokenizer of a checkpoint: a workdir, its checkpoints/ or one step.
+def load(path: epath.PathLike, kind: str = "auto") -> library.Tokenizer:
+    """Tokenizer of a checkpoint of any format, see `library.load_tokenizer`.
 
     Args:
         path: where it is.
-        kind: "ema" or "raw" parameters; "auto" is the EMA copy.
+        kind: "ema" or "raw" parameters; "auto" is the EMA copy if there is one.
 
     Raises:
         ConfigError: no path or an unknown kind.
@@ -134,12 +125,10 @@ def load(path: epath.PathLike, kind: str = "auto") -> Model:
     """
     if not path:
         raise ConfigError("checkpoint is empty: name a workdir with --config.checkpoint=DIR")
-    names = {"auto": "ema_params", "ema": "ema_params", "raw": "params"}
-    if kind not in names:
-        raise ConfigError(f"weights_kind is {kind!r}, expected one of {', '.join(names)}")
-    trees, extras = checkpoint.load_params(path, (names[kind],))
-    config = ml_collections.ConfigDict(extras["config"]["model"])
-    return Model(config, trees[names[kind]], extras["step"])
+    kinds = ("auto", "ema", "raw")
+    if kind not in kinds:
+        raise ConfigError(f"weights_kind is {kind!r}, expected one of {', '.join(kinds)}")
+    return library.load_tokenizer(path, weights=kind)
 
 
 def reconstruct(config, workdir: epath.PathLike) -> None:
@@ -168,9 +157,8 @@ def reconstruct(config, workdir: epath.PathLike) -> None:
     for i, (names, images) in enumerate(_batches(config, model.config.image_size)):
         made = _take(jax.device_get(run(_padded(images, config.eval.batch))), len(images))
         if i == 0:
-            pictures.save(
-                workdir, "reconstruction", model.step, compare(images[:SHOWN], _take(made, SHOWN))
-            )
+            shown = compare(images[:SHOWN], _take(made, SHOWN))
+            pictures.save(workdir, "reconstruction", model.step or 0, shown)
         scores.append(score(images, made))
         counts += np.bincount(made.codes.reshape(-1), minlength=len(counts))
         figures |= _write(workdir, names, made, scores[-1])
@@ -182,7 +170,7 @@ def reconstruct(config, workdir: epath.PathLike) -> None:
     files.write_json(workdir / "results.json", results)
 
 
-def _runner(model: Model, folder: str) -> Callable:
+def _runner(model: library.Tokenizer, folder: str) -> Callable:
     """uint8[b h w 3] -> Reconstructed, with LPIPS where its weights are here."""
     lpips, lpips_params = None, None
     if available("lpips-vgg16", folder):
