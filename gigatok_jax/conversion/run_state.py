@@ -106,7 +106,10 @@ def to_ours(
 def _adam_to_ours(optimizers, name: str, order: list[str], tensors, entries) -> dict[str, Any]:
     """Count and moments of one optimizer, zeros where it has none yet."""
     states = _numbered(optimizers.get(name), name, order)
-    if empty := sum(not state for state in states.values()):
+    empty = sum(not state for state in states.values())
+    if name not in optimizers:
+        print(f"{name} is not there (a trainer in shards keeps it elsewhere): it starts anew")
+    elif empty:
         print(f"{name}: {empty} of {len(order)} parameters have no moments, theirs start at zero")
     count = max((int(value_of(state["step"])) for state in states.values() if state), default=0)
     arrays = {f"{ADAM}count": np.asarray(count, np.int32)}
