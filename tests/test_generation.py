@@ -323,7 +323,7 @@ def test_checkpoints_that_are_swapped_are_refused(models, tmp_path):
 
 def test_what_may_change_between_two_calls():
     # Where the tokenizer lies is free too; the record in the folder compares its weights.
-    free = {"batch", "image_ids", "num_images", "mesh", "tokenizer"}
+    free = {"batch", "cluster", "image_ids", "num_images", "mesh", "tokenizer"}
     assert free <= set(checkpoint.FREE_KEYS)
     keys = set(generate_config.get_config()) - free
     assert keys.isdisjoint(checkpoint.FREE_KEYS)
