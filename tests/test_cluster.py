@@ -407,7 +407,7 @@ def wait_for_step(members, workdir, step):
 
 @pytest.mark.slow
 def test_processes_killed_at_random_end_as_one_that_was_not(tmp_path):
-    """Ten times: two or four, of which one is killed or all are told to end; then one; then four."""
+    """Ten times: two or four, one is killed or all are told to end; then one; then four."""
     rng = random.Random(0)
     assert [status for status, _ in end(demo(tmp_path / "whole", 1, 0))] == [0]
     for turn in range(10):
