@@ -22,7 +22,7 @@ import threading
 import time
 import traceback
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -486,9 +486,11 @@ def joined(config, workdir: epath.PathLike) -> Iterator[None]:
     except GigatokError as error:
         _end(1, f"error: {error}")
     except BaseException as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and GONE.search(str(error)):
+            why = " ".join(str(error).split())
+            _end(LOST, f"{_who(place)} ends, another process is gone or cannot be reached: {why}")
         traceback.print_exc()
-        lost = isinstance(error, jax.errors.JaxRuntimeError) and GONE.search(str(error))
-        _end(LOST if lost else 1, f"{processes.name()} ends: {type(error).__name__}")
+        _end(1, f"{_who(place)} ends after the exception above")
 
 
 def start(place: Place, flags) -> None:
@@ -519,10 +521,10 @@ class Watchdog:
     A collective that one process never enters holds all others for ever, so all of them end.
     """
 
-    def __init__(self, minutes: float, end: Callable[[int], Any] = os._exit):
+    def __init__(self, minutes: float):
         """`minutes` has to be longer than the longest compilation, evaluation or save; 0 is off."""
-        self._seconds, self._end = minutes * 60, end
-        self._last, self._stopped = time.monotonic(), threading.Event()
+        self._seconds, self._last = minutes * 60, time.monotonic()
+        self._stopped = threading.Event()
 
     def beat(self) -> None:
         """Something was finished."""
@@ -538,14 +540,20 @@ class Watchdog:
         self._stopped.set()
 
     def _watch(self) -> None:
-        while not self._stopped.wait(min(self._seconds / 4, 10)):
-            quiet = time.monotonic() - self._last
-            if quiet > self._seconds:
-                print(
-                    f"{processes.name()} has finished no step for {quiet / 60:.1f} min"
-                    " (config.cluster.hang_minutes); where its threads are:",
-                    file=sys.stderr, flush=True,
-                )  # fmt: skip
-                faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-                sys.stderr.flush()
-                return self._end(LOST)
+        period = min(self._seconds / 4, 10)
+        while not self._stopped.wait(period):
+            if (quiet := time.monotonic() - self._last) > self._seconds:
+                self._tell(quiet)
+                if jax.process_count() > 1:  # jax ends the others with this one: let them tell too
+                    self._stopped.wait(2 * period + 5)
+                os._exit(LOST)
+
+    def _tell(self, quiet: float) -> None:
+        print(
+            f"{processes.name()} has finished no step for {quiet / 60:.1f} min"
+            " (config.cluster.hang_minutes); where its threads are:",
+            file=sys.stderr,
+            flush=True,
+        )
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        sys.stderr.flush()

@@ -25,18 +25,22 @@ from gigatok_jax.errors import ClusterError
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# A process of a tiny run. The signal reaches it within update 4, as in test_train.
+# A process of a tiny run. The signal reaches it within update 4, as in test_train; with -1 it never
+# enters update 4, in which the others wait for it.
 MEMBER = """
-import os, sys, tiny
+import os, sys, time, tiny
 from gigatok_jax import cluster, command_line
 from gigatok_jax.train import tokenizer
 
-cache, workdir, address, processes, process, number = sys.argv[1:]
+cache, workdir, address, processes, process, number, minutes = sys.argv[1:]
 made = tiny.run_config()
+made.cluster.hang_minutes = float(minutes)
 made.cluster.update(coordinator=address, processes=int(processes), process=int(process))
 phase_at = tokenizer.objective.phase_at
 
 def signalled(done, *rest):
+    if done == 3 and number == "-1":
+        time.sleep(600)
     if done == 3 and int(number):
         os.kill(os.getpid(), int(number))
     return phase_at(done, *rest)
@@ -93,7 +97,7 @@ def assert_same_losses(workdir, whole, rtol=1e-5):
 def test_a_signal_to_one_of_two_ends_both_and_one_goes_on(tmp_path):
     cache, workdir, address = tiny.session() / "cache", tmp_path / "run", free_address()
     members = [
-        start("-c", MEMBER, cache, workdir, address, 2, i, signal.SIGTERM if i else 0)
+        start("-c", MEMBER, cache, workdir, address, 2, i, signal.SIGTERM if i else 0, 30)
         for i in range(2)
     ]
     ended = end(members)
@@ -369,6 +373,19 @@ def test_a_hung_step_ends_with_the_stacks_of_all_threads():
 def test_a_watchdog_may_be_off():
     with cluster.Watchdog(0):
         assert "watchdog" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.slow
+def test_two_of_which_one_is_stuck_end_with_the_stacks_of_both(tmp_path):
+    cache, address = tiny.session() / "cache", free_address()
+    members = [
+        start("-c", MEMBER, cache, tmp_path / "run", address, 2, i, -1 if i else 0, 1.0)
+        for i in range(2)
+    ]
+    for i, (status, told) in enumerate(end(members)):
+        assert status == cluster.LOST, told
+        assert f"process {i} of 2 on {socket.gethostname()} has finished no step for 1." in told
+        assert ("in signalled" in told) == (i == 1) and "in loop" in told
 
 
 # The demo in several processes that are killed. Minutes.
