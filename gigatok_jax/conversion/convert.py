@@ -27,6 +27,7 @@ GROUP = {
     "fused": None,
     "decoupled_weight_decay": True,
 }
+OTHER_FILES = (".pt", ".pth", ".bin", ".ckpt", ".npz", ".msgpack")  # what no workdir is called
 PUBLISHED = {"tokenizer": (1e-4, 1e-4), "prior": (1e-4, 0.05)}  # learning rate, weight decay
 
 
@@ -58,7 +59,7 @@ def from_torch(
     if target.suffix == ".safetensors":
         _weights_only(formats.read(source, weights, **overrides or {}), target)
         return
-    if target.suffix:
+    if target.suffix in OTHER_FILES:
         raise ConfigError(f"{out}: from_torch writes .safetensors or a workdir without a suffix")
     _to_workdir(found, target, overrides or {}, config, tokenizer_path)
 
@@ -215,8 +216,8 @@ def _rest(found, model) -> dict[str, Any]:
     for name, optimizer in found.optimizers.items():
         old = found.extras.get("groups", {}).get(name, [])
         groups = [
-            _group(found, kind, rates.get(name), i, old) | {"params": group["params"]}
-            for i, group in enumerate(optimizer["param_groups"])
+            _group(found, kind, rates.get(name), i, old) | dict(group)
+            for i, group in enumerate(run_state.groups_of(optimizer, name))
         ]
         saved[name] = {"state": optimizer["state"], "param_groups": groups}
     if "discriminator" in found.parts:

@@ -93,10 +93,8 @@ def read(path: epath.PathLike, weights: str = "auto", **overrides) -> Weights:
         ConfigError: weights that do not exist, or an override that cannot work.
     """
     found = load(path)
-    if found.kind not in INFER:
-        raise CheckpointError(f"{path} holds a discriminator, expected a tokenizer or a prior")
-    part = choose(found, weights)
     model = config_of(found, **overrides)
+    part = choose(found, weights)
     return Weights(
         Arrays(checked(found, part, model)),
         found.kind,
@@ -124,6 +122,8 @@ def choose(found: Checkpoint, weights: str) -> str:
 
 def config_of(found: Checkpoint, **overrides) -> ml_collections.ConfigDict:
     """Config of the model: what is beside its tensors, or else what they show."""
+    if found.kind not in INFER:
+        raise CheckpointError(f"{found.path} holds a discriminator, expected a tokenizer or prior")
     state = found.parts.get("model") or found.parts["ema"]
     try:
         if found.config is None:

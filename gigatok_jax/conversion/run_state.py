@@ -24,6 +24,8 @@ MODULES = {
     "patchgan": discriminator_modules.PatchGAN,
     "dino": discriminator_modules.DinoDiscriminator,
 }
+# Averages of the discriminator's logits, which no file of the original holds.
+_NO_LOGITS = {f"lecam/{name}": np.zeros((), np.float32) for name in ("real", "fake")}
 
 Tensors = dict[str, Promise]
 
@@ -86,6 +88,8 @@ def to_ours(
     params, ema = names.leaves(trained, entries), names.leaves(average, entries)
     used = params.pop(models.USED, None)
     ema.pop(models.USED, None)
+    if "ema" not in parts or "model" not in parts:
+        print("one copy of the parameters is there: the trained one and the average start equal")
     order = parameter_order(trained, entries, model.kind)
     arrays = {
         "step": np.asarray(step, np.int32),
@@ -94,11 +98,8 @@ def to_ours(
         **above(COPIES["ema"], ema),
         **_adam_to_ours(optimizers, "optimizer", order, trained, entries),
     }
-    if "ema" not in parts or "model" not in parts:
-        print("one copy of the parameters is there: the trained one and the average start equal")
     if model.kind != "prior":
-        arrays["codebook_used"] = used
-        arrays |= {f"lecam/{name}": np.zeros((), np.float32) for name in ("real", "fake")}
+        arrays |= {"codebook_used": used, **_NO_LOGITS}
         arrays |= _discriminator_to_ours(parts.get("discriminator"), optimizers, fallback)
     return {path: _single(array) for path, array in arrays.items()}
 
@@ -120,20 +121,31 @@ def _adam_to_ours(optimizers, name: str, order: list[str], tensors, entries) -> 
     return arrays
 
 
+def groups_of(optimizer: Mapping[str, Any], name: str) -> list[dict]:
+    """Groups of the state of an optimizer, after a look at its form.
+
+    Raises:
+        CheckpointError: it has another form than PyTorch's.
+    """
+    groups, states = optimizer.get("param_groups"), optimizer.get("state")
+    right = isinstance(groups, list) and isinstance(states, dict)
+    right = right and all(isinstance(g, dict) and type(g.get("params")) is list for g in groups)
+    if not right or not all(isinstance(state, dict) for state in states.values()):
+        raise CheckpointError(f"{name} is not the state of an optimizer of PyTorch")
+    return groups
+
+
 def _numbered(optimizer: dict | None, name: str, order: list[str]) -> dict[str, dict]:
     """State of each parameter by its name; empty before its first update."""
     if optimizer is None:
         return {parameter: {} for parameter in order}
-    try:
-        numbers = [n for group in optimizer["param_groups"] for n in group["params"]]
-        states = {n: dict(optimizer["state"].get(n, {})) for n in numbers}
-    except (LookupError, TypeError, AttributeError):
-        raise CheckpointError(f"{name} is not the state of an optimizer of PyTorch") from None
+    numbers = [n for group in groups_of(optimizer, name) for n in group["params"]]
     if len(numbers) != len(order):
         raise CheckpointError(
             f"{name} has {len(numbers)} parameters, the model {len(order)}: is it of another model?"
         )
-    return {parameter: states[n] for parameter, n in zip(order, numbers, strict=True)}
+    states = optimizer["state"]
+    return {name: states.get(number, {}) for name, number in zip(order, numbers, strict=True)}
 
 
 def _moment(name: str, state: dict, field: str, shape: tuple[int, ...]):
