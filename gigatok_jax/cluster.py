@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import faulthandler
 import glob
+import hashlib
 import importlib.util
 import json
 import os
@@ -361,38 +362,41 @@ def agree(place: Place, config, workdir: epath.PathLike) -> None:
         mark.write_text("")
     try:
         with Meeting(place, config.cluster.start_seconds) as meeting:
-            said = meeting.exchange(describe(place, config, workdir, str(mark)))
-            check_members(said, config.cluster.start_seconds)
-            check_same(said)
-            mark = mark if not place.process else epath.Path(_first(said)["mark"])
-            seen = meeting.exchange([place.process, socket.gethostname(), _appears(mark)])
+            theirs = _introduce(meeting, place, config, workdir, str(mark))
+            seen = meeting.exchange([place.process, socket.gethostname(), _appears(theirs)])
             check_storage(seen, workdir)
     finally:
         if not place.process:
             mark.unlink(missing_ok=True)
 
 
-def describe(place: Place, config, workdir, mark: str) -> dict[str, Any]:
-    """What a process tells the others about itself."""
+def _introduce(meeting: Meeting, place: Place, config, workdir, mark: str) -> epath.Path:
+    """The file that process 0 has made, once all are here and alike."""
+    values = describe(config, workdir)
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    mine = {"process": place.process, "processes": place.processes}
+    mine |= {"source": place.source, "host": socket.gethostname()}
+    said = meeting.exchange(mine | {"digest": digest, "mark": mark})
+    check_members(said, config.cluster.start_seconds)
+    if len({one["digest"] for one in said}) > 1:  # a few bytes each while all is well
+        check_same(meeting.exchange(mine | {"values": values}))
+    return epath.Path(_first(said)["mark"])
+
+
+def describe(config, workdir) -> dict[str, Any]:
+    """What has to be the same in all processes, by name, as JSON values."""
     values = {f"config.{name}": value for name, value in command_line.flatten(config)}
     for name in PRIVATE:
         del values[f"config.{name}"]
     values |= {"workdir": str(workdir)} | dict(command_line.flatten(environment.software()))
-    return {
-        "process": place.process,
-        "processes": place.processes,
-        "source": place.source,
-        "host": socket.gethostname(),
-        "mark": mark,
-        "values": json.loads(json.dumps(values)),
-    }
+    return json.loads(json.dumps(values))
 
 
 def check_members(said: Sequence[Mapping], seconds: float) -> None:
     """Refuses a cluster that is not complete.
 
     Args:
-        said: of `describe`, of whoever came.
+        said: "process", "processes", "source" and "host" of whoever came.
         seconds: that process 0 waited.
     """
     size = _first(said)["processes"]
@@ -410,7 +414,7 @@ def check_members(said: Sequence[Mapping], seconds: float) -> None:
 
 
 def check_same(said: Sequence[Mapping]) -> None:
-    """Refuses processes of different configs, versions or flags; says which, and who has what."""
+    """Refuses processes of different "values"; says which, and who has what."""
     first, told = _first(said), []
     for one in sorted(said, key=lambda one: one["process"]):
         for name in sorted(first["values"].keys() | one["values"].keys()):
