@@ -245,6 +245,16 @@ def test_overrides_reach_the_config(file, tmp_path):
     assert formats.read(tmp_path / "x.safetensors").config == small(rotation=False)
 
 
+def test_paths_may_be_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = random_state(small("prior-B"))
+    formats.write_pt("x.pt", {"model": state})
+    command("from_torch", "x.pt", "run")
+    command("to_torch", "run", "y.pt")
+    command("to_torch", "run", "y.safetensors")
+    assert command("compare", "run", "y.pt") == command("compare", "x.pt", "y.safetensors") == 0
+
+
 def test_what_is_there_is_not_overwritten(file, tmp_path, capfd):
     (tmp_path / "x.safetensors").write_text("mine")
     message = refused(capfd, "from_torch", file[0], tmp_path / "x.safetensors")

@@ -53,7 +53,7 @@ def from_torch(
     Raises:
         CheckpointError: the source is damaged or does not fit, or `out` is there already.
     """
-    target = epath.Path(out).expanduser()
+    target = epath.Path(out).expanduser().absolute()  # Orbax wants it so
     _check_free(target)
     found = formats.load(source)
     if target.suffix == ".safetensors":
@@ -71,7 +71,7 @@ def to_torch(source: str, out: str, *, weights: str = "auto", **overrides) -> No
 
     Args, Raises: as of `from_torch`.
     """
-    target = epath.Path(out).expanduser()
+    target = epath.Path(out).expanduser().absolute()  # Orbax wants it so
     _check_free(target)
     if target.suffix == ".safetensors":
         _weights_only(formats.read(source, weights, **overrides), target)
