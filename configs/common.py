@@ -120,6 +120,7 @@ def _keeping(config):
     config.log = ml_collections.ConfigDict({"every": 100, "pictures_every": 5000})
     config.profile = ""  # "start:count" in steps writes a trace
     config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.mesh.rules = ""  # "pattern=axis,-;..." before the rules of parallel.py
     config.mesh.cpu_devices = 1  # parts of a host without accelerator; 0 is one per core
     config.cluster = cluster_config()
     return config

@@ -1,8 +1,14 @@
-"""Meshes and placement. Axes of a mesh: data (replicas), fsdp (sharded state), tensor."""
+"""Meshes and placement. Axes of a mesh: data (replicas), fsdp (sharded state), tensor.
+
+One table of rules for each kind of model says which dimensions of a parameter are divided; the
+averaged copy and the optimizer's moments follow their parameter. What no rule names is whole on
+every device.
+"""
 
 import collections
 import math
-from typing import NamedTuple
+import re
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,6 +17,39 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from gigatok_jax.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
+LARGE = 1 << 20  # elements; the placement of larger arrays is told
+
+
+class Rule(NamedTuple):
+    pattern: str  # regular expression of the end of a path
+    axes: tuple[str | None, ...]  # of the last dimensions; a scanned stack's first stays whole
+
+
+# A layer into hidden features is divided by its outputs, the layer out of them by its inputs, so
+# that `tensor` has one sum per pair; `fsdp` divides the other side.
+RULES = {
+    "tokenizer": (
+        Rule(r"(self|cross)_attention/(query|key|value)/kernel", ("fsdp", "tensor")),
+        Rule(r"(self|cross)_attention/(query|key|value)/bias", ("tensor",)),
+        Rule(r"(self|cross)_attention/out/kernel", ("tensor", "fsdp")),
+        Rule(r"mlp/up/kernel", ("fsdp", "tensor")),
+        Rule(r"mlp/up/bias", ("tensor",)),
+        Rule(r"mlp/down/kernel", ("tensor", "fsdp")),
+        Rule(r"align/dense_[012]/kernel", ("fsdp", "tensor")),
+        Rule(r"(en|de)coder/.*positions", (None, "fsdp")),
+        # Convolutions compute on whole kernels; fsdp divides what is kept of them.
+        Rule(r"cnn_(en|de)coder/.*(block_\d/(conv\d|shortcut)|_down|_up)/kernel", ("fsdp",)),
+    ),
+    "prior": (
+        Rule(r"attention/qkv/kernel", ("fsdp", "tensor")),
+        Rule(r"attention/out/kernel", ("tensor", "fsdp")),
+        Rule(r"mlp/gate_up/kernel", ("fsdp", "tensor")),
+        Rule(r"mlp/down/kernel", ("tensor", "fsdp")),
+        Rule(r"modulation/kernel", ("fsdp", "tensor")),
+        Rule(r"(code|class)_embedding/embedding", (None, "fsdp")),
+        Rule(r"head/kernel", ("fsdp", "tensor")),
+    ),
+}
 
 
 def make_mesh(config, devices=None) -> Mesh:
@@ -103,3 +142,93 @@ def local_rows(array: jax.Array) -> np.ndarray:
     """Rows of a `split_batch` array that this process gave, in their order."""
     pieces = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
     return np.concatenate([np.asarray(pieces[start]) for start in sorted(pieces)])
+
+
+def rules_of(config) -> tuple[Rule, ...]:
+    """The rules of a run: those of `config.mesh.rules` first, then its model's table.
+
+    Raises:
+        ConfigError: a rule that cannot be read.
+    """
+    table = RULES["prior" if config.model.kind == "prior" else "tokenizer"]
+    own = tuple(_read_rule(text) for text in config.mesh.rules.split(";") if text.strip())
+    return own + table
+
+
+def _read_rule(text: str) -> Rule:
+    """Of "decoder/.*/kernel=fsdp,-": an axis or "-" for each of the last dimensions."""
+    pattern, _, names = text.strip().partition("=")
+    axes = tuple(None if name.strip() == "-" else name.strip() for name in names.split(","))
+    if not pattern or not set(axes) - {None} <= set(AXES):
+        raise ConfigError(
+            f"mesh.rules has {text.strip()!r}, expected pattern=axis,axis with axes of"
+            f" {', '.join(AXES)} or -"
+        )
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"mesh.rules: {pattern!r} is no regular expression: {error}") from None
+    return Rule(pattern, axes)
+
+
+def shardings(tree: Any, mesh: Mesh, rules: tuple[Rule, ...]) -> Any:
+    """Sharding of every array of a state.
+
+    Args:
+        tree: of arrays or `jax.ShapeDtypeStruct`; the end of a path decides, so moments and
+            averages lie as their parameters do.
+        mesh: devices of the run.
+        rules: from `rules_of`; the first that names a path counts.
+
+    Raises:
+        ConfigError: a rule of the config names nothing, or an axis does not divide a dimension.
+    """
+    met: set[str] = set()
+
+    def place(keys, leaf):
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        rule = next((r for r in rules if re.search(rf"(^|/){r.pattern}$", path)), None)
+        if rule is None:
+            return replicated(mesh)
+        met.add(rule.pattern)
+        return NamedSharding(mesh, _spec(path, leaf.shape, rule, mesh))
+
+    placed = jax.tree_util.tree_map_with_path(place, tree)
+    known = {rule.pattern for table in RULES.values() for rule in table}
+    if idle := [rule.pattern for rule in rules if rule.pattern not in met | known]:
+        raise ConfigError(f"mesh.rules: {idle[0]!r} names no array of this model")
+    return placed
+
+
+def _spec(path: str, shape: tuple[int, ...], rule: Rule, mesh: Mesh) -> PartitionSpec:
+    if len(rule.axes) > len(shape):
+        raise ConfigError(f"rule {rule.pattern!r} has {len(rule.axes)} axes, {path} is {shape}")
+    whole = (None,) * (len(shape) - len(rule.axes))
+    for size, axis in zip(shape[len(whole) :], rule.axes, strict=True):
+        if axis is not None and size % mesh.shape[axis]:
+            raise ConfigError(
+                f"{path} has a dimension of {size}, which mesh.{axis}={mesh.shape[axis]} does not"
+                f" divide: change mesh.{axis}, or give a rule of its own in mesh.rules"
+            )
+    return PartitionSpec(*whole, *rule.axes)
+
+
+def placement(tree: Any) -> list[str]:
+    """A line for every large array of a state with shardings: path, shape, axes, MiB a device."""
+    lines = []
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if math.prod(leaf.shape) >= LARGE:
+            path = jax.tree_util.keystr(keys, simple=True, separator="/")
+            share = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            axes = ", ".join(str(axis or "-") for axis in leaf.sharding.spec) or "whole"
+            lines.append(f"{path}  {'x'.join(map(str, leaf.shape))}  {axes}  {share / 2**20:.1f}")
+    return lines
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes of a state with shardings that one device holds."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from gigatok_jax.models import layers
 from gigatok_jax.ops import attention
+from gigatok_jax.ops.constrain import BATCH, SPLIT, constrain
 
 ROTARY_BASE = 10_000.0
 HIDDEN_MULTIPLE = 256  # the SwiGLU's hidden width is rounded up to it
@@ -123,7 +124,7 @@ class Attention(nn.Module):
             k = layers.layer_norm(self.dtype, "key_norm")(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        return q, k, v
+        return tuple(constrain(part, BATCH, None, SPLIT) for part in (q, k, v))
 
 
 def _write(cache: LayerCache, key: jax.Array, value: jax.Array, position) -> LayerCache:
@@ -144,7 +145,7 @@ class SwiGLU(nn.Module):
         """f[b n c] -> f[b n c]."""
         hidden = hidden_width(x.shape[-1])
         both = dense(2 * hidden, self.dtype, "gate_up")(x)
-        gate, up = jnp.split(both, 2, axis=-1)
+        gate, up = (constrain(half, BATCH, None, SPLIT) for half in jnp.split(both, 2, axis=-1))
         return dense(x.shape[-1], self.dtype, "down")(nn.silu(gate) * up)
 
 
@@ -168,6 +169,7 @@ class Block(nn.Module):
         place: Place | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """f[b n c], f32[] -> (f[b n c], cache): the form that a scan wants."""
+        x = constrain(x, BATCH)
         steps = self._modulation(x.shape[-1], shared)
         y = self._norm(x, "norm1", steps[:2])
         attend = Attention(self.heads, self.kv_heads, self.qk_norm, self.dtype, name="attention")

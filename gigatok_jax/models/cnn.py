@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from gigatok_jax.models.layers import dense, weight_init
 from gigatok_jax.ops import attention
+from gigatok_jax.ops.constrain import BATCH, constrain
 
 TOKEN_WIDTH = 256  # channels of the feature grid, the same for every published model
 LEVELS = (1, 1, 2, 2, 4)  # channel multipliers from full resolution down
@@ -61,6 +62,7 @@ class ResnetBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """f[b h w c] -> f[b h w features]."""
+        x = constrain(x, BATCH)
         y = nn.silu(group_norm(self.dtype, "norm1")(x))
         y = conv(self.features, self.dtype, "conv1")(y)
         y = nn.silu(group_norm(self.dtype, "norm2")(y))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from gigatok_jax.ops import attention
+from gigatok_jax.ops.constrain import BATCH, SPLIT, constrain
 
 # std 0.02, never cut in practice: the original truncates at +-2, a hundred deviations.
 weight_init = nn.initializers.normal(0.02)
@@ -56,7 +57,8 @@ class Attention(nn.Module):
         split = (self.heads, width // self.heads)
 
         def project(x, name):
-            return dense(width, self.dtype, name, init)(x).reshape(*x.shape[:-1], *split)
+            heads = dense(width, self.dtype, name, init)(x).reshape(*x.shape[:-1], *split)
+            return constrain(heads, BATCH, None, SPLIT)
 
         q, k, v = project(query, "query"), project(key, "key"), project(value, "value")
         if self.qk_norm:
@@ -74,7 +76,8 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """f[b n c] -> f[b n c]."""
-        hidden = nn.gelu(dense(4 * x.shape[-1], self.dtype, "up")(x), approximate=False)
+        hidden = constrain(dense(4 * x.shape[-1], self.dtype, "up")(x), BATCH, None, SPLIT)
+        hidden = nn.gelu(hidden, approximate=False)
         return dense(x.shape[-1], self.dtype, "down")(hidden)
 
 
@@ -92,6 +95,7 @@ class QFormerBlock(nn.Module):
     @nn.compact
     def __call__(self, x, memory, positions, memory_positions) -> tuple[jax.Array, None]:
         """f[b n c], f[b m c], f[n c], f[m c] -> (f[b n c], None): the form that a scan wants."""
+        x = constrain(x, BATCH)
         memory = x if self.own_memory else memory
         fields = {"heads": self.heads, "qk_norm": self.qk_norm, "dtype": self.dtype}
         y = layer_norm(self.dtype, "norm1")(x)
@@ -113,6 +117,7 @@ class TransformerBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
         """f[b n c] -> (f[b n c], None)."""
+        x = constrain(x, BATCH)
         y = layer_norm(self.dtype, "norm1")(x)
         x = x + Attention(self.heads, dtype=self.dtype, name="self_attention")(y, y, y)
         x = x + MLP(self.dtype, name="mlp")(layer_norm(self.dtype, "norm2")(x))

@@ -266,11 +266,8 @@ def make_run(config, workdir, mesh, tokenizer, data: Data, extras) -> PriorRun:
         encode = functools.partial(library.encode, config=tokenizer.config)
         frozen = {name: tokenizer.params[name] for name in library.CODE_PARTS}
 
-    def make_step(micro_batches):
-        return ar_step.make(
-            prior, optimizer, rate, config.optim.ema, encode, micro_batches,
-            parallel.replicated(mesh),
-        )  # fmt: skip
+    def make_step(micro_batches, place):
+        return ar_step.make(prior, optimizer, rate, config.optim.ema, encode, micro_batches, place)
 
     create = functools.partial(ar_step.create, plain, optimizer, config.seed)
     return PriorRun(

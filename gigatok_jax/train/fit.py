@@ -37,7 +37,8 @@ class FittedStep:
         batch = jax.tree.leaves(arguments[1])[0].shape[0]
         limit, parts = memory_limit(), self._micro_batches
         while True:
-            compiled = self._make(parts).lower(*arguments).compile()
+            with jax.set_mesh(self._mesh):  # what the models' constraints refer to
+                compiled = self._make(parts).lower(*arguments).compile()
             needed = memory_needed(compiled)
             if limit is None or needed is None or needed <= limit:
                 return compiled

@@ -73,20 +73,23 @@ def common_parts(config, workdir: epath.Path, mesh, create: Callable, make_step:
         workdir: of the run.
         mesh: devices of the run.
         create: function without arguments that makes the first state.
-        make_step: micro-batches to a jitted step, see `FittedStep`.
+        make_step: micro-batches and shardings of the state to a jitted step, see `FittedStep`.
     """
-    same, total = parallel.replicated(mesh), total_steps(config)
-    shapes = jax.eval_shape(create)
+    total, shapes = total_steps(config), jax.eval_shape(create)
+    placed = parallel.shardings(shapes, mesh, parallel.rules_of(config))
+    abstract = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, placed
+    )
     return {
         "config": config,
         "workdir": workdir,
         "total_steps": total,
         "mesh": mesh,
-        "abstract": jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=same), shapes
+        "abstract": abstract,
+        "create": jax.jit(create, out_shardings=placed),
+        "step": FittedStep(
+            lambda parts: make_step(parts, placed), mesh, config.train.micro_batches
         ),
-        "create": jax.jit(create, out_shardings=same),
-        "step": FittedStep(make_step, mesh, config.train.micro_batches),
         "checkpoints": checkpoint.Checkpoints(
             workdir, config.save.keep, config.save.milestone_every
         ),

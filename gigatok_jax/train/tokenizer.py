@@ -101,15 +101,15 @@ def make_run(config, workdir: epath.Path, mesh, fingerprint: str) -> TokenizerRu
     optimizers = make_optimizers(config)
     local = config.copy_and_resolve_references()
     local.loss = parts.loss
-    size, same = config.model.image_size, parallel.replicated(mesh)
+    size = config.model.image_size
 
     def create():
         return state_lib.create(parts.networks, optimizers, size, config.seed)
 
-    frozen = jax.device_put(parts.frozen, same)
+    frozen = jax.device_put(parts.frozen, parallel.replicated(mesh))
 
-    def make_step(micro_batches):
-        return step_lib.make(parts.networks, optimizers, local, groups, micro_batches, same)
+    def make_step(micro_batches, place):
+        return step_lib.make(parts.networks, optimizers, local, groups, micro_batches, place)
 
     return TokenizerRun(
         **common_parts(local, workdir, mesh, create, make_step),

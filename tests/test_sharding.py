@@ -1,0 +1,199 @@
+"""Rules that divide a state over a mesh, and that dividing changes nothing but where things lie."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import pytest
+
+from gigatok_jax import dry_run, model_config, parallel
+from gigatok_jax.errors import ConfigError
+from gigatok_jax.ops.constrain import BATCH, constrain
+
+ROOT = pathlib.Path(__file__).parents[1]
+MODELS = {
+    "S-S": {},
+    "S-S-2D": {},
+    "XL-XXL": {},
+    "prior-XXL": {},
+    "prior-B": {"adaln": "full"},
+}
+
+
+def abstract_mesh(**sizes):
+    """A mesh of devices that are not there."""
+    shape = tuple(sizes.get(axis, 1) for axis in parallel.AXES)
+    return jax.sharding.AbstractMesh(shape, parallel.AXES)
+
+
+def config_of(model, rules=""):
+    return ml_collections.ConfigDict({"model": model, "mesh": {"rules": rules}})
+
+
+def placed(params, mesh, rules):
+    places = parallel.shardings(params, mesh, rules)
+    join = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)  # noqa: E731
+    return jax.tree.map(join, params, places)
+
+
+@pytest.mark.parametrize("kind", parallel.RULES)
+def test_every_rule_names_something(kind):
+    paths = []
+    for name, fields in MODELS.items():
+        if name.startswith("prior") == (kind == "prior"):
+            params = dry_run.abstract_params(model_config(name, **fields))
+            paths += [row.path for row in dry_run.rows(params)]
+    for rule in parallel.RULES[kind]:
+        assert any(re.search(rf"(^|/){rule.pattern}$", path) for path in paths), rule
+
+
+@pytest.mark.parametrize("name", ["XL-XXL", "prior-XXL"])
+@pytest.mark.parametrize("axis", ["fsdp", "tensor"])
+def test_large_models_are_divided(name, axis):
+    """Eight parts: what is left whole is a small share (tensor leaves the convolutions whole)."""
+    model = model_config(name)
+    params = dry_run.abstract_params(model)
+    rules = parallel.rules_of(config_of(model))
+    total = parallel.bytes_per_device(placed(params, abstract_mesh(), rules))
+    divided = placed(params, abstract_mesh(**{axis: 8}), rules)
+    assert total == 4 * dry_run.count(params)
+    assert parallel.bytes_per_device(divided) < total * (0.13 if axis == "fsdp" else 0.17)
+    lines = parallel.placement(divided)
+    assert len(lines) > 4 and any(axis in line for line in lines)
+
+
+def test_moments_and_averages_lie_as_their_parameter():
+    params = {"blocks": {"mlp": {"gate_up": {"kernel": jnp.zeros((2, 8, 16))}}}}
+    state = {"params": params, "ema_params": params, "opt_state": [{"mu": params, "count": 0}]}
+    state = jax.eval_shape(lambda: state)
+    places = parallel.shardings(state, abstract_mesh(fsdp=2, tensor=2), parallel.RULES["prior"])
+    specs = {tuple(place.spec) for place in jax.tree.leaves(places)}
+    assert specs == {(None, "fsdp", "tensor"), ()}
+
+
+def test_a_rule_of_the_config_comes_first():
+    model = model_config("prior-B", layers=2)
+    rules = parallel.rules_of(config_of(model, "attention/qkv/kernel=-,fsdp; head/kernel=-,-"))
+    places = parallel.shardings(dry_run.abstract_params(model), abstract_mesh(fsdp=4), rules)
+    spec = places["blocks"]["attention"]["qkv"]["kernel"].spec
+    assert tuple(spec) == (None, None, "fsdp")
+    assert not any(places["head"]["kernel"].spec)
+
+
+@pytest.mark.parametrize(
+    ("rules", "sizes", "words"),
+    [
+        ("", {"tensor": 7}, "has a dimension of .* which mesh.tensor=7 does not divide"),
+        ("nothing/here=fsdp", {}, "mesh.rules: 'nothing/here' names no array of this model"),
+        ("head/kernel=rows", {}, "expected pattern=axis,axis with axes of data, fsdp, tensor or -"),
+        ("(=fsdp", {}, "is no regular expression"),
+        ("norm/scale=fsdp,tensor", {}, "has 2 axes, norm/scale is"),
+    ],
+)
+def test_rules_that_cannot_be_are_refused(rules, sizes, words):
+    model = model_config("prior-B", layers=2)
+    params = dry_run.abstract_params(model)
+    with pytest.raises(ConfigError, match=words):
+        parallel.shardings(
+            params, abstract_mesh(**sizes), parallel.rules_of(config_of(model, rules))
+        )
+
+
+def test_without_a_mesh_nothing_is_asked():
+    x = jnp.ones((3, 5))
+    assert constrain(x, BATCH) is x
+
+
+GRADIENTS = """
+import sys
+import jax, ml_collections, numpy as np
+import tiny
+from configs import common
+from gigatok_jax import parallel
+from gigatok_jax.models import ar, discriminator, tokenizer
+from gigatok_jax.train import ar_step, objective, optim, state, step
+
+STEM, MESHES = sys.argv[1], [tuple(map(int, text.split("x"))) for text in sys.argv[2:]]
+config = tiny.config()
+config.model.update(stem=STEM, patch_size=8 if STEM == "patch" else 4, cnn_channels=32)
+config.model.update(latent_tokens=16, codebook_size=64, query_init="mean")
+parts = state.Networks(tokenizer.make(config.model), discriminator.PatchGAN(8))
+first = tiny.first_state(parts, config)
+wide = lambda x: x * 5 * np.prod(x.shape[x.ndim == 3 : -1]) ** -0.5 if x.ndim > 1 else x
+first = first.replace(
+    params=jax.tree.map(wide, first.params), discriminator=jax.tree.map(wide, first.discriminator)
+)
+phase = objective.Phase(shortcut=True, adversarial=True, entropy=True)
+fixed = ml_collections.FrozenConfigDict(config)
+gradients = jax.jit(step.gradients, static_argnums=(3, 4, 5, 6))
+
+prior_config = common.prior("tiny", "prior-B")
+small = {"layers": 2, "heads": 4, "kv_heads": 4, "width": 64, "vocab": 64, "tokens": 16}
+prior_config.model.update(small, classes=10)
+prior = ar.make(prior_config.model, dropouts=ar.Dropouts())
+optimizer = optim.make_optimizer(prior_config.optim, ar.decayed)
+learned = ar_step.create(ar.make(prior_config.model), optimizer, 0)
+noise = lambda x: x + 0.05 * jax.random.normal(jax.random.key(3), x.shape)
+learned = learned.replace(params=jax.tree.map(noise, learned.params))
+rng = np.random.default_rng(0)
+batch = {"label": np.arange(8, dtype=np.int32), "codes": rng.integers(0, 64, (8, 16))}
+prior_gradients = jax.jit(lambda state, batch: ar_step.gradients(state, batch, {}, prior, None))
+
+
+def run(sizes):
+    axes = ml_collections.ConfigDict(dict(zip(parallel.AXES, sizes)))
+    mesh = parallel.make_mesh(axes, jax.devices()[: int(np.prod(sizes))])
+    place = lambda tree, config: jax.device_put(
+        tree, parallel.shardings(tree, mesh, parallel.rules_of(config))
+    )
+    share = lambda x: parallel.global_array(x, parallel.split_batch(mesh))
+    with jax.set_mesh(mesh):
+        images = share(tiny.images(8))
+        made = gradients(place(first, config), images, {}, phase, parts, fixed, 1)
+        inputs = {name: share(x) for name, x in batch.items()}
+        loss, grads = prior_gradients(place(learned, prior_config), inputs)
+    scalars = {"prior": loss, **made.scalars}
+    return jax.device_get((made.codes, made.generator, made.discriminator, grads, scalars))
+
+
+def check(ours, expected):
+    largest = max(np.linalg.norm(y) for y in jax.tree.leaves(expected))
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        # Zero in exact arithmetic (key biases, biases before a norm), a gradient is rounding.
+        assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y) + 1e-6 * largest
+
+
+whole = run((1, 1, 1))
+for sizes in MESHES:
+    made = run(sizes)
+    assert (made[0] == whole[0]).all(), sizes
+    for ours, expected in zip(made[1:], whole[1:], strict=True):
+        check(ours, expected)
+print("same")
+"""
+
+
+def run_gradients(*arguments):
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    }
+    command = [sys.executable, "-c", GRADIENTS, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "same", done.stderr[-3000:]
+
+
+def test_a_divided_state_has_the_gradients_of_a_whole_one():
+    """Tokenizer with its discriminator and entropy loss, and prior: all three axes at once."""
+    run_gradients("patch", "2x2x2")
+
+
+@pytest.mark.slow
+def test_every_mesh_has_the_same_gradients():
+    run_gradients("cnn", "8x1x1", "1x8x1", "2x4x1", "2x2x2", "1x2x4")
