@@ -27,6 +27,8 @@ GROUP = {
     "fused": None,
     "decoupled_weight_decay": True,
 }
+# Fields of a model that names and shapes do not show, so that a run's config says them.
+HIDDEN = ("l2_norm", "rotation", "align_block", "query_init", "latent_tokens", "heads", "tokens")
 OTHER_FILES = (".pt", ".pth", ".bin", ".ckpt", ".npz", ".msgpack")  # what no workdir is called
 PUBLISHED = {"tokenizer": (1e-4, 1e-4), "prior": (1e-4, 0.05)}  # learning rate, weight decay
 
@@ -114,9 +116,10 @@ def describe(model) -> str:
 
 def _to_workdir(found, target: epath.Path, overrides, config_path: str, tokenizer_path: str):
     run = _run_config(config_path) if config_path else None
-    model = formats.config_of(found, **overrides)
+    told = {name: run.model[name] for name in HIDDEN if name in run.model} if run else {}
+    model = formats.config_of(found, **told | overrides)
     if run is not None:
-        model = _same_model(model, run.model, found.path)
+        _check_same(model, run.model, found.path)
     parts = dict(found.parts)
     for part in run_state.COPIES:
         if part in parts:
@@ -150,14 +153,11 @@ def _run_config(value: str) -> ml_collections.ConfigDict:
     return runpy.run_path(path)["get_config"](argument or None)
 
 
-def _same_model(found, run, path: str):
-    """The run's model, once it is as the tensors show."""
-    differ = [f"{k} {found[k]!r} not {run[k]!r}" for k in found if found[k] != run.get(k)]
-    hidden = ("l2_norm", "rotation", "align_block", "query_init", "heads", "tokens")
-    shown = [text for text in differ if text.split()[0] not in hidden]
-    if shown:
-        raise CheckpointError(f"{path} is of another model than the config: {', '.join(shown)}")
-    return run
+def _check_same(found, run, path: str) -> None:
+    """Raises CheckpointError when tensors are of another model than a run's config."""
+    differ = [f"{k} {found[k]!r} not {run.get(k)!r}" for k in found if found[k] != run.get(k)]
+    if differ:
+        raise CheckpointError(f"{path} is of another model than the config: {', '.join(differ)}")
 
 
 def _prior_extras(found, tokenizer_path: str) -> dict[str, Any]:
