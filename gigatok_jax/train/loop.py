@@ -126,7 +126,7 @@ def restore(run: Run) -> tuple[Any, int]:
         return run.create(), 0
     state, extras = run.checkpoints.restore(run.abstract, step)
     before, now = (one.get("tokenizer") for one in (extras, run.extras))
-    if before != now:
+    if before and before != now:  # a converted prior may not know
         raise CheckpointError(
             f"{run.workdir} learned codes of tokenizer {before}, these are of {now}: name the same"
             " codes and tokenizer"
