@@ -1,6 +1,7 @@
 """Frozen networks from files: what is kept, what is refused, and Inception's features."""
 
 import functools
+import json
 import math
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from rule import rule_state
+from rule import rule_state, shared_path
 from test_dino import DEPTH, WIDTH, vit_shapes
 
 from gigatok_jax.conversion import frozen, names, torch_file
@@ -375,3 +376,32 @@ def test_inception_agrees_with_torch():
     spatial = tapped[:, : inception.SPATIAL].permute(0, 2, 3, 1)
     np.testing.assert_allclose(found.spatial, spatial, atol=1e-4)
     assert found.spatial[0].size == 2023  # as many as sFID is published with
+
+
+@pytest.mark.parametrize(
+    ("manifest", "key", "table", "constants"),
+    [
+        ("dinov2_vitb14", "original_names", frozen.dinov2_entries(12, 0), {"mask_token"}),
+        (
+            "disc_dino_backbone_vits16",
+            "state_dict",
+            frozen.vit_entries(12, layer_scale=False),
+            {"x_scale", "x_shift", "norm.weight", "norm.bias"},
+        ),
+        (
+            "lpips",
+            "state_dict",
+            frozen.lpips_entries(),
+            {"scaling_layer.shift", "scaling_layer.scale"},
+        ),
+    ],
+)
+def test_names_of_a_manifest_go_both_ways(manifest, key, table, constants):
+    """All but what is a constant here, or unused: bit for bit."""
+    content = json.loads(shared_path(f"manifests/{manifest}.json").read_text())[key]
+    rng = np.random.default_rng(0)
+    state = {name: rng.random(shape, np.float32) for name, shape in dict(content).items()}
+    back = names.to_torch(names.from_torch(state, table), table)
+    assert set(back) == set(state) - constants
+    for name, value in back.items():
+        np.testing.assert_array_equal(value, state[name], err_msg=name)
