@@ -238,5 +238,5 @@ def test_the_image_holds_what_it_runs():
     words = re.findall(r"^([A-Z]+) ", lines, re.MULTILINE)
     known = {"FROM", "ARG", "WORKDIR", "COPY", "RUN", "ENV", "USER", "ENTRYPOINT"}
     assert words[0] == "FROM" and set(words) <= known
-    ignored = (ROOT / ".dockerignore").read_text().split()
+    ignored = (ROOT / "launch" / "Dockerfile.dockerignore").read_text().split()
     assert not {"configs", "gigatok_jax", "launch", "main.py", "requirements.txt"} & set(ignored)
