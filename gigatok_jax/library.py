@@ -19,9 +19,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from gigatok_jax import load, sampling
 from gigatok_jax.errors import CheckpointError, ConfigError, DataError, ImmutableError
-from gigatok_jax.model_config import num_tokens
+from gigatok_jax.model_config import family, num_tokens
 from gigatok_jax.models import ar
 from gigatok_jax.models import tokenizer as tokenizer_lib
+from gigatok_jax.ops.constrain import BATCH
 from gigatok_jax.ops.image import to_pixels
 
 MOST_IMAGES = 64  # that go through a tokenizer at once
@@ -444,7 +445,7 @@ def _on_host(array, pure: str) -> np.ndarray:
 
 def _check_parts(params: Mapping[str, Any], config: ModelConfig, kind: str) -> None:
     """Refuses what is seen at a glance to be no model of that kind."""
-    found = "prior" if config.kind == "prior" else "tokenizer"
+    found = family(config)
     if found != kind:
         raise ConfigError(f"the config is of a {found}, expected one of a {kind}")
     if missing := [part for part in PARTS[kind] if part not in params]:
@@ -528,7 +529,7 @@ def _batch_sharding(params):
     sharding = jax.tree.leaves(params)[0].sharding
     if not isinstance(sharding, NamedSharding):
         return sharding, 1
-    axes = tuple(axis for axis in ("data", "fsdp") if axis in sharding.mesh.axis_names)
+    axes = tuple(axis for axis in BATCH if axis in sharding.mesh.axis_names)
     parts = math.prod(sharding.mesh.shape[axis] for axis in axes)
     return NamedSharding(sharding.mesh, PartitionSpec(axes)), parts
 

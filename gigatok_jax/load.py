@@ -12,6 +12,7 @@ from gigatok_jax import checkpoint, files, model_card
 from gigatok_jax.conversion import formats, models, names, recognise
 from gigatok_jax.conversion.frozen import available, load_frozen
 from gigatok_jax.errors import CheckpointError, ConfigError
+from gigatok_jax.model_config import family
 
 __all__ = ["Loaded", "available", "load_frozen", "load_model", "save_model"]
 
@@ -74,7 +75,7 @@ def _load_run(path: epath.Path, kind: str, weights: str, dtype, sharding) -> Loa
     if "model" not in extras.get("config", {}):
         raise CheckpointError(f"{path} has no config of a model beside its arrays: is it of a run?")
     config = ml_collections.ConfigDict(extras["config"]["model"])
-    _check_kind(path, "prior" if config.kind == "prior" else "tokenizer", kind)
+    _check_kind(path, family(config), kind)
     if sharding is None:
         tree = _moved(tree)
     run = {key: value for key, value in extras["config"].items() if key != "model"}

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from gigatok_jax.model_config import num_tokens
+from gigatok_jax.model_config import family, num_tokens
 
 PLACES = ("folder", "eval_folder", "tokenizer", "codes", "eval_codes", "cooldown_from")
 _USE = {
@@ -31,7 +31,7 @@ def text(config, params, about: Mapping[str, Any], name: str | None, licence: st
         name: of the published model that it equals, if any.
         licence: an identifier such as "mit", or "unknown".
     """
-    kind = "prior" if config.kind == "prior" else "tokenizer"
+    kind = family(config)
     title = f"GigaTok {kind}" + (f" {name.removeprefix('prior-')}" if name else "")
     head = {"license": licence, "library_name": "gigatok_jax", "tags": ["gigatok", kind]}
     lines = [f"{key}: {json.dumps(value)}" for key, value in head.items()]

@@ -150,6 +150,11 @@ def _override(config, overrides):
     return config
 
 
+def family(model) -> str:
+    """What a model is: "prior", or "tokenizer" of either kind."""
+    return "prior" if model.kind == "prior" else "tokenizer"
+
+
 def grid_size(model) -> int:
     """Tokens along one side of the image grid."""
     return model.image_size // model.patch_size

@@ -15,6 +15,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gigatok_jax.errors import ConfigError
+from gigatok_jax.model_config import family
+from gigatok_jax.ops.constrain import BATCH
 
 AXES = ("data", "fsdp", "tensor")
 LARGE = 1 << 20  # elements; the placement of larger arrays is told
@@ -80,7 +82,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def split_batch(mesh: Mesh) -> NamedSharding:
     """Examples are divided over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -150,7 +152,7 @@ def rules_of(config) -> tuple[Rule, ...]:
     Raises:
         ConfigError: a rule that cannot be read.
     """
-    table = RULES["prior" if config.model.kind == "prior" else "tokenizer"]
+    table = RULES[family(config.model)]
     own = tuple(_read_rule(text) for text in config.mesh.rules.split(";") if text.strip())
     return own + table
 

@@ -28,11 +28,7 @@ def save(workdir: epath.PathLike, kind: str, step: int, picture: np.ndarray) -> 
     Returns:
         Path of the file.
     """
-    folder = epath.Path(workdir) / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{kind}_{step:08d}.png"
-    files.write_bytes(path, encode(picture))
-    return path
+    return _write(workdir, f"{kind}_{step:08d}.png", picture)
 
 
 def save_class(
@@ -49,11 +45,14 @@ def save_class(
     Returns:
         Path of the file.
     """
+    return _write(workdir, f"class_{class_id:04d}_{name}.png", picture)
+
+
+def _write(workdir: epath.PathLike, name: str, picture: np.ndarray) -> epath.Path:
     folder = epath.Path(workdir) / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"class_{class_id:04d}_{name}.png"
-    files.write_bytes(path, encode(picture))
-    return path
+    files.write_bytes(folder / name, encode(picture))
+    return folder / name
 
 
 def encode(picture: np.ndarray) -> bytes:

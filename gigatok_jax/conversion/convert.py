@@ -14,6 +14,7 @@ from gigatok_jax.conversion import formats, orbax_file, recognise, run_state, to
 from gigatok_jax.conversion.names import Promise
 from gigatok_jax.conversion.progress import Progress
 from gigatok_jax.errors import CheckpointError, ConfigError
+from gigatok_jax.model_config import family
 from gigatok_jax.train import loop, optim
 from gigatok_jax.train import tokenizer as tokenizer_run
 
@@ -210,7 +211,7 @@ def _to_pt(found, target: epath.Path, weights: str, overrides) -> None:
 
 def _rest(found, model) -> dict[str, Any]:
     """What the original resumes with beside the parameters."""
-    kind = "prior" if model.kind == "prior" else "tokenizer"
+    kind = family(model)
     rates = _rates(found, kind)
     saved = {}
     for name, optimizer in found.optimizers.items():

@@ -7,7 +7,7 @@ from gigatok_jax import dry_run
 from gigatok_jax.conversion import ar, tokenizer
 from gigatok_jax.conversion.names import Entry
 
-USED, HISTORY = "buffers/codebook_used", 65536  # latest codes, which the original keeps too
+USED, HISTORY = "buffers/codebook_used", tokenizer.HISTORY
 
 
 def entries(model) -> list[Entry]:

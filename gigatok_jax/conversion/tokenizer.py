@@ -9,6 +9,7 @@ from gigatok_jax.conversion.names import Entry, layer_pair, norm_pair, under
 from gigatok_jax.model_config import SIZES
 from gigatok_jax.models.cnn import channels
 
+HISTORY = 65536  # latest codes, which the original keeps too
 _QKV = ("query", "key", "value")
 _FUSED = [
     *(Entry(f"{name}/kernel", "in_proj_weight", "dense", i) for i, name in enumerate(_QKV)),
@@ -76,7 +77,7 @@ def to_torch(params: Mapping, model) -> dict[str, np.ndarray]:
     that the original starts from.
     """
     if "buffers" not in params:
-        params = {**params, "buffers": {"codebook_used": np.zeros(65536, np.float32)}}
+        params = {**params, "buffers": {"codebook_used": np.zeros(HISTORY, np.float32)}}
     return names.to_torch(params, entries(model))
 
 

@@ -81,16 +81,30 @@ def evaluate(config, workdir: epath.PathLike) -> None:
     prior = library.load_prior(config.checkpoint, weights=config.weights_kind, **where)
     check_batch(config.eval.batch, where["sharding"].mesh)
     batches = _code_batches if config.codes or config.eval_codes else _image_batches
-    place = parallel.split_batch(where["sharding"].mesh)
-    placed = (
-        {"mask": one["mask"]} | jax.device_put({k: one[k] for k in ("codes", "label")}, place)
-        for one in batches(config, prior, where)
-    )
+    placed = place(batches(config, prior, where), where["sharding"].mesh)
     losses = make_losses(ar.make(prior.config, where["dtype"]))
     results = mean_loss(losses, prior.params, placed) | {"step": prior.step}
     if processes.is_first():
         epath.Path(workdir).mkdir(parents=True, exist_ok=True)
         files.write_json(epath.Path(workdir) / "results.json", results)
+
+
+def place(batches: Iterable[dict], mesh) -> Iterator[dict]:
+    """Batches for `mean_loss`, codes and labels divided over a mesh; the mask stays on the host."""
+    split = parallel.split_batch(mesh)
+    for one in batches:
+        arrays = {name: one[name] for name in ("codes", "label")}
+        yield {"mask": one["mask"]} | jax.device_put(arrays, split)
+
+
+def image_codes(
+    source, tokenizer: library.Tokenizer, batch: int, max_unreadable: int
+) -> Iterator[dict]:
+    """Batches of `pipeline.eval_batches`, with the codes of their images beside them."""
+    size = tokenizer.image_size
+    with pipeline.eval_batches(source, size, batch, max_unreadable=max_unreadable) as batches:
+        for one in batches:
+            yield one | {"codes": processes.whole(tokenizer.encode(one["image"]))}
 
 
 def check_batch(batch: int, mesh) -> None:
@@ -126,10 +140,7 @@ def _image_batches(config, prior: library.Prior, where: dict) -> Iterator[dict]:
     data.folder = data.folder or data.eval_folder
     source = sources.make_source(data, "held_out", tokenizer.image_size)
     _check_labels(source.labels, prior)
-    size, most = tokenizer.image_size, data.max_unreadable
-    with pipeline.eval_batches(source, size, config.eval.batch, max_unreadable=most) as batches:
-        for batch in batches:
-            yield batch | {"codes": processes.whole(tokenizer.encode(batch["image"]))}
+    yield from image_codes(source, tokenizer, config.eval.batch, data.max_unreadable)
 
 
 def _check_labels(labels: np.ndarray, prior: library.Prior) -> None:

@@ -82,14 +82,10 @@ class Data:
 
     def held_out_codes(self) -> Iterator[dict[str, np.ndarray]]:
         """Batches "codes" int[b n], "label" and "mask" of every held-out image, once."""
-        batch = self._config.eval.batch
+        batch, most = self._config.eval.batch, self._config.data.max_unreadable
         if self.codes:
-            yield from codes_lib.eval_batches(self.held_out, batch)
-            return
-        size, most = self._tokenizer.image_size, self._config.data.max_unreadable
-        with pipeline.eval_batches(self.held_out, size, batch, max_unreadable=most) as batches:
-            for one in batches:
-                yield one | {"codes": processes.whole(self._tokenizer.encode(one["image"]))}
+            return codes_lib.eval_batches(self.held_out, batch)
+        return prior_loss.image_codes(self.held_out, self._tokenizer, batch, most)
 
 
 @dataclasses.dataclass
@@ -285,7 +281,7 @@ class HeldOut:
 
     def __init__(self, prior: ar.Prior, data: Data, mesh):
         self._losses, self._data = prior_loss.make_losses(prior), data
-        self._place = parallel.split_batch(mesh)
+        self._mesh = mesh
 
     @functools.cached_property
     def _batches(self) -> list[dict[str, Any]]:
@@ -301,13 +297,7 @@ class HeldOut:
         return {"loss": trained["loss"], "loss_ema": averaged["loss"], "images": trained["images"]}
 
     def _mean(self, params) -> dict[str, float]:
-        placed = (
-            {"mask": one["mask"]}
-            | jax.device_put(
-                {"codes": one["codes"].astype(np.int32), "label": one["label"]}, self._place
-            )
-            for one in self._batches
-        )
+        placed = prior_loss.place(self._batches, self._mesh)
         return prior_loss.mean_loss(self._losses, params, placed)
 
 
