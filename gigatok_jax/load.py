@@ -10,11 +10,11 @@ from etils import epath
 
 from gigatok_jax import checkpoint, files, model_card
 from gigatok_jax.conversion import formats, models, names, recognise
-from gigatok_jax.conversion.frozen import available, load_frozen
+from gigatok_jax.conversion.frozen import available, frozen_shapes, load_frozen
 from gigatok_jax.errors import CheckpointError, ConfigError
 from gigatok_jax.model_config import family
 
-__all__ = ["Loaded", "available", "load_frozen", "load_model", "save_model"]
+__all__ = ["Loaded", "available", "frozen_shapes", "load_frozen", "load_model", "save_model"]
 
 CARD = "README.md"
 BEST = {"tokenizer": ("ema_params", "params"), "prior": ("params", "ema_params")}

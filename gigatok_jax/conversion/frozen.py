@@ -83,6 +83,12 @@ def load_frozen(name: str, folder: epath.PathLike = "") -> dict:
     return params
 
 
+def frozen_shapes(name: str, folder: epath.PathLike = "") -> dict:
+    """What `load_frozen` would give, as `jax.ShapeDtypeStruct`; needs no file."""
+    del folder
+    return _network(name).shapes()
+
+
 def available(name: str, folder: epath.PathLike = "") -> bool:
     """Whether the files that `load_frozen` needs are there; reads none of them."""
     network, folder = _network(name), _folder(folder)

@@ -59,7 +59,12 @@ class Header:
 
     @property
     def dtype(self) -> np.dtype:
-        return np.dtype(np.int16 if self.vocab <= SMALL_VOCAB else np.int32)
+        return dtype(self.vocab)
+
+
+def dtype(vocab: int) -> np.dtype:
+    """Type in which codes of so many kinds are kept."""
+    return np.dtype(np.int16 if vocab <= SMALL_VOCAB else np.int32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,7 @@ from gigatok_jax.models import ar
 from gigatok_jax.models import tokenizer as tokenizer_lib
 from gigatok_jax.models.layers import REMAT
 from gigatok_jax.train import ar_step, optim
+from gigatok_jax.train import program as program_lib
 from gigatok_jax.train.loop import (
     Interrupts,
     Run,
@@ -92,7 +93,6 @@ class Data:
 class PriorRun(Run):
     """A run that trains a prior."""
 
-    frozen: Any  # parameters of the tokenizer that decide codes, on the devices
     held_out: "HeldOut"
     tokenizer: library.Tokenizer | None
     inputs: tuple[str, ...]
@@ -249,31 +249,58 @@ def check_labels(classes: int, data: Data) -> None:
 
 def make_run(config, workdir, mesh, tokenizer, data: Data, extras) -> PriorRun:
     """Puts a run together; nothing is computed yet."""
+    online = None if data.codes else tokenizer
+    program = make_program(config, mesh, online, extras["decay_from"])
+    return PriorRun(
+        **common_parts(config, workdir, mesh, program),
+        extras=extras,
+        held_out=HeldOut(ar.make(config.model, np.dtype(config.train.dtype)), data, mesh),
+        tokenizer=tokenizer,
+        inputs=data.inputs,
+    )
+
+
+def make_program(
+    config, mesh, tokenizer: library.Tokenizer | None = None, decay_from: int | None = None
+) -> program_lib.Program:
+    """The training step of a config on a mesh.
+
+    Args:
+        config: of the run.
+        mesh: devices of the run.
+        tokenizer: makes codes of images within the step; None learns codes.
+        decay_from: of a cool-down, see `optim.learning_rate`.
+    """
     dtype, train = np.dtype(config.train.dtype), config.train
     dropouts = ar.Dropouts(train.token_dropout, train.dropout, train.class_dropout, train.drop_path)
     prior = ar.make(config.model, dtype, remat=train.remat, dropouts=dropouts)
-    plain = ar.make(config.model, dtype)
     optimizer = optim.make_optimizer(config.optim, ar.decayed)
     rate = optim.learning_rate(
-        config.optim, total_steps(config), steps_per_epoch(config), decay_from=extras["decay_from"]
+        config.optim, total_steps(config), steps_per_epoch(config), decay_from=decay_from
     )
     encode, frozen = None, {}
-    if not data.codes:
+    if tokenizer:
         encode = functools.partial(library.encode, config=tokenizer.config)
         frozen = {name: tokenizer.params[name] for name in library.CODE_PARTS}
 
     def make_step(micro_batches, place):
         return ar_step.make(prior, optimizer, rate, config.optim.ema, encode, micro_batches, place)
 
+    plain = ar.make(config.model, dtype)
     create = functools.partial(ar_step.create, plain, optimizer, config.seed)
-    return PriorRun(
-        **common_parts(config, workdir, mesh, create, make_step),
-        extras=extras,
-        frozen=frozen,
-        held_out=HeldOut(plain, data, mesh),
-        tokenizer=tokenizer,
-        inputs=data.inputs,
-    )
+    batch = batch_shapes(config, tokenizer)
+    return program_lib.make(config, mesh, create, make_step, frozen=frozen, batch=batch)
+
+
+def batch_shapes(config, tokenizer: library.Tokenizer | None) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a step takes of a global batch."""
+    n, model = config.train.global_batch, config.model
+    label = jax.ShapeDtypeStruct((n,), np.int32)
+    if tokenizer is None:
+        codes = jax.ShapeDtypeStruct((n, model.tokens), codes_lib.dtype(model.vocab))
+        return {"label": label, "codes": codes}
+    size = tokenizer.image_size
+    return {"label": label, "image": jax.ShapeDtypeStruct((n, size, size, 3), np.uint8)}
 
 
 class HeldOut:

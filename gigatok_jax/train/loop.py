@@ -26,6 +26,7 @@ from gigatok_jax import (
 )
 from gigatok_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from gigatok_jax.train.fit import FittedStep
+from gigatok_jax.train.program import Program
 
 
 @dataclasses.dataclass
@@ -39,6 +40,7 @@ class Run:
     abstract: Any  # shapes and shardings of the state
     create: Callable  # makes the first state in place
     step: FittedStep
+    frozen: Any  # parameters of the frozen networks, on the devices
     checkpoints: checkpoint.Checkpoints
     writer: metric_writer.MetricWriter
     timer: metric_writer.StepTimer
@@ -65,31 +67,25 @@ class Run:
         self.checkpoints.close()
 
 
-def common_parts(config, workdir: epath.Path, mesh, create: Callable, make_step: Callable) -> dict:
+def common_parts(config, workdir: epath.Path, mesh, program: Program) -> dict[str, Any]:
     """Fields of `Run` that every kind makes alike.
 
     Args:
         config: of the run.
         workdir: of the run.
         mesh: devices of the run.
-        create: function without arguments that makes the first state.
-        make_step: micro-batches and shardings of the state to a jitted step, see `FittedStep`.
+        program: of the run, on that mesh.
     """
-    total, shapes = total_steps(config), jax.eval_shape(create)
-    placed = parallel.shardings(shapes, mesh, parallel.rules_of(config))
-    abstract = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, placed
-    )
+    total = total_steps(config)
     return {
         "config": config,
         "workdir": workdir,
         "total_steps": total,
         "mesh": mesh,
-        "abstract": abstract,
-        "create": jax.jit(create, out_shardings=placed),
-        "step": FittedStep(
-            lambda parts: make_step(parts, placed), mesh, config.train.micro_batches
-        ),
+        "abstract": program.abstract,
+        "create": program.create,
+        "step": FittedStep(program.make_step, mesh, config.train.micro_batches),
+        "frozen": program.frozen,
         "checkpoints": checkpoint.Checkpoints(
             workdir, config.save.keep, config.save.milestone_every
         ),

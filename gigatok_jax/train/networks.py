@@ -1,5 +1,6 @@
 """The networks of a tokenizer run and the weights of those that stay frozen."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -22,12 +23,13 @@ class Parts(NamedTuple):
     loss: ml_collections.ConfigDict  # `config.loss` without what was left out
 
 
-def build(config, groups: int) -> Parts:
+def build(config, groups: int, load: Callable = load_frozen) -> Parts:
     """Modules and frozen weights for a training config.
 
     Args:
         config: of the run.
         groups: parts of a batch with batch statistics of their own.
+        load: name and folder of a frozen network to its parameters, or to their shapes.
 
     Raises:
         MissingWeightsError: a loss needs weights that are not here and `loss.missing_weights` is
@@ -37,7 +39,7 @@ def build(config, groups: int) -> Parts:
     _check_choices(config)
     dtype = jnp.dtype(config.train.dtype)
     loss = config.loss.copy_and_resolve_references()
-    frozen = _load(config, loss)
+    frozen = _load(config, loss, load)
     networks = Networks(
         tokenizer.make(config.model, dtype, config.train.remat),
         _discriminator(loss, groups, dtype),
@@ -62,7 +64,7 @@ def _check_choices(config) -> None:
             raise ConfigError(f"{name} is {config[part][key]!r}, expected one of {known}")
 
 
-def _load(config, loss) -> dict:
+def _load(config, loss, load) -> dict:
     """Frozen parameters by name; changes `loss` where some are left out."""
     wanted = {}
     if loss.perceptual > 0:
@@ -77,7 +79,7 @@ def _load(config, loss) -> dict:
             logging.warning("weights of %s are not here: loss.%s is left out", name, field)
             loss[field] = off
         else:
-            frozen[key] = load_frozen(name, config.weights.folder)
+            frozen[key] = load(name, config.weights.folder)
     return frozen
 
 

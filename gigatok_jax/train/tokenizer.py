@@ -5,7 +5,6 @@ The same command again resumes.
 
 import contextlib
 import dataclasses
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,6 +18,7 @@ from gigatok_jax.model_config import validate
 from gigatok_jax.models import tokenizer
 from gigatok_jax.train import networks as networks_lib
 from gigatok_jax.train import objective, optim
+from gigatok_jax.train import program as program_lib
 from gigatok_jax.train import state as state_lib
 from gigatok_jax.train import step as step_lib
 from gigatok_jax.train.loop import (
@@ -41,7 +41,6 @@ SHOWN = ("loss", "reconstruction", "perceptual", "alignment", "adversarial", "co
 class TokenizerRun(Run):
     """A run that trains a tokenizer."""
 
-    frozen: Any  # parameters of the frozen networks, on the devices
     held_out: "HeldOut"
 
     shown = SHOWN
@@ -96,27 +95,44 @@ def train(config, workdir: epath.PathLike) -> None:
 
 def make_run(config, workdir: epath.Path, mesh, fingerprint: str) -> TokenizerRun:
     """Puts a run together; nothing is computed yet. `fingerprint` is of its images."""
-    groups = parallel.batch_shards(mesh) if statistics_are_local(config) else 1
-    parts = networks_lib.build(config, groups)
-    optimizers = make_optimizers(config)
-    local = config.copy_and_resolve_references()
-    local.loss = parts.loss
-    size = config.model.image_size
+    parts = networks_lib.build(config, statistics_groups(config, mesh))
+    config = config.copy_and_resolve_references()
+    config.loss = parts.loss  # without what was left out
+    program = make_program(config, mesh, parts)
+    return TokenizerRun(
+        **common_parts(config, workdir, mesh, program),
+        extras={"config": config.to_dict(), "data": {"fingerprint": fingerprint}},
+        held_out=HeldOut(config, parts, program.frozen, mesh),
+    )
+
+
+def make_program(config, mesh, parts: networks_lib.Parts) -> program_lib.Program:
+    """The training step of a config on a mesh.
+
+    Args:
+        config: of the run, with the losses of `parts`.
+        mesh: devices of the run.
+        parts: networks, and the frozen ones' parameters or shapes.
+    """
+    optimizers, size = make_optimizers(config), config.model.image_size
+    groups = statistics_groups(config, mesh)
 
     def create():
         return state_lib.create(parts.networks, optimizers, size, config.seed)
 
-    frozen = jax.device_put(parts.frozen, parallel.replicated(mesh))
-
     def make_step(micro_batches, place):
-        return step_lib.make(parts.networks, optimizers, local, groups, micro_batches, place)
+        return step_lib.make(parts.networks, optimizers, config, groups, micro_batches, place)
 
-    return TokenizerRun(
-        **common_parts(local, workdir, mesh, create, make_step),
-        extras={"config": local.to_dict(), "data": {"fingerprint": fingerprint}},
-        frozen=frozen,
-        held_out=HeldOut(local, parts, frozen, mesh),
+    images = jax.ShapeDtypeStruct((config.train.global_batch, size, size, 3), np.uint8)
+    last = objective.phase_at(total_steps(config) - 1, config.loss, config.codebook)
+    return program_lib.make(
+        config, mesh, create, make_step, frozen=parts.frozen, batch=images, phase=(last,)
     )
+
+
+def statistics_groups(config, mesh) -> int:
+    """Parts of a batch with batch statistics of their own."""
+    return parallel.batch_shards(mesh) if statistics_are_local(config) else 1
 
 
 def statistics_are_local(config) -> bool:
