@@ -182,6 +182,7 @@ def _optim():
             "wsd_decay_fraction": 0.2,
             "beta1": 0.9,
             "beta2": 0.95,
+            "first_moment": "float32",  # "bfloat16" spares 2 bytes per parameter
             "weight_decay": 1e-4,
             "decay_mask": "all",
             "clip": 10.0,

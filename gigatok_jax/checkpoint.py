@@ -463,14 +463,26 @@ def _saved_tree(directory: epath.Path) -> dict[str, Any]:
 
 def _check_same(directory: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
     saved = dict(_leaves(_saved_tree(directory)))
-    lines = [
-        f"  {path}: {_describe(saved.get(path))} in the checkpoint, {_describe(want)} here"
+    differ = [
+        path
         for path in sorted(saved.keys() | wanted.keys())
-        if _describe(saved.get(path)) != _describe(want := wanted.get(path))
+        if _describe(saved.get(path)) != _describe(wanted.get(path))
     ]
-    if lines:
-        title = f"checkpoint {directory} is of another model, {len(lines)} arrays differ:"
-        raise CheckpointError("\n".join([title, *lines]))
+    if not differ:
+        return
+    if saved.keys() == wanted.keys() and all(saved[p].shape == wanted[p].shape for p in differ):
+        types = [np.dtype(tree[differ[0]].dtype).name for tree in (saved, wanted)]
+        raise CheckpointError(
+            f"checkpoint {directory} keeps {len(differ)} arrays such as {differ[0]} in {types[0]},"
+            f" this run in {types[1]}: optim.first_moment has to stay as it was"
+        )
+    lines = [
+        f"  {path}: {_describe(saved.get(path))} in the checkpoint,"
+        f" {_describe(wanted.get(path))} here"
+        for path in differ
+    ]
+    title = f"checkpoint {directory} is of another model, {len(lines)} arrays differ:"
+    raise CheckpointError("\n".join([title, *lines]))
 
 
 def _describe(leaf: jax.ShapeDtypeStruct | None) -> str:

@@ -23,6 +23,7 @@ def get_config(arg=None):
     config = common.tokenizer("small", "S-S", **{fields})
     config.loss.update(discriminator_filters=4)
     config.train.update(steps=100)
+    config.optim.first_moment = "bfloat16"
     return config
 """
 
@@ -195,18 +196,18 @@ def test_a_priors_run_gets_exactly_the_state_that_it_restores():
     model = small("prior-B")
     tensors = random_state(model)
     parts = {"ema": {n: names.Promise(x.shape, x.dtype, lambda x=x: x) for n, x in tensors.items()}}
-    arrays = run_state.to_ours(parts, {}, 0, model)
-    adam = optim.make_optimizer(small_optim())
+    arrays = run_state.to_ours(parts, {}, 0, model, first_moment="bfloat16")
+    adam = optim.make_optimizer(small_optim(first_moment="bfloat16"))
     create = functools.partial(ar_step.create, ar.make(model), adam, 0)
     expected = described(jax.eval_shape(create))
     assert {p: (tuple(x.shape), np.dtype(x.dtype)) for p, x in arrays.items()} == expected
 
 
-def small_optim():
+def small_optim(**changes):
     from configs import common
 
     made = common.prior("x", "prior-B").optim
-    made.decay_mask = "all"
+    made.update(decay_mask="all", **changes)
     return made
 
 
@@ -248,9 +249,9 @@ def test_an_optimizer_of_another_model_is_refused(tmp_path, capfd):
 
 
 def test_a_config_makes_a_workdir_that_the_same_command_resumes(tmp_path, capfd):
-    pytest.importorskip("torch")
+    torch = pytest.importorskip("torch")
     model = small(l2_norm=False)
-    training_file(tmp_path / "x.pt", model, judge_state("patchgan"))
+    saved = training_file(tmp_path / "x.pt", model, judge_state("patchgan"))
     fields = {k: v for k, v in model.to_dict().items() if k != "kind"}
     (tmp_path / "config.py").write_text(CONFIG.replace("{fields}", repr(fields)))
     command("from_torch", tmp_path / "x.pt", tmp_path / "run", "--config", tmp_path / "config.py")
@@ -266,6 +267,12 @@ def test_a_config_makes_a_workdir_that_the_same_command_resumes(tmp_path, capfd)
     group = torch_file.load(tmp_path / "y.pt")["optimizer"]["param_groups"][0]
     expected = optim.cosine(39, 1e-4, 0, 100, 1e-5)
     np.testing.assert_allclose(group["lr"], expected, rtol=1e-6)
+    # First moments are kept as the config says, and go back widened.
+    found = torch.load(tmp_path / "y.pt", weights_only=True)
+    for name in ("optimizer", "optimizer_disc"):
+        for i, state_of in saved[name]["state"].items():
+            rounded = state_of["exp_avg"].to(torch.bfloat16).float()
+            check_equal(found[name]["state"][i], state_of | {"exp_avg": rounded})
     text = CONFIG.replace("{fields}", repr(fields | {"codebook_size": 64}))
     (tmp_path / "config.py").write_text(text)
     message = refused(

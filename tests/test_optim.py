@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import rule
 
-from gigatok_jax.errors import ConfigError
+from gigatok_jax import checkpoint
+from gigatok_jax.errors import CheckpointError, ConfigError
 from gigatok_jax.train import optim
 
 GOLDEN = rule.golden_path("lr_schedules.npz")
 SETTINGS = ("s0", "s1", "s2")
+BFLOAT16 = {"first_moment": "bfloat16"}
 
 
 def optim_config(**changes):
@@ -25,6 +27,7 @@ def optim_config(**changes):
             "wsd_decay_fraction": 0.2,
             "beta1": 0.9,
             "beta2": 0.95,
+            "first_moment": "float32",
             "weight_decay": 0.1,
             "decay_mask": "all",
             "clip": 1.0,
@@ -155,15 +158,47 @@ def test_optimizer_is_torchs(mask):
 
 
 def test_first_moment_may_be_bfloat16():
+    """Each update computes it in float32 of the one that is kept, and rounds it last."""
     rng = np.random.default_rng(1)
-    params, grads = parameters(rng), parameters(rng)
-    full = optim.make_optimizer(optim_config())
-    short = optim.make_optimizer(optim_config(), mu_dtype=jnp.bfloat16)
-    state = short.init(params)
-    assert {x.dtype for x in jax.tree.leaves(state[1].mu)} == {jnp.dtype(jnp.bfloat16)}
-    ours = optim.apply(short, grads, state, params, 1e-2).params
-    expected = optim.apply(full, grads, full.init(params), params, 1e-2).params
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, expected)
+    params, gradients = parameters(rng), [parameters(rng) for _ in range(4)]
+    full, short = (optim.make_optimizer(optim_config(**change)) for change in ({}, BFLOAT16))
+    ours, expected = ((params, one.init(params)) for one in (short, full))
+    for i, grads in enumerate(gradients):
+        before = ours[1][1].mu
+        ours, expected = (
+            jax.jit(optim.apply, static_argnums=0)(one, grads, state, start, 1e-2)[:2]
+            for one, (start, state) in ((short, ours), (full, expected))
+        )
+        clip = 1 / np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
+        for mu, old, grad in zip(
+            *map(jax.tree.leaves, (ours[1][1].mu, before, grads)), strict=True
+        ):
+            made = 0.9 * np.asarray(old, np.float32) + 0.1 * np.float32(clip) * grad
+            assert mu.dtype == jnp.bfloat16
+            np.testing.assert_allclose(mu.astype(np.float32), made, rtol=2**-8, atol=0)
+        # A moment is off by 2^-9 of itself at each update, a direction by little more.
+        for x, y in zip(*map(jax.tree.leaves, (ours[0], expected[0])), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6 if i == 0 else 1e-4)
+
+
+def test_a_checkpoint_keeps_the_type_of_its_first_moment(tmp_path):
+    full, short = (
+        {"opt_state": optim.make_optimizer(optim_config(**change)).init({"w": jnp.ones(3)})}
+        for change in ({}, BFLOAT16)
+    )
+    saver = checkpoint.Checkpoints(tmp_path)
+    saver.save(1, short, {})
+    saver.wait()
+    restored, _ = saver.restore(jax.eval_shape(lambda: short), 1)
+    assert restored["opt_state"][1].mu["w"].dtype == jnp.bfloat16
+    assert restored["opt_state"][1].nu["w"].dtype == jnp.float32
+    with pytest.raises(CheckpointError, match="first_moment has to stay as it was") as refused:
+        saver.restore(jax.eval_shape(lambda: full), 1)
+    assert "\n" not in str(refused.value)
+    saver.close()
+    checkpoint.check_workdir(tmp_path, {"optim": optim_config().to_dict()})
+    with pytest.raises(ConfigError, match=r"optim\.first_moment is .bfloat16. here"):
+        checkpoint.check_workdir(tmp_path, {"optim": optim_config(**BFLOAT16).to_dict()})
 
 
 def test_ema_is_the_weighted_mean_of_all_parameters_seen():
@@ -188,3 +223,5 @@ def test_bad_settings_are_refused():
         optim.make_optimizer(optim_config(decay_mask="no_norm"))
     with pytest.raises(ConfigError, match="positive"):
         optim.make_optimizer(optim_config(clip=0.0))
+    with pytest.raises(ConfigError, match="first_moment is 'float16', expected 'float32' or"):
+        optim.make_optimizer(optim_config(first_moment="float16"))

@@ -129,6 +129,7 @@ def _to_workdir(found, target: epath.Path, overrides, config_path: str, tokenize
     arrays = run_state.to_ours(
         parts, found.optimizers, found.step or 0, model,
         seed=run.seed if run else 0, fallback=fallback,
+        first_moment=run.optim.first_moment if run else "float32",
     )  # fmt: skip
     extras = {
         "config": run.to_dict() if run else {"model": model.to_dict()},

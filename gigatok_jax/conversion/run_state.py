@@ -65,6 +65,7 @@ def to_ours(
     *,
     seed: int = 0,
     fallback: str = "patchgan",
+    first_moment: str = "float32",
 ) -> dict[str, Promise | np.ndarray]:
     """Arrays of our run by path, which goes on where the original's stopped.
 
@@ -77,6 +78,7 @@ def to_ours(
         model: config.
         seed: of the draws of the updates to come.
         fallback: the discriminator where there is none: "patchgan", "dino" or "none".
+        first_moment: type in which the run keeps it, `optim.first_moment`.
 
     Raises:
         CheckpointError: an optimizer of other parameters.
@@ -101,7 +103,8 @@ def to_ours(
     if model.kind != "prior":
         arrays |= {"codebook_used": used, **_NO_LOGITS}
         arrays |= _discriminator_to_ours(parts.get("discriminator"), optimizers, fallback)
-    return {path: _single(array) for path, array in arrays.items()}
+    kept_in = lambda path: first_moment if f"{ADAM}mu/" in path else "float32"  # noqa: E731
+    return {path: _typed(array, kept_in(path)) for path, array in arrays.items()}
 
 
 def _adam_to_ours(optimizers, name: str, order: list[str], tensors, entries) -> dict[str, Any]:
@@ -192,12 +195,12 @@ def _new_discriminator(kind: str) -> dict:
     return jax.tree.map(np.asarray, variables)
 
 
-def _single(array: Promise | np.ndarray) -> Promise | np.ndarray:
-    """Half precision widened: a run keeps its state in float32."""
-    if array.dtype == np.float32 or np.issubdtype(array.dtype, np.integer):
+def _typed(array: Promise | np.ndarray, dtype: str) -> Promise | np.ndarray:
+    """In another type: a run keeps its state in float32 but for first moments; integers stay."""
+    if array.dtype == dtype or np.issubdtype(array.dtype, np.integer):
         return array
-    read = lambda: value_of(array).astype(np.float32)  # noqa: E731
-    return Promise(tuple(array.shape), np.dtype(np.float32), read)
+    read = lambda: value_of(array).astype(dtype)  # noqa: E731
+    return Promise(tuple(array.shape), np.dtype(dtype), read, getattr(array, "order", 0))
 
 
 # To the original.
@@ -242,7 +245,7 @@ def _adam_to_theirs(arrays, order: list[str], entries, kind: str, tensors) -> di
     count = arrays[f"{ADAM}count"]
     if int(value_of(count)):
         moments = {
-            theirs: names.tensors(below(arrays, f"{ADAM}{ours}/"), table)
+            theirs: names.tensors(_widened(below(arrays, f"{ADAM}{ours}/")), table)
             for ours, theirs in MOMENTS.items()
         }
         steps = np.asarray(value_of(count), np.float32)
@@ -251,6 +254,11 @@ def _adam_to_theirs(arrays, order: list[str], entries, kind: str, tensors) -> di
     cut = sum(len(tensors[n].shape) >= 2 for n in order) if kind == "prior" else len(order)
     groups = [list(range(cut)), list(range(cut, len(order)))]
     return {"state": state, "param_groups": [{"params": group} for group in groups if group]}
+
+
+def _widened(moments: Mapping[str, Promise]) -> Tensors:
+    """In float32, which is exact: PyTorch keeps moments in the type of the parameter."""
+    return {path: _typed(moment, "float32") for path, moment in moments.items()}
 
 
 def _discriminator_to_theirs(arrays, variables: Tensors, kind: str) -> tuple[Tensors, dict]:

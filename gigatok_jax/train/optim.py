@@ -16,6 +16,7 @@ from gigatok_jax.errors import ConfigError
 
 SCHEDULES = ("cosine", "constant", "wsd")
 DECAY_MASKS = ("all", "no_norm", "matrices")
+MOMENT_TYPES = ("float32", "bfloat16")
 WARMUP_START = 0.01  # share of the base rate at step 0 of a warm-up
 
 Schedule = Callable[[Any], Any]  # step or steps -> learning rate, same shape
@@ -129,22 +130,21 @@ def wsd(step, base: float, warmup: int, total: int, decay_steps: int, decay="sqr
 def make_optimizer(
     optim: ml_collections.ConfigDict,
     decays: Callable[[str], bool] | None = None,
-    *,
-    mu_dtype: Any = None,
 ) -> optax.GradientTransformation:
     """Clipping, Adam and decoupled weight decay: a step direction that `apply` scales.
 
     Args:
-        optim: `config.optim`: clip (global norm), beta1, beta2, weight_decay, decay_mask.
+        optim: `config.optim`: clip (global norm), beta1, beta2, first_moment, weight_decay,
+            decay_mask. The first moment is kept in that type; an update computes it in float32
+            and rounds it last.
         decays: whether the parameter at a path such as "quantizer/codebook" is decayed; needed
             for every `decay_mask` but "all".
-        mu_dtype: dtype of the first moment; None is the parameters' own.
 
     Returns:
         A transformation whose output, times minus the learning rate, is the update.
 
     Raises:
-        ConfigError: unknown mask, a mask without `decays`, or a clip that is not positive.
+        ConfigError: unknown mask or type, a mask without `decays`, or a clip that is not positive.
 
     Source: AdamW arXiv:1711.05101 as PyTorch scales it: the decay is learning rate * weight
         decay, epsilon 1e-8 is added outside the root, clipping divides by (norm + 1e-6).
@@ -156,9 +156,13 @@ def make_optimizer(
         )
     if optim.clip <= 0:
         raise ConfigError(f"optim.clip is {optim.clip}, expected a positive norm")
+    if optim.first_moment not in MOMENT_TYPES:
+        known = " or ".join(map(repr, MOMENT_TYPES))
+        raise ConfigError(f"optim.first_moment is {optim.first_moment!r}, expected {known}")
+    beta1 = np.float64(optim.beta1)  # times a bfloat16 moment it is float32, Python's is bfloat16
     return optax.chain(
         optax.stateless(lambda grads, params: _clipped(grads, optim.clip)),
-        optax.scale_by_adam(optim.beta1, optim.beta2, eps=1e-8, mu_dtype=mu_dtype),
+        optax.scale_by_adam(beta1, optim.beta2, eps=1e-8, mu_dtype=optim.first_moment),
         optax.add_decayed_weights(optim.weight_decay, _decay_mask(optim.decay_mask, decays)),
     )
 
