@@ -6,6 +6,8 @@ Axes: b batch, n queries, m keys, h heads, g key/value heads, d head width.
 import jax
 import jax.numpy as jnp
 
+from gigatok_jax.ops import implementation
+
 
 def attend(
     query: jax.Array,
@@ -34,7 +36,7 @@ def attend(
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     even = query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0
     fits = query.shape[-1] % 8 == 0 and (even or not gradient)
-    fused = half and fits and jax.default_backend() == "gpu"
+    fused = half and fits and implementation.platform() == "gpu"
     return jax.nn.dot_product_attention(
         query, key, value, is_causal=causal, implementation="cudnn" if fused else "xla"
     )

@@ -10,6 +10,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gigatok_jax.ops import implementation
+from gigatok_jax.ops.constrain import batch_axes, per_device
 
 _CHUNK = 1 << 26  # score elements held at a time: 256 MB of float32
 _WIDTHS = range(1, 65)  # that the kernels have been tried on
@@ -48,9 +49,12 @@ def nearest(
     implementation.check("codebook search", impl, z.shape[-1], _WIDTHS, interpret)
     if z.size == 0:
         return jnp.zeros(z.shape[:-1], jnp.int32)
-    # The TPU's interpreter has side effects, which a partitioned call may not have.
-    search = _per_shard.fun if interpret and impl == "pallas_tpu" else _per_shard
-    return search(lax.stop_gradient(z), lax.stop_gradient(codebook), impl, interpret)
+    z, codebook = lax.stop_gradient(z), lax.stop_gradient(codebook)
+    if impl != "pallas_tpu":
+        return _per_shard(z, codebook, impl, interpret)
+    tokens = PartitionSpec(batch_axes(len(z)))
+    search = functools.partial(_per_shard.fun, impl=impl, interpret=interpret)
+    return per_device(search, (tokens, PartitionSpec()), tokens)(z, codebook)
 
 
 @functools.partial(custom_partitioning, static_argnums=(2, 3))

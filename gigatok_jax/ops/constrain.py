@@ -1,6 +1,8 @@
 """Where activations lie on a mesh: models name what an axis holds, the mesh in force decides."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, PartitionSpec
@@ -19,16 +21,39 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
         x: activation.
         *axes: mesh axes of the first dimensions; None, and those not given, are whole.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
-        return x
-    if not set(BATCH) | {SPLIT} <= set(mesh.axis_names):
+    mesh = _in_force()
+    if mesh is None:
         return x
     sizes = x.shape[: len(axes)]
     chosen = [
         axis if _divides(mesh, axis, n) else None for axis, n in zip(axes, sizes, strict=True)
     ]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*chosen))
+
+
+def batch_axes(size: int) -> tuple[str, ...]:
+    """Mesh axes that a dimension with the examples of a batch, or their tokens, is divided over."""
+    mesh = _in_force()
+    return BATCH if mesh is not None and _divides(mesh, BATCH, size) else ()
+
+
+def per_device(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """A function of what each device holds of its arguments; as it is without a mesh in force.
+
+    For kernels on TPUs: the compiler cannot divide them, and `custom_partitioning`, which follows
+    the arguments wherever they lie, is not there (jax-ml/jax#38196).
+    """
+    if _in_force() is None:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _in_force():
+    """The mesh of `jax.set_mesh`, if it is one of ours and the compiler divides by it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return None
+    return mesh if set(BATCH) | {SPLIT} <= set(mesh.axis_names) else None
 
 
 def _divides(mesh, axis, size: int) -> bool:

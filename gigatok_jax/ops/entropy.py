@@ -14,6 +14,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gigatok_jax.ops import implementation
+from gigatok_jax.ops.constrain import batch_axes, per_device
 
 BLOCK_ELEMENTS = 2**22  # probabilities held at once, over all devices: 16 MiB
 EPSILON = 1e-5  # inside the logarithm of the mean distribution
@@ -165,10 +166,7 @@ def _fused_loss(z, codebook, kernels):
 
 
 def _fused_forward(z, codebook, kernels):
-    # The TPU's interpreter has side effects, which a partitioned call may not have.
-    alone = kernels.interpret and kernels.impl == "pallas_tpu"
-    forward = kernels.forward if alone else functools.partial(_forward_per_shard, kernels)
-    *log_sum, entropy, total = forward(z, codebook)
+    *log_sum, entropy, total = _spread(kernels, _forward_per_shard, _forward_parts, z, codebook)
     mean = total / z.shape[1]  # [g k]
     negative_entropy_of_mean = jnp.sum(mean * jnp.log(mean + EPSILON)) / len(z)
     return entropy.mean() + negative_entropy_of_mean, (z, codebook, mean, *log_sum, entropy)
@@ -179,9 +177,9 @@ def _fused_backward(kernels, residuals, cotangent):
     slope = jnp.log(mean + EPSILON) + mean / (mean + EPSILON)
     # A constant makes no difference to q; without the mean there is less to cancel.
     slope = slope - jnp.sum(mean * slope, axis=1, keepdims=True)
-    alone = kernels.interpret and kernels.impl == "pallas_tpu"
-    backward = kernels.backward if alone else functools.partial(_backward_per_shard, kernels)
-    from_rows, from_tokens, mass = backward(z, codebook, *per_token, slope)
+    from_rows, from_tokens, mass = _spread(
+        kernels, _backward_per_shard, _backward_parts, z, codebook, *per_token, slope
+    )
     scale = cotangent * 2.0 / (kernels.temperature * z.shape[0] * z.shape[1])
     return scale * from_rows, scale * (from_tokens - mass[:, None] * codebook)
 
@@ -213,8 +211,18 @@ def _listed(axis):
     return axis if isinstance(axis, tuple) else (axis,)
 
 
-def _partition_forward(kernels, mesh, arg_shapes, result_shape):
-    groups, tokens = _axes(arg_shapes)
+def _spread(kernels, partitioned, parts, *arguments):
+    """A pass over each device's own tokens."""
+    if kernels.impl == "pallas_gpu":
+        return partitioned(kernels, *arguments)
+    count, size = arguments[0].shape[:2]
+    groups, tokens = (batch_axes(count), ()) if count > 1 else ((), batch_axes(size))
+    run, results, specs = parts(kernels, groups, tokens)
+    return per_device(run, specs, results)(*arguments)
+
+
+def _forward_parts(kernels, groups, tokens):
+    """The pass on a device, and the specs of results and arguments."""
 
     def forward(z, codebook):
         *per_token, total = kernels.forward(z, codebook)
@@ -222,11 +230,11 @@ def _partition_forward(kernels, mesh, arg_shapes, result_shape):
 
     vectors, per_token = PartitionSpec(groups, tokens, None), PartitionSpec(groups, tokens)
     results = *[per_token] * 3, PartitionSpec(groups, None)
-    return mesh, forward, *_placed(mesh, results, (vectors, PartitionSpec(None, None)))
+    return forward, results, (vectors, PartitionSpec(None, None))
 
 
-def _partition_backward(kernels, mesh, arg_shapes, result_shape):
-    groups, tokens = _axes(arg_shapes)
+def _backward_parts(kernels, groups, tokens):
+    """As `_forward_parts`."""
 
     def backward(*arguments):
         from_rows, *sums = kernels.backward(*arguments)
@@ -235,7 +243,12 @@ def _partition_backward(kernels, mesh, arg_shapes, result_shape):
     vectors, per_token = PartitionSpec(groups, tokens, None), PartitionSpec(groups, tokens)
     rows = PartitionSpec(None, None)
     arguments = vectors, rows, *[per_token] * 3, PartitionSpec(groups, None)
-    return mesh, backward, *_placed(mesh, (vectors, rows, PartitionSpec(None)), arguments)
+    return backward, (vectors, rows, PartitionSpec(None)), arguments
+
+
+def _partition(parts, kernels, mesh, arg_shapes, result_shape):
+    run, results, arguments = parts(kernels, *_axes(arg_shapes))
+    return mesh, run, *_placed(mesh, results, arguments)
 
 
 def _placed(mesh, *specs):
@@ -247,11 +260,13 @@ def _is_spec(x):
 
 
 _forward_per_shard.def_partition(
-    _partition_forward, sharding_rule="g t e, k e -> g t, g t, g t, g k",
+    functools.partial(_partition, _forward_parts),
+    sharding_rule="g t e, k e -> g t, g t, g t, g k",
     need_replication_factors=("e", "k"),
 )  # fmt: skip
 _backward_per_shard.def_partition(
-    _partition_backward, sharding_rule="g t e, k e, g t, g t, g t, g k -> g t e, k e, k",
+    functools.partial(_partition, _backward_parts),
+    sharding_rule="g t e, k e, g t, g t, g t, g k -> g t e, k e, k",
     need_replication_factors=("e", "k"),
 )  # fmt: skip
 

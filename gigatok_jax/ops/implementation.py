@@ -31,10 +31,18 @@ def _log(operation, impl, note):
     logging.info("%s: %s on %s%s", operation, impl, _device().device_kind, note)
 
 
+def platform() -> str:
+    """Platform of the devices that a program is traced for: "cpu", "gpu" or "tpu"."""
+    return _device().platform
+
+
 def _device():
     """That programs are compiled for, unless their arguments lie elsewhere."""
     given = jax.config.jax_default_device
-    return given if hasattr(given, "platform") else jax.devices(given)[0]
+    here = given if hasattr(given, "platform") else jax.devices(given)[0]
+    # A mesh of devices that are not there, to compile for, knows their platform and kind.
+    planned = jax.sharding.get_abstract_mesh().abstract_device
+    return planned if planned and planned.platform != here.platform else here
 
 
 def check(operation: str, impl: str, width: int, widths: Sequence[int], interpret: bool) -> None:
