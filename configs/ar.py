@@ -23,7 +23,7 @@ from configs import common
 
 
 def get_config(arg=None):
-    arg = common.parse_arg(arg, size="b", smoke=False, smoke_full=False)
+    arg = common.run_arg(arg, size="b")
     config = common.prior(f"ar_{arg.size.lower()}", f"prior-{arg.size.upper()}")
     if arg.size.lower() == "xxl":
         config.train.global_batch = 512

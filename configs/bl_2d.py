@@ -12,7 +12,7 @@ from configs import common
 
 
 def get_config(arg=None):
-    arg = common.parse_arg(arg, smoke=False, smoke_full=False)
+    arg = common.run_arg(arg)
     config = common.tokenizer("bl_2d", "B-L-2D")
     config.train.epochs, config.train.global_batch = 200, 256
     config.loss.entropy = 5e-3

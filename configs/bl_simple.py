@@ -12,7 +12,7 @@ from configs import common
 
 
 def get_config(arg=None):
-    arg = common.parse_arg(arg, smoke=False, smoke_full=False, latent_tokens=256)
+    arg = common.run_arg(arg, latent_tokens=256)
     config = common.tokenizer("bl_simple", "B-L", latent_tokens=arg.latent_tokens)
     config.train.epochs, config.train.global_batch = 200, 256
     config.model.rotation = False  # straight-through gradients

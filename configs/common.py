@@ -31,6 +31,15 @@ def parse_arg(arg: str | None, **defaults) -> types.SimpleNamespace:
     return types.SimpleNamespace(**values)
 
 
+def run_arg(arg: str | None, **defaults) -> types.SimpleNamespace:
+    """`parse_arg` with what `finish` applies to every run of a published size.
+
+    smoke is a minute on a CPU, smoke_full three steps of the published widths, topology=v5p:4x4x4
+    plans for hardware that is not there.
+    """
+    return parse_arg(arg, smoke=False, smoke_full=False, topology="", **defaults)
+
+
 def _read(name, text, default):
     if isinstance(default, bool):
         flags = {"": True, "true": True, "false": False, "1": True, "0": False}
@@ -120,6 +129,8 @@ def _keeping(config):
     config.log = ml_collections.ConfigDict({"every": 100, "pictures_every": 5000})
     config.profile = ""  # "start:count" in steps writes a trace
     config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.mesh.dcn = 1  # slices of TPUs, which data is divided over first
+    config.mesh.topology = ""  # with --dry_run: devices to plan for, see gigatok_jax/hardware.py
     config.mesh.rules = ""  # "pattern=axis,-;..." before the rules of parallel.py
     config.mesh.cpu_devices = 1  # parts of a host without accelerator; 0 is one per core
     config.cluster = cluster_config()
@@ -218,7 +229,8 @@ def _loss():
 
 
 def finish(config, arg) -> ml_collections.ConfigDict:
-    """Applies the arguments that every run of a published size takes: smoke, smoke_full."""
+    """Applies the arguments that every run of a published size takes: those of `run_arg`."""
+    config.mesh.topology = arg.topology
     if arg.smoke:
         shrink(config)
     if arg.smoke_full:

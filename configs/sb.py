@@ -12,7 +12,7 @@ from configs import common
 
 
 def get_config(arg=None):
-    arg = common.parse_arg(arg, smoke=False, smoke_full=False, latent_tokens=256)
+    arg = common.run_arg(arg, latent_tokens=256)
     config = common.tokenizer("sb", "S-B", latent_tokens=arg.latent_tokens)
     config.train.epochs = 200
     return common.finish(config, arg)

@@ -12,7 +12,7 @@ from configs import common
 
 
 def get_config(arg=None):
-    arg = common.parse_arg(arg, smoke=False, smoke_full=False)
+    arg = common.run_arg(arg)
     config = common.tokenizer("sb_2d", "S-B-2D")
     config.train.epochs = 200
     return common.finish(config, arg)

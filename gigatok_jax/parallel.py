@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gigatok_jax.errors import ConfigError
@@ -55,24 +56,57 @@ RULES = {
 
 
 def make_mesh(config, devices=None) -> Mesh:
-    """Mesh of `config.mesh`, a size per axis of which one may be -1, over all devices.
+    """Mesh of `config.mesh`, over all devices.
+
+    Args:
+        config: a size per axis, of which one may be -1, and `dcn`, the slices that data is divided
+            over first.
+        devices: those of this run if None.
 
     Raises:
-        ConfigError: the sizes do not multiply to the number of devices.
+        ConfigError: the sizes do not multiply to the number of devices, the slices are not there,
+            or the config is of a plan.
     """
+    if devices is None and config.get("topology"):
+        raise ConfigError(
+            f"mesh.topology is {config.topology!r}, to plan for: add --dry_run, or leave it out"
+        )
     devices = jax.devices() if devices is None else devices
-    sizes = [config[axis] for axis in AXES]
-    given = math.prod(size for size in sizes if size != -1)
-    if sizes.count(-1) == 1 and given > 0 and len(devices) % given == 0:
-        sizes[sizes.index(-1)] = len(devices) // given
-    if math.prod(sizes) != len(devices) or min(sizes) < 1:
+    sizes = axis_sizes(config, len(devices))
+    types = (AxisType.Auto,) * len(AXES)
+    if config.get("dcn", 1) == 1:
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+    inner = tuple((sizes | {"data": sizes["data"] // config.dcn}).values())
+    try:
+        ordered = mesh_utils.create_hybrid_device_mesh(inner, (config.dcn, 1, 1), devices)
+    except ValueError:
+        found = len({getattr(device, "slice_index", 0) for device in devices})
+        raise ConfigError(f"mesh.dcn is {config.dcn}, the devices are of {found} slices") from None
+    return Mesh(ordered, AXES, axis_types=types)
+
+
+def axis_sizes(config, count: int) -> dict[str, int]:
+    """Size of each axis of `config.mesh` over so many devices, one of -1 filled in.
+
+    Raises:
+        ConfigError: they do not multiply to it, or slices do not divide the data axis.
+    """
+    sizes = {axis: config[axis] for axis in AXES}
+    given = math.prod(size for size in sizes.values() if size != -1)
+    free = [axis for axis in AXES if sizes[axis] == -1]
+    if len(free) == 1 and given > 0 and count % given == 0:
+        sizes[free[0]] = count // given
+    if math.prod(sizes.values()) != count or min(sizes.values()) < 1:
         axes = ", ".join(f"{axis}={config[axis]}" for axis in AXES)
         raise ConfigError(
-            f"mesh {axes} does not cover {len(devices)} devices: the sizes have to multiply to"
-            f" {len(devices)}, and one of them may be -1"
+            f"mesh {axes} does not cover {count} devices: the sizes have to multiply to"
+            f" {count}, and one of them may be -1"
         )
-    types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    if (slices := config.get("dcn", 1)) < 1 or sizes["data"] % slices:
+        raise ConfigError(
+            f"mesh.dcn is {slices}, expected a divisor of mesh.data, which is {sizes['data']}"
+        )
+    return sizes
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,0 +1,137 @@
+"""Accelerators to plan for, and the topologies that they come in.
+
+v5p:4x4x4    one slice of 64 TPU v5p chips
+h200x64      64 H200 GPUs, 8 to a host
+"""
+
+import difflib
+import importlib.util
+import math
+import os
+import re
+from typing import NamedTuple
+
+from jax.experimental import topologies
+
+from gigatok_jax.errors import ConfigError
+
+GIB = 2**30
+GPUS_PER_HOST = 8
+
+
+class Chip(NamedTuple):
+    """What one device offers. Links are in bytes per second, one direction, of one device."""
+
+    name: str
+    platform: str
+    memory: float  # GiB that programs may take
+    peak: float  # FLOP/s in bfloat16, dense
+    link: float  # to the others of its slice (ICI) or host (NVLink)
+    network: float  # to other slices or hosts
+
+
+class Topology(NamedTuple):
+    chip: Chip
+    shape: tuple[int, ...]  # of one slice; (count,) of GPUs
+    slices: int
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.shape) * self.slices
+
+    @property
+    def neighbours(self) -> int:
+        """Devices that the fast links join."""
+        return math.prod(self.shape) if self.chip.platform == "tpu" else GPUS_PER_HOST
+
+    def __str__(self):
+        if self.chip.platform == "gpu":
+            return f"{self.chip.name}x{self.shape[0]}"
+        one = f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+        return one if self.slices == 1 else f"{self.slices} slices of {one}"
+
+
+# TPUs: cloud.google.com/tpu/docs, pages v5e, v5p and v6e; the memory is what the TPU compiler calls
+# its limit. GPUs: NVIDIA's data sheets of H100 SXM, H200 SXM and DGX B200, with one 400 Gb/s port
+# each, and 92% of their memory as launch/xla_flags.sh gives to jax.
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v5e", "tpu", 15.75, 197e12, 200e9, 25e9 / 8),
+        Chip("v5p", "tpu", 95.74, 459e12, 600e9, 50e9 / 8),
+        Chip("v6e", "tpu", 31.25, 918e12, 400e9, 100e9 / 8),
+        Chip("h100", "gpu", 0.92 * 80e9 / GIB, 989e12, 450e9, 400e9 / 8),
+        Chip("h200", "gpu", 0.92 * 141e9 / GIB, 989e12, 450e9, 400e9 / 8),
+        Chip("b200", "gpu", 0.92 * 180e9 / GIB, 2250e12, 900e9, 400e9 / 8),
+    )
+}
+# What libtpu else asks a cloud's server for, or complains of; nothing runs on a TPU here.
+_ALONE = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
+_FLAT = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"
+_DEEP = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16 16x16x16 16x16x24"
+SLICES = {"v5e": _FLAT.split(), "v6e": _FLAT.split(), "v5p": _DEEP.split()}
+
+
+def parse(text: str, slices: int = 1) -> Topology:
+    """Topology of a name.
+
+    Args:
+        text: as in the head of this file.
+        slices: of TPUs, of that shape each, joined by the data centre's network.
+
+    Raises:
+        ConfigError: a chip or slice that there is not, with the nearest.
+    """
+    match = re.fullmatch(r"([a-z]\w*?)(?::(\d+(?:x\d+)*)|x(\d+))", text)
+    chip = CHIPS.get(match[1]) if match else None
+    if chip is None or bool(match[2]) != (chip.platform == "tpu"):
+        known = [*(f"{name}:{one}" for name in SLICES for one in SLICES[name]), *_SOME_GPUS]
+        raise ConfigError(
+            f"topology {text!r} is unknown, expected a TPU slice like 'v5p:4x4x4' or GPUs like"
+            f" 'h200x64', of {', '.join(CHIPS)}{_nearest(text, known)}"
+        )
+    if chip.platform == "gpu":
+        return _gpus(chip, int(match[3]), slices)
+    if match[2] not in SLICES[chip.name]:
+        raise ConfigError(
+            f"{chip.name} has no slice {match[2]}: there are {', '.join(SLICES[chip.name])}"
+        )
+    if slices < 1:
+        raise ConfigError(f"mesh.dcn is {slices}, expected the number of slices, 1 or more")
+    return Topology(chip, tuple(map(int, match[2].split("x"))), slices)
+
+
+_SOME_GPUS = [f"{c.name}x{n}" for c in CHIPS.values() if c.platform == "gpu" for n in (1, 8, 64)]
+
+
+def _gpus(chip: Chip, count: int, slices: int) -> Topology:
+    if slices != 1:
+        raise ConfigError(f"mesh.dcn is {slices}, expected 1: slices are of TPUs")
+    if count < 1 or (count > GPUS_PER_HOST and count % GPUS_PER_HOST):
+        raise ConfigError(
+            f"{chip.name}x{count}: expected 1 to {GPUS_PER_HOST} GPUs, or whole hosts of"
+            f" {GPUS_PER_HOST}"
+        )
+    return Topology(chip, (count,), 1)
+
+
+def _nearest(text: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(text, known, n=2, cutoff=0.5)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def compiler(topology: Topology) -> list | None:
+    """Devices that programs can be compiled for here; None where their compiler is not."""
+    if topology.chip.platform != "tpu" or importlib.util.find_spec("libtpu") is None:
+        return None
+    for name, value in _ALONE.items():
+        os.environ.setdefault(name, value)
+    more = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    name = f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **more).devices
