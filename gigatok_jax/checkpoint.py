@@ -52,6 +52,7 @@ FREE_KEYS = (
     "save",
     "stages",  # of the demo: each has a folder and a config of its own
     "tokenizer",
+    "train.ema_memory",
     "train.epochs",
     "train.micro_batches",  # follows the memory of the machine
     "train.remat",

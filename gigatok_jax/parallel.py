@@ -20,6 +20,7 @@ from gigatok_jax.model_config import family
 from gigatok_jax.ops.constrain import BATCH
 
 AXES = ("data", "fsdp", "tensor")
+MEMORY = ("device", "pinned_host")  # where the averaged copy may lie
 LARGE = 1 << 20  # elements; the placement of larger arrays is told
 
 
@@ -249,6 +250,37 @@ def _spec(path: str, shape: tuple[int, ...], rule: Rule, mesh: Mesh) -> Partitio
     return PartitionSpec(*whole, *rule.axes)
 
 
+def place_average(shardings: Any, mesh: Mesh, config) -> Any:
+    """Shardings of a state whose averaged copy lies where `config.train.ema_memory` says.
+
+    Raises:
+        ConfigError: another word, or a memory that these devices do not have.
+    """
+    kind = config.train.ema_memory
+    if kind not in MEMORY:
+        raise ConfigError(
+            f"train.ema_memory is {kind!r}, expected {' or '.join(map(repr, MEMORY))}"
+        )
+    if kind == "device":
+        return shardings
+    if isinstance(mesh, Mesh):
+        device = mesh.devices.flat[0]
+        known = sorted(memory.kind for memory in device.addressable_memories())
+        if kind not in known:
+            raise ConfigError(
+                f"train.ema_memory is {kind!r}, {device.platform} has {', '.join(known)}:"
+                " leave it at 'device'"
+            )
+    average = jax.tree.map(lambda one: one.with_memory_kind(kind), shardings.ema_params)
+    return shardings.replace(ema_params=average)
+
+
+def to_device(tree: Any) -> Any:
+    """Copies on the devices of arrays that lie in the hosts' memory; the others as they are."""
+    lies = lambda x: x.sharding.with_memory_kind("device")  # noqa: E731
+    return jax.tree.map(lambda x: jax.device_put(x, lies(x)), tree)
+
+
 def placement(tree: Any) -> list[str]:
     """A line for every large array of a state with shardings: path, shape, axes, MiB a device."""
     lines = []
@@ -257,7 +289,9 @@ def placement(tree: Any) -> list[str]:
             path = jax.tree_util.keystr(keys, simple=True, separator="/")
             share = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
             axes = ", ".join(str(axis or "-") for axis in leaf.sharding.spec) or "whole"
-            lines.append(f"{path}  {'x'.join(map(str, leaf.shape))}  {axes}  {share / 2**20:.1f}")
+            where = " (host)" if _on_host(leaf) else ""
+            shape = "x".join(map(str, leaf.shape))
+            lines.append(f"{path}  {shape}  {axes}  {share / 2**20:.1f}{where}")
     return lines
 
 
@@ -266,5 +300,9 @@ def bytes_per_device(tree: Any) -> int:
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
-        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        if not (jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) or _on_host(leaf))
     )
+
+
+def _on_host(leaf) -> bool:
+    return leaf.sharding.memory_kind == "pinned_host"

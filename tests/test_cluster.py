@@ -35,6 +35,7 @@ from gigatok_jax.train import tokenizer
 cache, workdir, address, processes, process, number, minutes = sys.argv[1:]
 made = tiny.run_config()
 made.cluster.hang_minutes = float(minutes)
+made.train.ema_memory = "pinned_host"  # saved and measured from there; who goes on has it elsewhere
 made.cluster.update(coordinator=address, processes=int(processes), process=int(process))
 phase_at = tokenizer.objective.phase_at
 

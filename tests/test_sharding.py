@@ -5,17 +5,21 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import pytest
 
-from gigatok_jax import dry_run, model_config, parallel
+from gigatok_jax import checkpoint, dry_run, model_config, parallel
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.ops.constrain import BATCH, constrain
+from gigatok_jax.train import ar_step
 
 ROOT = pathlib.Path(__file__).parents[1]
+ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 MODELS = {
     "S-S": {},
     "S-S-2D": {},
@@ -102,6 +106,54 @@ def test_rules_that_cannot_be_are_refused(rules, sizes, words):
         parallel.shardings(
             params, abstract_mesh(**sizes), parallel.rules_of(config_of(model, rules))
         )
+
+
+def prior_state():
+    rng = np.random.default_rng(0)
+    params = {"head": {"kernel": jnp.asarray(rng.normal(size=(2048, 1024)), jnp.float32)}}
+    average = jax.tree.map(lambda x: x + 1, params)
+    return ar_step.PriorState(jnp.zeros((), int), jax.random.key(0), params, average, ())
+
+
+def on_host(state, mesh, kind="pinned_host"):
+    config = ml_collections.ConfigDict({"train": {"ema_memory": kind}})
+    places = parallel.shardings(state, mesh, parallel.RULES["prior"])
+    return parallel.place_average(places, mesh, config)
+
+
+def test_the_average_may_lie_in_the_hosts_memory(tmp_path):
+    state, mesh = prior_state(), parallel.make_mesh(ONE, jax.devices()[:1])
+    abstract = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        *(jax.eval_shape(lambda: state), on_host(state, mesh)),
+    )
+    assert parallel.bytes_per_device(abstract) == 2048 * 1024 * 4 + 4
+    assert [line.endswith("(host)") for line in parallel.placement(abstract)] == [False, True]
+    saver = checkpoint.Checkpoints(tmp_path)
+    saver.save(1, jax.device_put(state, on_host(state, mesh)), {})
+    saver.wait()
+    restored, _ = saver.restore(abstract, 1)
+    saver.close()
+    (average,) = jax.tree.leaves(restored.ema_params)
+    (fetched,) = jax.tree.leaves(parallel.to_device(restored.ema_params))
+    assert average.sharding.memory_kind == "pinned_host" and fetched.is_fully_addressable
+    assert fetched.sharding.memory_kind == "device"
+    np.testing.assert_array_equal(fetched, state.ema_params["head"]["kernel"])
+
+
+def test_memory_that_is_not_there_is_refused():
+    class Device:
+        id, process_index, platform, device_kind = 0, 0, "toy", "toy"
+
+        def addressable_memories(self):
+            return [types.SimpleNamespace(kind="device")]
+
+    state, mesh = prior_state(), abstract_mesh()
+    with pytest.raises(ConfigError, match="'disk', expected 'device' or 'pinned_host'"):
+        on_host(state, mesh, "disk")
+    mesh = jax.sharding.Mesh(np.array([[[Device()]]]), parallel.AXES)
+    with pytest.raises(ConfigError, match="ema_memory is 'pinned_host', toy has device: leave"):
+        on_host(state, mesh)
 
 
 def test_without_a_mesh_nothing_is_asked():

@@ -320,7 +320,8 @@ class HeldOut:
 
     def figures(self, state: ar_step.PriorState) -> dict[str, float]:
         """Nats per code, and the number of images."""
-        trained, averaged = (self._mean(p) for p in (state.params, state.ema_params))
+        trained = self._mean(state.params)
+        averaged = self._mean(parallel.to_device(state.ema_params))
         return {"loss": trained["loss"], "loss_ema": averaged["loss"], "images": trained["images"]}
 
     def _mean(self, params) -> dict[str, float]:

@@ -182,8 +182,17 @@ def apply(
 
 
 def update_ema(ema_params: Any, params: Any, decay: float) -> Any:
-    """decay * ema + (1 - decay) * params, leaf by leaf, from the first step on (no warm-up)."""
-    return jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema_params, params)
+    """decay * ema + (1 - decay) * params, leaf by leaf, from the first step on (no warm-up).
+
+    An average in the memory of the host is fetched; what comes out is on the device.
+    """
+
+    def average(e, p):
+        if jax.typeof(e).memory_space == jax.memory.Space.Host:
+            e = jax.device_put(e, jax.memory.Space.Device)
+        return decay * e + (1.0 - decay) * p
+
+    return jax.tree.map(average, ema_params, params)
 
 
 def _float(step):

@@ -41,10 +41,12 @@ def make(
         phase: static arguments of the step.
 
     Raises:
-        ConfigError: a rule of the mesh does not fit; see `parallel.shardings`.
+        ConfigError: a rule of the mesh does not fit, or a memory is not there; see
+            `parallel.shardings` and `parallel.place_average`.
     """
     shapes = jax.eval_shape(create)
     placed = parallel.shardings(shapes, mesh, parallel.rules_of(config))
+    placed = parallel.place_average(placed, mesh, config)
     whole, split = parallel.replicated(mesh), parallel.split_batch(mesh)
     return Program(
         jax.jit(create, out_shardings=placed),

@@ -51,14 +51,14 @@ class TokenizerRun(Run):
         return self.step(state, batch["image"], self.frozen, phase)
 
     def figures(self, state):
-        return self.held_out.figures(state.ema_params)
+        return self.held_out.figures(parallel.to_device(state.ema_params))
 
     def draw(self, state, done):
         """Pictures of held-out reconstructions and of the codebook's use."""
         codes = processes.whole(state.codebook_used).astype(np.int64)
         counts = np.bincount(codes, minlength=self.config.model.codebook_size)
         made = {
-            "reconstruction": self.held_out.picture(state.ema_params),
+            "reconstruction": self.held_out.picture(parallel.to_device(state.ema_params)),
             "codebook_usage": pictures.codebook_usage(counts),
         }
         for name, picture in made.items() if processes.is_first() else ():
