@@ -16,10 +16,21 @@ LEVELS = (1, 1, 2, 2, 4)  # channel multipliers from full resolution down
 
 def conv(features: int, dtype, name: str, kernel: int = 3, stride: int = 1, padding=1) -> nn.Conv:
     """Square convolution with the tokenizer's initialisation; `padding` as flax spells it."""
-    window, strides = (kernel, kernel), (stride, stride)
     return nn.Conv(
-        features, window, strides, padding, dtype=dtype, kernel_init=weight_init, name=name
+        features,
+        (kernel, kernel),
+        (stride, stride),
+        padding,
+        dtype=dtype,
+        kernel_init=weight_init,
+        conv_general_dilated=_with_whole_kernel,
+        name=name,
     )
+
+
+def _with_whole_kernel(x: jax.Array, kernel: jax.Array, *arguments, **options) -> jax.Array:
+    # Left to itself XLA divides small images by feature, which gathers them from all devices.
+    return jax.lax.conv_general_dilated(x, constrain(kernel), *arguments, **options)
 
 
 def group_norm(dtype, name: str | None, affine: bool = True) -> nn.GroupNorm:

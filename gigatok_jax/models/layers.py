@@ -151,7 +151,7 @@ class AlignmentMLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """f[b n c] -> f[b n out]."""
-        for name in ("dense_0", "dense_1"):
-            width = 4 * x.shape[-1] if name == "dense_0" else x.shape[-1]
-            x = nn.silu(dense(width, self.dtype, name)(x))
-        return dense(self.out, self.dtype, "dense_2")(x)
+        hidden = 4 * x.shape[-1]
+        x = constrain(dense(hidden, self.dtype, "dense_0")(x), BATCH, None, SPLIT)
+        x = constrain(dense(hidden, self.dtype, "dense_1")(nn.silu(x)), BATCH)
+        return constrain(dense(self.out, self.dtype, "dense_2")(nn.silu(x)), BATCH, None, SPLIT)
