@@ -1,0 +1,289 @@
+r"""Speed and memory of a training step on the devices that are here, whatever the mesh.
+
+    python -m gigatok_jax.benchmarks.training --config=configs/xlxxl.py --out=runs/scale \
+        --config.mesh.fsdp=4 --config.train.global_batch=64 [--save]
+    python -m gigatok_jax.benchmarks.training --table=runs/scale
+
+The step is the run's own, in the last phase of its recipe. Weights and images are random, those of
+frozen networks too, and the same on every mesh: losses of one global batch can be compared. Times
+are medians of steps on devices that were waited for; loading data is not in them. The share of
+collectives is read from a trace of two steps, on the first GPU.
+"""
+
+import json
+import pathlib
+import statistics
+import tempfile
+import time
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from absl import app, flags
+from etils import epath
+from ml_collections import config_flags
+
+from gigatok_jax import checkpoint, command_line, environment, load, metric_writer, parallel, plan
+from gigatok_jax.errors import ConfigError
+from gigatok_jax.train import fit
+from gigatok_jax.train import program as program_lib
+
+LOSSES = 5  # first updates, whose losses are kept
+COLLECTIVES = ("nccl", "allgather", "allreduce", "reducescatter", "all_gather", "all_reduce")
+
+
+def main(argv) -> None:
+    """Measures one config, or prints the table of all that were."""
+    del argv
+    given = flags.FLAGS
+    with command_line.one_line_errors():
+        if given.table:
+            print(table(read(given.table)))
+            return
+        if given.config is None:
+            raise ConfigError("nothing to measure: name --config=configs/<run>.py, or --table=DIR")
+        found = measure(given.config, given.repeats, given.save)
+    print(json.dumps(found), flush=True)
+    if given.out:
+        folder = epath.Path(given.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"{found['config']}_{found['mesh']}_{found['global_batch']}.json"
+        (folder / name).write_text(json.dumps(found, indent=1))
+
+
+def measure(config: ml_collections.ConfigDict, repeats: int, save: bool) -> dict[str, Any]:
+    """Figures of a run's training step, as JSON values.
+
+    Args:
+        config: of a run that trains; its mesh covers all devices.
+        repeats: timed updates.
+        save: also write a checkpoint to a temporary folder and read it again.
+
+    Raises:
+        GigatokError: the mesh or the batch does not fit, or a value of the config is wrong.
+    """
+    compiled, run = timed(Running, config)
+    found = describe(config, run.mesh) | {"compile_s": compiled, "needed_gib": run.needed_gib}
+    tell(found)
+    found["create_s"], _ = timed(run.create)
+    found["losses"] = [run.advance(seed) for seed in range(LOSSES)]
+    tell(found)
+    seconds = statistics.median(timed(run.advance, LOSSES)[0] for _ in range(repeats))
+    found |= {"ms": 1e3 * seconds, "images_per_second": config.train.global_batch / seconds}
+    found |= metric_writer.peak_memory()
+    tell(found)
+    found |= trace(run)
+    return found | (save_and_restore(run) if save else {})
+
+
+def tell(found: dict[str, Any]) -> None:
+    """What is known so far, should the rest be cut off."""
+    print(json.dumps(found), flush=True)
+
+
+class Running:
+    """A training run without its data and its folder."""
+
+    def __init__(self, config):
+        mesh = self.mesh = parallel.make_mesh(config.mesh)
+        parallel.check_batch(mesh, config.train.global_batch, config.train.micro_batches)
+        self.program = plan.program_of(config, mesh, random_frozen)
+        self._step = program_lib.lower(self.program, mesh, config.train.micro_batches).compile()
+        self.state = None
+
+    @property
+    def needed_gib(self) -> float:
+        """Memory of a device that a step takes, by the compiler; 0 where it does not say."""
+        return (fit.memory_needed(self._step) or 0) / 2**30
+
+    def create(self) -> None:
+        self.state = jax.block_until_ready(self.program.create())
+
+    def advance(self, seed: int) -> float:
+        """One update on the random batch of a seed; its loss."""
+        batch = random_batch(self.program.batch, seed)
+        self.state, scalars = self._step(self.state, batch, self.program.frozen)
+        jax.block_until_ready(self.state)
+        return float(scalars["loss"])
+
+
+def describe(config, mesh) -> dict[str, Any]:
+    """What is measured, and on what."""
+    software = environment.software()
+    return {
+        "config": config.name,
+        "mesh": "x".join(str(size) for size in mesh.shape.values()),  # data x fsdp x tensor
+        "devices": mesh.size,
+        "kind": jax.devices()[0].device_kind,
+        "global_batch": config.train.global_batch,
+        "dtype": config.train.dtype,
+        "remat": config.train.remat,
+        "micro_batches": config.train.micro_batches,
+        "commit": software["commit"],
+        "jax": jax.__version__,
+        "flags": software["flags"],
+    }
+
+
+def timed(function, *arguments) -> tuple[float, Any]:
+    """Seconds and result."""
+    start = time.perf_counter()
+    made = function(*arguments)
+    return time.perf_counter() - start, made
+
+
+def random_frozen(name: str, folder: epath.PathLike = "") -> Any:
+    """Parameters of a frozen network's shapes that keep the size of activations."""
+
+    def draw(keys, shape):
+        if len(shape.shape) < 2:
+            return np.full(shape.shape, float(keys[-1].key == "scale"), np.float32)
+        path = jax.tree_util.keystr(keys)
+        rng = np.random.default_rng(zlib.crc32(f"{name}{path}".encode()))
+        values = rng.standard_normal(shape.shape, np.float32)
+        return values * np.sqrt(2 / np.prod(shape.shape[:-1]), dtype=np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, load.frozen_shapes(name, folder))
+
+
+def random_batch(shapes: Any, seed: int) -> Any:
+    """Integers from 0 up to what an image or the smallest number of classes allows."""
+    rng = np.random.default_rng(seed)
+
+    def draw(x):
+        most = 256 if x.dtype == np.uint8 else 10
+        return jax.device_put(rng.integers(0, most, x.shape).astype(x.dtype), x.sharding)
+
+    return jax.tree.map(draw, shapes)
+
+
+def save_and_restore(run: Running) -> dict[str, float]:
+    """Seconds until training may go on, until a checkpoint is whole, and to read it, checked."""
+    with tempfile.TemporaryDirectory() as folder:
+        kept = checkpoint.Checkpoints(folder)
+        blocked, _ = timed(kept.save, 1, run.state, {})
+        rest, _ = timed(kept.wait)
+        kept.close()
+        size = sum(
+            path.stat().st_size for path in pathlib.Path(folder).rglob("*") if path.is_file()
+        )
+        run.state = None
+        other = checkpoint.Checkpoints(folder)  # knows nothing of what the first has verified
+        seconds, _ = timed(other.restore, run.program.abstract)
+        other.close()
+    figures = {"save_blocks_s": blocked, "save_s": blocked + rest, "restore_s": seconds}
+    return figures | {"checkpoint_gib": size / 2**30}
+
+
+# Collectives in a trace.
+
+
+def trace(run: Running) -> dict[str, float]:
+    """Shares of two updates' time on the first GPU; empty without one."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for seed in range(2):
+                run.advance(seed)
+        (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        planes = {
+            plane.name: plane for plane in jax.profiler.ProfileData.from_file(str(path)).planes
+        }
+        device = next((name for name in planes if name.startswith("/device:GPU")), None)
+        return shares(kernels(planes[device])) if device else {}
+
+
+def kernels(plane) -> list[tuple[str, float, float]]:
+    """Name, begin and end in ns of everything that ran on a GPU's streams."""
+    streams = [line for line in plane.lines if line.name.startswith("Stream")]
+    return [
+        (event.name, event.start_ns, event.start_ns + event.duration_ns)
+        for line in streams
+        for event in line.events
+    ]
+
+
+def shares(events: list[tuple[str, float, float]]) -> dict[str, float]:
+    """Of the time between the first kernel and the last.
+
+    Returns:
+        collectives: while one ran; exposed: while one ran and nothing else did; idle: while
+        nothing ran.
+    """
+    of_links, of_compute = [], []
+    for name, begin, end in events:
+        collective = any(word in name.lower() for word in COLLECTIVES)
+        (of_links if collective else of_compute).append((begin, end))
+    span = max(end for *_, end in events) - min(begin for _, begin, _ in events)
+    busy, computing = length(of_links + of_compute), length(of_compute)
+    return {
+        "collectives": length(of_links) / span,
+        "exposed": (busy - computing) / span,
+        "idle": 1 - busy / span,
+    }
+
+
+def length(spans: Iterable[tuple[float, float]]) -> float:
+    """Of the union of intervals."""
+    total, reached = 0.0, -np.inf
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
+
+
+# Tables.
+
+
+def read(folder: epath.PathLike) -> list[dict[str, Any]]:
+    """Everything measured into a folder, by config, devices, mesh and batch.
+
+    Raises:
+        ConfigError: nothing is there.
+    """
+    found = [json.loads(path.read_text()) for path in epath.Path(folder).glob("*.json")]
+    if not found:
+        raise ConfigError(f"{folder} holds no figures: measure into it with --out={folder}")
+    order = ("config", "devices", "mesh", "global_batch")
+    return sorted(found, key=lambda row: [row[name] for name in order])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown; efficiency is against one device of the same batch per device."""
+    head = "| config | devices | data x fsdp x tensor | batch | images/s | efficiency | peak GiB |"
+    lines = [f"{head} collectives | exposed | loss 1 to {LOSSES} |", "|---" * 10 + "|"]
+    for row in rows:
+        part = efficiency(row, rows)
+        shown = (f"{row[name]:.1%}" if name in row else "" for name in ("collectives", "exposed"))
+        cells = (
+            *(row["config"], row["devices"], row["mesh"], row["global_batch"]),
+            f"{row['images_per_second']:.1f}", f"{part:.1%}" if part else "",
+            f"{row.get('peak_memory_gib', 0):.0f}", *shown,
+            " ".join(f"{loss:.5g}" for loss in row["losses"]),
+        )  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def efficiency(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
+    """Images per second and device, over those of one device with the same batch per device."""
+    for one in rows:
+        same = one["config"] == row["config"] and one["devices"] == 1
+        if same and one["global_batch"] * row["devices"] == row["global_batch"]:
+            return row["images_per_second"] / row["devices"] / one["images_per_second"]
+    return None
+
+
+def define_flags() -> None:
+    config_flags.DEFINE_config_file("config", None, "configs/<run>.py[:arg=value,...]")
+    flags.DEFINE_integer("repeats", 10, "Timed updates.")
+    flags.DEFINE_bool("save", False, "Also times a checkpoint, written and read again.")
+    flags.DEFINE_string("out", "", "Folder that the figures are added to.")
+    flags.DEFINE_string("table", "", "Folder of figures to make a table of.")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main, flags_parser=lambda argv: flags.FLAGS(argv))
