@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gigatok_jax import load, sampling
+from gigatok_jax import load, processes, sampling
 from gigatok_jax.errors import CheckpointError, ConfigError, DataError, ImmutableError
 from gigatok_jax.model_config import family, num_tokens
 from gigatok_jax.models import ar
@@ -389,14 +389,18 @@ def _load(path, kind: str, dtype, sharding, weights: str) -> load.Loaded:
 
 
 def fingerprint(params: Mapping[str, Any]) -> str:
-    """16 hex digits of names, shapes and values; values rounded to bfloat16, no buffers."""
+    """16 hex digits of names, shapes and values; values rounded to bfloat16, no buffers.
+
+    Arrays may be divided over processes, all of which call it then.
+    """
     digest = hashlib.blake2b(digest_size=8)
     named = {name: tree for name, tree in params.items() if name != "buffers"}
     for path, leaf in sorted(
         (jax.tree_util.keystr(keys), leaf)
         for keys, leaf in jax.tree_util.tree_leaves_with_path(named)
     ):
-        value = np.asarray(leaf).astype(jnp.bfloat16)
+        whole = processes.whole(leaf) if isinstance(leaf, jax.Array) else np.asarray(leaf)
+        value = whole.astype(jnp.bfloat16)
         digest.update(f"{path}{value.shape}".encode())
         digest.update(np.ascontiguousarray(value).view(np.uint8))
     return digest.hexdigest()
