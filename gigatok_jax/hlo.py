@@ -1,0 +1,433 @@
+"""What one run of a compiled program costs a device, read from its HLO text.
+
+The compiler's own cost analysis counts the body of a loop once. Here bodies are multiplied by their
+trip counts, and what fusions and asynchronous pairs wrap is found. Shapes are those of one device.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.extend import core
+
+from gigatok_jax.hlo_text import Computation, Instruction, Module, Shape, groups, parse
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+class Transfer(NamedTuple):
+    """One collective instruction."""
+
+    kind: str  # of KINDS
+    shapes: tuple[Shape, ...]  # operands, or results of an all-gather; several where combined
+    bytes: int  # of `shapes`, on one device in one execution
+    times: int  # executions in one run of the program
+    groups: tuple[tuple[int, ...], ...]  # devices that take part together; (source, target) pairs
+    op_name: str  # of the operation that it was made for, or of what calls it
+
+    @property
+    def group_size(self) -> int:
+        return len(self.groups[0])
+
+
+class Collective(NamedTuple):
+    bytes: int  # of all executions, on one device
+    count: int  # executions
+
+
+class Costs(NamedTuple):
+    flops: int  # 2 per multiply-add of matrix products and convolutions, on one device
+    collectives: dict[str, Collective]  # by kind; those that do not occur are not there
+    unknown_loops: tuple[str, ...]  # op_names of loops without a trip count, which count once
+
+
+def costs(text: str) -> Costs:
+    """FLOPs and traffic of one run of a program on one device.
+
+    Of a conditional the branch with the most FLOPs counts. FLOPs of a convolution are 2 x output
+    elements x taps x input features: taps in the padding count, those in holes of a dilation do
+    not, so that a gradient counts as its forward pass does. Products that became calls of cuBLAS
+    and cuDNN count, kernels in Pallas or Triton do not.
+
+    Args:
+        text: `compiled.as_text()`.
+    """
+    done = _run(text)
+    totals = {}
+    for kind in KINDS:
+        own = [one for one in done.transfers if one.kind == kind]
+        if own:
+            total = sum(one.bytes * one.times for one in own)
+            totals[kind] = Collective(total, sum(one.times for one in own))
+    return Costs(done.flops, totals, done.unknown_loops)
+
+
+def collectives(text: str) -> list[Transfer]:
+    """Every collective instruction that a run of the program reaches."""
+    return list(_run(text).transfers)
+
+
+def largest(text: str, kind: str) -> Transfer | None:
+    """The collective of a kind with the most bytes in one execution; None without one."""
+    own = [one for one in collectives(text) if one.kind == kind]
+    return max(own, key=lambda one: one.bytes, default=None)
+
+
+# A computation and what it calls.
+
+
+class _Done(NamedTuple):
+    flops: int = 0
+    transfers: tuple[Transfer, ...] = ()
+    unknown_loops: tuple[str, ...] = ()
+
+    def times(self, n: int) -> "_Done":
+        transfers = tuple(one._replace(times=one.times * n) for one in self.transfers)
+        return _Done(self.flops * n, transfers, self.unknown_loops)
+
+    def weight(self) -> tuple[int, int]:
+        return self.flops, sum(one.bytes * one.times for one in self.transfers)
+
+
+def _sum(parts: list[_Done]) -> _Done:
+    transfers = tuple(one for part in parts for one in part.transfers)
+    loops = tuple(one for part in parts for one in part.unknown_loops)
+    return _Done(sum(part.flops for part in parts), transfers, loops)
+
+
+class _Frame(NamedTuple):
+    """A computation where it is called."""
+
+    module: Module
+    computation: Computation
+    argument: Callable  # (parameter, element of it | None) -> what is known of it
+    op_name: str  # of the caller
+
+    def call(self, name: str, one: Instruction) -> "_Frame":
+        def argument(number, element):
+            known = number < len(one.operands)
+            return _value(self, one.operands[number], element) if known else None
+
+        computation = self.module.computations[name]
+        return _Frame(self.module, computation, argument, one.op_name or self.op_name)
+
+
+def _run(text: str) -> _Done:
+    module = parse(text)
+    entry = module.computations[module.entry]
+    return _frame_costs(_Frame(module, entry, lambda number, element: None, ""))
+
+
+def _frame_costs(frame: _Frame) -> _Done:
+    return _sum([_costs(frame, one) for one in frame.computation.instructions.values()])
+
+
+def _costs(frame: _Frame, one: Instruction) -> _Done:
+    kind = one.opcode.removesuffix("-start")
+    if kind in KINDS:
+        return _Done(transfers=(_transfer(frame, one, kind),))
+    if one.opcode in _FLOPS:
+        return _Done(flops=_FLOPS[one.opcode](frame.computation, one))
+    if one.opcode == "while":
+        return _loop(frame, one)
+    if one.opcode == "conditional":
+        attributes = ("branch_computations", "true_computation", "false_computation")
+        names = [name for attribute in attributes for name in one.computations(attribute)]
+        return max((_frame_costs(frame.call(n, one)) for n in names), key=_Done.weight)
+    attribute = {"fusion": "calls", "async-start": "calls", "call": "to_apply"}.get(one.opcode)
+    called = one.computations(attribute) if attribute else []
+    return _scattered(called, _sum([_frame_costs(frame.call(n, one)) for n in called]))
+
+
+def _scattered(called: list[str], done: _Done) -> _Done:
+    """The TPU's fusion of a sum and the slice that each device keeps is a reduce-scatter."""
+    if not any(name.startswith("all-reduce-scatter") for name in called):
+        return done
+    made = tuple(one._replace(kind="reduce-scatter") for one in done.transfers)
+    return done._replace(transfers=made)
+
+
+def _transfer(frame: _Frame, one: Instruction, kind: str) -> Transfer:
+    together = groups(one.rest, frame.module.devices)
+    shapes = frame.computation.operand_shapes(one)
+    if kind == "all-gather":
+        (axis,) = one.numbers("dimensions")
+        shapes = tuple(_widened(shape, axis, len(together[0])) for shape in shapes)
+    total = sum(shape.bytes for shape in shapes)
+    return Transfer(kind, shapes, total, 1, together, one.op_name or frame.op_name)
+
+
+def _widened(shape: Shape, axis: int, factor: int) -> Shape:
+    dims = list(shape.dims)
+    dims[axis] *= factor
+    return shape._replace(dims=tuple(dims))
+
+
+# Loops.
+
+
+def _loop(frame: _Frame, one: Instruction) -> _Done:
+    """A loop's body, and condition, times its trips."""
+    body, condition = (frame.call(one.computations(name)[0], one) for name in ("body", "condition"))
+    moving = body._replace(argument=_carried)
+
+    def constant(number, element):
+        """What the loop leaves as it was."""
+        if element is None or _value(moving, body.computation.root, element) != (0, element):
+            return None
+        return _value(frame, one.operands[0], element)
+
+    def known(number, element):
+        return constant(number, element) or _carried(number, element)
+
+    parts = [part._replace(argument=constant) for part in (body, condition)]
+    done = _sum([_frame_costs(part) for part in parts])
+    trips = _trips(frame, one, *(part._replace(argument=known) for part in parts))
+    if trips is None:
+        return done._replace(unknown_loops=(*done.unknown_loops, one.op_name or one.name))
+    return done.times(trips)
+
+
+def _trips(frame: _Frame, one: Instruction, body: _Frame, condition: _Frame) -> int | None:
+    """How often a loop runs: as the compiler noted, or from its condition's comparison."""
+    if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', one.rest):
+        return int(match[1])
+
+    def course(side):
+        """First value and growth in a trip of one side of the comparison."""
+        if side is None or side.carried is None:
+            return side and (side.offset, 0)
+        start = _value(frame, one.operands[0], side.carried)
+        end = _value(body, body.computation.root, side.carried)
+        known = start and end and start.carried is None and end.carried == side.carried
+        return (start.offset + side.offset, end.offset) if known else None
+
+    direction, *sides = _comparison(condition) or ("", None, None)
+    left, right = map(course, sides)
+    if left is None or right is None:
+        return None
+    return _count(direction, right[0] - left[0], left[1] - right[1])
+
+
+def _count(direction: str, distance: int, step: int) -> int | None:
+    """Trips until a side that gains `step` in each has made up the distance to the other."""
+    if not step or (direction in ("LT", "LE", "GT", "GE") and (direction[0] == "L") != (step > 0)):
+        return None
+    if direction in ("LT", "GT", "NE"):
+        return max(0, -(-distance // step))
+    return max(0, distance // step + 1) if direction in ("LE", "GE") else None
+
+
+class _Affine(NamedTuple):
+    """An integer: `offset` more than element `carried` of what a loop carries, or than 0."""
+
+    offset: int
+    carried: int | None = None
+
+
+def _carried(number: int, element: int | None) -> _Affine | None:
+    return None if element is None else _Affine(0, element)
+
+
+def _comparison(frame: _Frame) -> tuple | None:
+    """Direction and sides of the comparison that a computation ends in."""
+    one = frame.computation.instructions[frame.computation.root]
+    if one.opcode in _CALLS:
+        return _comparison(frame.call(one.computations(_CALLS[one.opcode])[0], one))
+    match = re.search(r"direction=(\w+)", one.rest)
+    if one.opcode != "compare" or not match:
+        return None
+    return match[1], *(_value(frame, name, None) for name in one.operands)
+
+
+_CALLS = {"fusion": "calls", "call": "to_apply"}
+_SAME = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done", "optimization-barrier")
+
+
+def _value(frame: _Frame, name: str, element: int | None) -> _Affine | None:
+    """What the text says of an integer, or of an element of a tuple; None is nothing."""
+    one = frame.computation.instructions[name]
+    if one.opcode == "constant" and re.fullmatch(r"-?\d+", one.literal):
+        return _Affine(int(one.literal))
+    if one.opcode in _SAME:
+        return _value(frame, one.operands[0], element)
+    if one.opcode == "get-tuple-element":
+        return _value(frame, one.operands[0], one.numbers("index")[0])
+    if one.opcode == "tuple" and element is not None:
+        return _value(frame, one.operands[element], None)
+    if one.opcode == "parameter":
+        return frame.argument(int(one.literal), element)
+    if one.opcode in _CALLS:
+        called = frame.call(one.computations(_CALLS[one.opcode])[0], one)
+        return _value(called, called.computation.root, element)
+    if one.opcode in ("add", "subtract"):
+        return _added(*(_value(frame, operand, None) for operand in one.operands), one.opcode)
+    return None
+
+
+def _added(a: _Affine | None, b: _Affine | None, opcode: str) -> _Affine | None:
+    if a is None or b is None:
+        return None
+    if opcode == "subtract":
+        return _Affine(a.offset - b.offset, a.carried) if b.carried is None else None
+    if a.carried is not None and b.carried is not None:
+        return None
+    return _Affine(a.offset + b.offset, b.carried if a.carried is None else a.carried)
+
+
+# Products.
+
+
+def _dot(computation: Computation, one: Instruction) -> int:
+    left, _ = computation.operand_shapes(one)
+    contracted = math.prod(left.dims[i] for i in one.numbers("lhs_contracting_dims"))
+    return 2 * one.shapes[0].elements * contracted
+
+
+def _convolution(computation: Computation, one: Instruction) -> int:
+    left, kernel = computation.operand_shapes(one)
+    inputs, taps, outputs = (
+        dict(zip(labels, shape.dims, strict=True))
+        for labels, shape in zip(_labels(one), (left, kernel, one.shapes[0]), strict=True)
+    )
+    window = _window(one.rest)
+    total = 2 * outputs["b"] * outputs["f"] * taps["i"]
+    for i, axis in enumerate(window):
+        total *= meetings(inputs[str(i)], taps[str(i)], outputs[str(i)], **axis)
+    return total
+
+
+def meetings(
+    inputs: int, taps: int, outputs: int, stride=1, low=0, input_dilation=1, tap_dilation=1
+) -> int:
+    """Multiplications along one axis of a convolution.
+
+    A tap in the padding counts, one in a hole between dilated inputs does not; but no more than an
+    input meets taps, or outputs: compilers write batches of matrix products as convolutions with
+    windows that are padding for the greater part.
+
+    Args:
+        inputs, taps, outputs: elements along the axis.
+        stride: of the window.
+        low: padding before the first input.
+        input_dilation, tap_dilation: distance of neighbours.
+    """
+    places = np.arange(outputs)[:, None] * stride + np.arange(taps) * tap_dilation - low
+    met = int(np.count_nonzero(places % input_dilation == 0))
+    return min(met, inputs * taps, inputs * outputs)
+
+
+def _labels(one: Instruction) -> tuple[str, str, str]:
+    """Axes of input, kernel and output, e.g. b01f, 01io and b01f."""
+    return re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest).groups()
+
+
+def _window(rest: str) -> list[dict[str, int]]:
+    """Arguments of `meetings` for each axis."""
+    match = re.search(r"window=\{(.*?)\}", rest)
+    fields = dict(field.split("=") for field in match[1].split()) if match else {}
+    names = {"stride": "stride", "lhs_dilate": "input_dilation", "rhs_dilate": "tap_dilation"}
+    axes = [{} for _ in fields["size"].split("x")] if fields else []
+    for field, name in names.items():
+        for axis, n in zip(axes, fields.get(field, "").split("x"), strict=False):
+            axis |= {name: int(n)} if n else {}
+    for axis, n in zip(axes, fields.get("pad", "").split("x"), strict=False):
+        axis |= {"low": int(n.split("_")[0])} if n else {}
+    return axes
+
+
+def _library(computation: Computation, one: Instruction) -> int:
+    """A call of cuBLAS or cuDNN; 0 for others."""
+    target = re.search(r'custom_call_target="([^"]*)"', one.rest)[1]
+    shapes = computation.operand_shapes(one)
+    if target.startswith("__cublas$"):
+        contracted = _configured(one, "lhs_contracting_dimensions")
+        return 2 * one.shapes[0].elements * math.prod(shapes[0].dims[i] for i in contracted)
+    if target.startswith("__cudnn$fmha"):
+        scores = math.prod(_configured(one, r"intermediate_tensor_shape.*?dimensions"))
+        products = 5 if target.endswith("Backward") else 2  # backward makes the scores again
+        return 2 * products * scores * shapes[0].dims[-1]
+    if target.startswith("__cudnn$conv"):
+        # Labels are the forward pass's; here one of its three arrays is the result.
+        roles = {"Input": (shapes[1:2], shapes[:1]), "Filter": (one.shapes, shapes[1:])}
+        kernel, output = roles.get(target.rpartition("Backward")[2], (shapes[1:], one.shapes))
+        features = kernel[0].dims[_labels(one)[1].index("o")]
+        return 2 * output[0].elements * kernel[0].elements // features
+    return 0
+
+
+def _configured(one: Instruction, name: str) -> list[int]:
+    """A list of numbers in the JSON of a library call."""
+    match = re.search(rf'"{name}":\s*\[([^\]]*)\]', one.rest)
+    return [int(n) for n in re.findall(r"\d+", match[1])]
+
+
+_FLOPS = {"dot": _dot, "convolution": _convolution, "custom-call": _library}
+
+
+# Before compilation.
+
+
+def flops_of(jaxpr: Any) -> int:
+    """FLOPs of a traced program over all devices, counted as in `costs`.
+
+    What only a device's compiler makes of it is not seen, so it serves hardware that is not there,
+    and finds what products inside kernels and custom calls cost. Recomputation counts; of a
+    conditional the largest branch; a loop whose length is no constant counts once.
+
+    Args:
+        jaxpr: from `jax.make_jaxpr(function)(*shapes)`.
+    """
+    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
+    return sum(_equation(one) for one in jaxpr.eqns)
+
+
+def _equation(one) -> int:
+    name = one.primitive.name
+    if name == "dot_general":
+        (contracted, _), _ = one.params["dimension_numbers"]
+        dims = one.invars[0].aval.shape
+        return 2 * one.outvars[0].aval.size * math.prod(dims[i] for i in contracted)
+    if name == "conv_general_dilated":
+        return _traced_convolution(one)
+    inside = [flops_of(part) for part in _parts(one.params)]
+    if name == "cond":
+        return max(inside)
+    return _repeats(one) * sum(inside)
+
+
+def _repeats(one) -> int:
+    params = one.params
+    if one.primitive.name == "scan":
+        return params["length"]
+    if one.primitive.name == "shard_map":
+        axes = params.get("newly_manual_axes", params.get("manual_axes"))
+        return math.prod(params["mesh"].shape[axis] for axis in axes)
+    if one.primitive.name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid)
+    return 1
+
+
+def _parts(params: dict) -> Iterator:
+    """Programs among the parameters of an equation."""
+    for value in params.values():
+        for part in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(part, (core.ClosedJaxpr, core.Jaxpr)):
+                yield part
+
+
+def _traced_convolution(one) -> int:
+    params, names = one.params, one.params["dimension_numbers"]
+    inputs, kernel = (variable.aval.shape for variable in one.invars)
+    outputs = one.outvars[0].aval.shape
+    total = 2 * outputs[names.out_spec[0]] * outputs[names.out_spec[1]]
+    total *= kernel[names.rhs_spec[1]]
+    axes = zip(names.lhs_spec[2:], names.rhs_spec[2:], names.out_spec[2:], strict=True)
+    for i, (a, b, c) in enumerate(axes):
+        total *= meetings(
+            inputs[a], kernel[b], outputs[c], params["window_strides"][i], params["padding"][i][0],
+            params["lhs_dilation"][i], params["rhs_dilation"][i],
+        )  # fmt: skip
+    return total

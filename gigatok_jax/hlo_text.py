@@ -1,0 +1,162 @@
+"""HLO text to instructions: what jax 0.10 to 0.12 print of compiled programs."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+_BITS = {"pred": 8, "token": 0, "f8e8m0fnu": 8}  # types whose first digits do not say
+_HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
+_LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
+_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+
+
+class Shape(NamedTuple):
+    dtype: str  # as HLO spells it, e.g. "bf16"
+    dims: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> int:
+        bits = _BITS.get(self.dtype) or int(re.search(r"\d+|$", self.dtype)[0] or 0)
+        return -(-self.elements * bits // 8)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.dims))}]"
+
+
+class Instruction(NamedTuple):
+    name: str
+    shapes: tuple[Shape, ...]  # of the result; a tuple's are flat
+    opcode: str
+    operands: tuple[str, ...]  # names
+    literal: str  # between the parentheses, e.g. "3" of constant(3)
+    rest: str  # attributes
+
+    def computations(self, attribute: str) -> list[str]:
+        """Computations that an attribute names."""
+        match = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.rest)
+        return re.findall(r"[\w.\-]+", match[1]) if match else []
+
+    def numbers(self, attribute: str) -> list[int]:
+        """Of an attribute such as dimensions={0,1} or index=1; none where it is not there."""
+        match = re.search(rf"\b{attribute}=(\{{[\d,]*\}}|\d+)", self.rest)
+        return [int(n) for n in re.findall(r"\d+", match[1])] if match else []
+
+    @property
+    def op_name(self) -> str:
+        """The operation that it was made for; "" where the compiler lost it."""
+        match = re.search(r'op_name="([^"]*)"', self.rest)
+        return match[1] if match else ""
+
+
+class Computation(NamedTuple):
+    name: str
+    instructions: dict[str, Instruction]
+    root: str
+
+    def operand_shapes(self, one: Instruction) -> tuple[Shape, ...]:
+        return tuple(shape for name in one.operands for shape in self.instructions[name].shapes)
+
+
+class Module(NamedTuple):
+    computations: dict[str, Computation]
+    entry: str
+    devices: int
+
+
+def parse(text: str) -> Module:
+    """Of `compiled.as_text()`.
+
+    Raises:
+        ValueError: there is no entry computation in it.
+    """
+    found, entry, current = {}, "", []
+    for line in text.splitlines():
+        if line[:1].isspace():
+            if match := _LINE.match(line):
+                current.append(match)
+        elif (match := _HEADER.match(line)) and not line.startswith("HloModule"):
+            current = found[match[2]] = []
+            entry = match[2] if match[1] else entry
+    if not entry:
+        raise ValueError("no entry computation: expected the text of a compiled program")
+    counts = re.findall(r"(?:replica_count|num_partitions)=(\d+)", text.partition("\n")[0])
+    made = {name: _computation(name, lines) for name, lines in found.items()}
+    return Module(made, entry, math.prod(map(int, counts)))
+
+
+def _computation(name: str, lines: list[re.Match]) -> Computation:
+    instructions, root = {}, ""
+    for match in lines:
+        first, own, shape, opcode, tail = match.groups()
+        inside, _, rest = tail.partition("), ") if "), " in tail else tail.partition(")")
+        operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+        shapes = tuple(_shapes(shape))
+        instructions[own] = Instruction(own, shapes, opcode, operands, inside, rest)
+        root = own if first else root
+    return Computation(name, instructions, root)
+
+
+def _shapes(text: str) -> Iterator[Shape]:
+    for dtype, dims in _SHAPE.findall(text):
+        yield Shape(dtype, tuple(int(n) for n in dims.split(",") if n))
+
+
+def groups(rest: str, devices: int) -> tuple[tuple[int, ...], ...]:
+    """Devices that take part together, or (source, target) pairs, of a collective's attributes.
+
+    Three spellings: {{0,1},{2,3}}, [2,2]<=[4] with an order of axes, and axes of a mesh.
+    """
+    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})?\}", rest):
+        listed = re.findall(r"\{([\d,]+)\}", match[1] or "")
+        made = tuple(tuple(int(n) for n in one.split(",")) for one in listed)
+        return made or (tuple(range(devices)),)
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=(\S*?\]\S*?)(?:,\s|$)", rest):
+        return _rows(_iota(match[2]).reshape(_sizes(match[1])))
+    match = re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?\))\))? \{(.*?)\}", rest)
+    if not match:
+        return (tuple(range(devices)),)
+    return _rows(_of_mesh(*match.groups()))
+
+
+def _of_mesh(axes: str, order: str | None, chosen: str) -> np.ndarray:
+    """Groups [groups, members] of "'a'=2,'b'=4", the order of devices and "'b'" or "'b':(2)2"."""
+    sizes = {name: int(n) for name, n in re.findall(r"'([^']*)'=(\d+)", axes)}
+    ids = _iota(order) if order else np.arange(math.prod(sizes.values()))
+    shape, members = [], []  # an axis that is used in part becomes three
+    parts = {name: (pre, size) for name, pre, size in _AXIS.findall(chosen)}
+    for name, n in sizes.items():
+        pre, size = parts.get(name, ("", ""))
+        split = [int(pre), int(size), n // int(pre) // int(size)] if pre else [n]
+        if name in parts:
+            members.append(len(shape) + (len(split) == 3))
+        shape += split
+    last = range(len(shape) - len(members), len(shape))
+    grouped = np.moveaxis(ids.reshape(shape), members, list(last))
+    return grouped.reshape(-1, math.prod(shape[i] for i in members))
+
+
+_AXIS = re.compile(r"'([^']*)'(?::\((\d+)\)(\d+))?")
+
+
+def _iota(text: str) -> np.ndarray:
+    """[2,4]T(1,0): that many numbers in that shape, axes in that order; or the numbers."""
+    sizes, _, order = text.partition("T")
+    if not sizes.startswith("["):
+        return np.array(_sizes(sizes))
+    ids = np.arange(math.prod(_sizes(sizes))).reshape(_sizes(sizes))
+    return ids.transpose(_sizes(order)) if order else ids
+
+
+def _sizes(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]
+
+
+def _rows(ids: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(int(n) for n in row) for row in ids)

@@ -1,0 +1,156 @@
+"""Programs compiled for eight CPU devices, as text: python -m compiled FOLDER NAME...
+
+Apart from the tests because the number of devices is fixed when jax starts.
+"""
+
+import functools
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import PartitionSpec
+
+from configs import xlxxl
+from gigatok_jax import dry_run, parallel, plan
+from gigatok_jax.model_config import model_config
+from gigatok_jax.models import cnn, layers, qformer, tokenizer
+from gigatok_jax.train import program as program_lib
+
+P = PartitionSpec
+
+
+def make_mesh(sizes: str) -> jax.sharding.Mesh:
+    """Of "2x4x1"."""
+    axes = dict(zip(parallel.AXES, map(int, sizes.split("x")), strict=True))
+    return parallel.make_mesh(ml_collections.ConfigDict(axes))
+
+
+# By hand: collectives whose bytes are known. The mesh is 2x4x1, "fsdp" has four devices.
+
+
+def in_loop(x, w):
+    """A sum in each of 5 trips."""
+    return jax.lax.scan(lambda x, _: (jax.lax.psum(x @ w, "fsdp"), None), x, None, length=5)[0]
+
+
+def in_loops(x, w):
+    """The same 3 x 5 times."""
+    return jax.lax.scan(lambda x, _: (in_loop(x, w), None), x, None, length=3)[0]
+
+
+def counted(x, w):
+    """The same in 14 trips from 3 to 17."""
+    return jax.lax.fori_loop(3, 17, lambda i, x: jax.lax.psum(x @ w + i, "fsdp"), x)
+
+
+def until(x, w):
+    """The same until a value is reached: nobody knows when."""
+    return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: jax.lax.psum(x @ w, "fsdp"), x)
+
+
+def either(x, w):
+    """The second branch has more products and no sum."""
+    return jax.lax.cond(
+        x[0, 0] > 0, lambda x: jax.lax.psum(x @ w, "fsdp"), lambda x: x @ w @ w + 1, x
+    )
+
+
+def exchange(x, w):
+    """One of each kind."""
+    x = jax.lax.all_gather(x, "fsdp", tiled=True)  # [64 16]
+    x = jax.lax.psum_scatter(x + 1, "fsdp", tiled=True)  # [16 16]
+    x = jax.lax.all_to_all(x * w, "fsdp", 0, 1, tiled=True)  # [4 64]
+    return jax.lax.ppermute(jnp.sin(x), "fsdp", [(i, (i + 1) % 4) for i in range(4)])
+
+
+BY_HAND = {f.__name__: f for f in (in_loop, in_loops, counted, until, either, exchange)}
+
+
+def by_hand(name: str):
+    """Of f32[16 16], the same on every device."""
+    shape = jax.ShapeDtypeStruct((16, 16), jnp.float32)
+    spread = functools.partial(jax.shard_map, mesh=make_mesh("2x4x1"), check_vma=False)
+    mapped = spread(BY_HAND[name], in_specs=P(), out_specs=P())
+    return jax.jit(mapped).lower(shape, shape).compile()
+
+
+# Ours, from shapes.
+
+PARTS = {  # module, where its parameters lie, inputs: kernels outweigh what they are applied to
+    "align": (layers.AlignmentMLP(768), "align", (16, 4, 768)),
+    "block": (cnn.ResnetBlock(512), "cnn_encoder/level_4_block_0", (16, 4, 4, 512)),
+    "encoder": (qformer.QFormerEncoder(5, 8, 512, 16, remat="blocks"), "encoder", (16, 4, 4, 256)),
+}
+
+
+def parameters(name: str) -> dict:
+    """Shapes of the parameters of a part."""
+    module, path, shape = PARTS[name]
+    return {path: jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(shape))["params"]}
+
+
+def part(name: str):
+    """Gradient of a part, of 16 images on 2x4x1."""
+    module, path, shape = PARTS[name]
+    mesh, params = make_mesh("2x4x1"), parameters(name)
+    inputs = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=parallel.split_batch(mesh))
+    placed = parallel.shardings(params, mesh, parallel.RULES["tokenizer"])
+    given = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, placed
+    )
+
+    def loss(params, x):
+        out = jax.tree.leaves(module.apply({"params": params[path]}, x))
+        return sum((x**2).sum() for x in out)
+
+    with jax.set_mesh(mesh):
+        return jax.jit(jax.grad(loss), out_shardings=placed).lower(given, inputs).compile()
+
+
+def step_config(images: int):
+    """XL-XXL without CNNs, frozen networks and discriminator."""
+    config = xlxxl.get_config()
+    config.model.stem = "patch"
+    config.train.global_batch = images
+    config.loss.update(perceptual=0.0, discriminator="none", teacher="none")
+    return config
+
+
+def step(sizes: str):
+    """A training step of 16 images."""
+    mesh = make_mesh(sizes)
+    return program_lib.lower(plan.program_of(step_config(16), mesh), mesh).compile()
+
+
+def cnn_pair(sizes: str):
+    """Both CNNs forward, on 16 images of 256 pixels."""
+    mesh, model = make_mesh(sizes), model_config("XL-XXL", encoder="pico", decoder="pico")
+    module = tokenizer.make(model, jnp.bfloat16)
+    params = dry_run.abstract_params(model)
+    placed = parallel.shardings(params, mesh, parallel.RULES["tokenizer"])
+    given = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, placed
+    )
+    images = jax.ShapeDtypeStruct(
+        (16, 256, 256, 3), jnp.float32, sharding=parallel.split_batch(mesh)
+    )
+    with jax.set_mesh(mesh):
+        return jax.jit(lambda p, x: module.apply({"params": p}, x)).lower(given, images).compile()
+
+
+MADE = {"step": step, "cnn": cnn_pair}
+
+
+def main(folder: str, *names: str) -> None:
+    """Leaves the text of each program in `folder/name`: "in_loop", "align", "step:2x4x1"."""
+    for name in names:
+        kind, _, sizes = name.partition(":")
+        make = by_hand if name in BY_HAND else part
+        made = MADE[kind](sizes) if sizes else make(name)
+        pathlib.Path(folder, name).write_text(made.as_text())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
