@@ -15,7 +15,7 @@ from gigatok_jax import command_line
 
 config_flags.DEFINE_config_file("config", None, "configs/<run>.py[:arg=value,...]")
 flags.DEFINE_string("workdir", None, "Where the run is kept; runs/<config name> by default.")
-flags.DEFINE_bool("dry_run", False, "Prints the parameters of the config's model, and ends.")
+flags.DEFINE_bool("dry_run", False, "Prints what the run would hold, need and send.")
 
 TASKS = {  # config.task: module and function of (config, workdir)
     "demo": ("gigatok_jax.train.demo", "train"),
@@ -34,9 +34,9 @@ def main(argv):
     workdir = flags.FLAGS.workdir or f"runs/{config.name}"
     with command_line.one_line_errors():
         if flags.FLAGS.dry_run:
-            from gigatok_jax import dry_run
+            from gigatok_jax import plan_report
 
-            print(dry_run.report(config))
+            plan_report.show(config)
         else:
             # Once inside a cluster, a process that fails has its own way to end.
             with cluster_of(config, workdir), command_line.one_line_errors():

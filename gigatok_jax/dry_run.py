@@ -1,4 +1,4 @@
-"""What a run would hold, from shapes alone: no device, no memory, seconds for any size."""
+"""Parameters of a config's model, from shapes alone: seconds for any size."""
 
 import math
 from typing import NamedTuple
@@ -10,8 +10,6 @@ from gigatok_jax.errors import ConfigError
 from gigatok_jax.model_config import validate
 from gigatok_jax.models import ar, tokenizer
 
-GIB = 2**30
-STATE_COPIES = 4  # parameters, EMA and the two moments of AdamW, all float32
 ALIGNMENT = "align"  # the part that only training uses
 
 
@@ -59,7 +57,7 @@ def count_alignment(params) -> int:
 
 
 def report(config) -> str:
-    """Parameter table, totals and memory of the training state of a config, as text.
+    """Parameter table and totals of a config's model, as text.
 
     Raises:
         ConfigError: the config has no model (its task reads a checkpoint) or a wrong one.
@@ -68,8 +66,7 @@ def report(config) -> str:
         raise ConfigError(f"{config.name} takes its model from a checkpoint: nothing to plan")
     validate(config.model)
     params = abstract_params(config.model)
-    lines = [*_table(rows(params)), "", *_totals(params), "", *_memory(config.model, params)]
-    return "\n".join(lines)
+    return "\n".join([*_table(rows(params)), "", *_totals(params)])
 
 
 def _table(rows) -> list[str]:
@@ -87,15 +84,3 @@ def _totals(params) -> list[str]:
     if alignment:
         parts["without alignment MLP"] = total - alignment
     return [f"{name:24}{number:>16,}" for name, number in parts.items()]
-
-
-def _memory(model, params) -> list[str]:
-    size = count(params) * 4 / GIB
-    others = (
-        "the frozen tokenizer" if model.kind == "prior" else "discriminator and frozen networks"
-    )
-    return [
-        f"training state: {STATE_COPIES * size:.2f} GiB (parameters, EMA, two moments, float32),"
-        f" and {size:.2f} GiB of gradients",
-        f"not counted: activations, {others}",
-    ]

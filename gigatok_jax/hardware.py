@@ -11,9 +11,11 @@ import os
 import re
 from typing import NamedTuple
 
+import jax
 from jax.experimental import topologies
 
 from gigatok_jax.errors import ConfigError
+from gigatok_jax.train import fit
 
 GIB = 2**30
 GPUS_PER_HOST = 8
@@ -24,8 +26,8 @@ class Chip(NamedTuple):
 
     name: str
     platform: str
-    memory: float  # GiB that programs may take
-    peak: float  # FLOP/s in bfloat16, dense
+    memory: float  # GiB that programs may take; 0 is not known
+    peak: float  # FLOP/s in bfloat16, dense; 0 is not known
     link: float  # to the others of its slice (ICI) or host (NVLink)
     network: float  # to other slices or hosts
 
@@ -42,10 +44,15 @@ class Topology(NamedTuple):
     @property
     def neighbours(self) -> int:
         """Devices that the fast links join."""
-        return math.prod(self.shape) if self.chip.platform == "tpu" else GPUS_PER_HOST
+        return GPUS_PER_HOST if self.chip.platform == "gpu" else math.prod(self.shape)
+
+    @property
+    def limit(self) -> int | None:
+        """Bytes of a device; None where nobody knows."""
+        return int(self.chip.memory * GIB) if self.chip.memory else None
 
     def __str__(self):
-        if self.chip.platform == "gpu":
+        if self.chip.platform != "tpu":
             return f"{self.chip.name}x{self.shape[0]}"
         one = f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
         return one if self.slices == 1 else f"{self.slices} slices of {one}"
@@ -124,6 +131,19 @@ def _gpus(chip: Chip, count: int, slices: int) -> Topology:
 def _nearest(text: str, known: list[str]) -> str:
     near = difflib.get_close_matches(text, known, n=2, cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def here() -> Topology:
+    """The devices of this process, as far as the table knows them."""
+    kind, count = jax.devices()[0].device_kind, jax.device_count()
+    words = kind.lower().split()
+    name = _KINDS.get(kind) or next((name for name in CHIPS if name in words), None)
+    limit = (fit.memory_limit() or 0) / GIB
+    chip = CHIPS[name] if name else Chip(kind, jax.default_backend(), 0, 0, 0, 0)
+    return Topology(chip._replace(memory=limit), (count,), 1)
+
+
+_KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e"}
 
 
 def compiler(topology: Topology) -> list | None:

@@ -1,12 +1,80 @@
-"""What a run would need on devices that may not be there."""
+"""What a training step would need on devices that may not be there.
 
-from collections.abc import Callable
+Two ways, and every result says which: "compiled for" asks the compiler of the devices, "shape
+analysis" has only shapes, shardings and the traced equations.
+"""
+
+import contextlib
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
+from absl import logging
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from gigatok_jax import footprint, hardware, hlo, parallel
 from gigatok_jax import load as load_lib
 from gigatok_jax.train import ar, networks, tokenizer
+from gigatok_jax.train import program as program_lib
 from gigatok_jax.train.program import Program
+
+COMPILED, ANALYSED = "compiled for", "shape analysis for"
+UTILISATION = 0.5  # of a chip's peak: an assumption of every estimated time
+TRACED_BATCH = 256  # large, so that what does not grow with it is lost beside what does
+TICK = 15.0  # seconds between signs of life
+
+
+class Traffic(NamedTuple):
+    """Collectives of one kind within groups of one form, of a whole step."""
+
+    kind: str
+    bytes: int  # operands of one device, or the result of an all-gather
+    near: int  # devices of a group that fast links join
+    far: int  # such parts of a group, joined by a network
+
+
+class Plan(NamedTuple):
+    """Of one training step; bytes and FLOPs are those of one device."""
+
+    name: str  # of the config
+    where: str
+    how: str  # COMPILED or ANALYSED
+    chip: hardware.Chip
+    mesh: dict[str, int]
+    batch: int  # images of all devices
+    micro_batches: int
+    memory: dict[str, int]
+    limit: int | None
+    flops: int
+    traffic: tuple[Traffic, ...]
+
+    @property
+    def needed(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        return _fits(self.memory, self.limit)
+
+    def seconds(self) -> tuple[float, float]:
+        """Of computing and of collectives, each alone, on a chip whose speed is known."""
+        compute = self.flops / (self.chip.peak * UTILISATION)
+        return compute, sum(_seconds(one, self.chip) for one in self.traffic)
+
+
+def _fits(memory: dict[str, int], limit: int | None) -> bool:
+    return limit is None or sum(memory.values()) <= limit
+
+
+def _seconds(one: Traffic, chip: hardware.Chip) -> float:
+    """Near parts first: a ring over fast links, then one over the network of a share each."""
+    rounds = 2 if one.kind == "all-reduce" else 1
+    near = rounds * one.bytes * (one.near - 1) / one.near / chip.link
+    return near + rounds * one.bytes / one.near * (one.far - 1) / one.far / chip.network
 
 
 def program_of(config, mesh: jax.sharding.Mesh, load: Callable = load_lib.frozen_shapes) -> Program:
@@ -26,3 +94,223 @@ def program_of(config, mesh: jax.sharding.Mesh, load: Callable = load_lib.frozen
     config = config.copy_and_resolve_references()
     config.loss = parts.loss  # without what was left out
     return tokenizer.make_program(config, mesh, parts)
+
+
+# Shape analysis.
+
+
+class Traced(NamedTuple):
+    """What a config's step is on any mesh."""
+
+    state: Any  # shapes
+    frozen: Any
+    flops: float  # of an image
+    activations: float  # bytes of an image
+
+
+def trace(config, platform: str) -> Traced:
+    """Traces the step of a config on one device that need not be there; seconds for any size.
+
+    Args:
+        config: of the run.
+        platform: "cpu", "gpu" or "tpu", on which attention and kernels depend.
+    """
+    config = config.copy_and_resolve_references()
+    config.train.global_batch, config.train.micro_batches = TRACED_BATCH, 1
+    mesh = abstract_mesh(dict.fromkeys(parallel.AXES, 1), platform)
+    program = program_of(config, mesh)
+    with jax.sharding.use_abstract_mesh(mesh):
+        step = program.make_step(1).trace(
+            program.abstract, program.batch, program.frozen, *program.phase
+        )
+    flops, peak = hlo.flops_of(step.jaxpr), footprint.peak(step.jaxpr)
+    return Traced(program.abstract, program.frozen, flops / TRACED_BATCH, peak / TRACED_BATCH)
+
+
+def abstract_mesh(sizes: dict[str, int], platform: str = "cpu") -> AbstractMesh:
+    """A mesh of devices that nobody asks for."""
+    device = AbstractDevice(platform, None, platform)
+    types = (AxisType.Auto,) * len(sizes)
+    return AbstractMesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=types, abstract_device=device
+    )
+
+
+def analyse(config, traced: Traced, topology: hardware.Topology) -> Plan:
+    """Plan from shapes alone.
+
+    Args:
+        config: of the run; its mesh is laid over the topology.
+        traced: from `trace` of that config.
+        topology: to plan for.
+
+    Raises:
+        ConfigError: the mesh does not fit the topology, the batch or the arrays.
+    """
+    sizes = parallel.axis_sizes(config.mesh, topology.devices)
+    mesh = abstract_mesh(sizes)
+    batch, parts = config.train.global_batch, config.train.micro_batches
+    parallel.check_batch(mesh, batch, parts)
+    state = placed(config, traced, mesh)
+    limit = topology.limit
+    share = batch // parallel.batch_shards(mesh)
+    while True:
+        memory = _shape_memory(state, traced, share / parts, parts)
+        if _fits(memory, limit) or share % (2 * parts):
+            break
+        parts *= 2
+    return Plan(
+        config.name, str(topology), ANALYSED, topology.chip, sizes, batch, parts, memory, limit,
+        int(traced.flops * batch / topology.devices), _shape_traffic(state, mesh, topology, parts),
+    )  # fmt: skip
+
+
+def placed(config, traced: Traced, mesh) -> Any:
+    """Shapes of a state with their shardings on a mesh."""
+    where = parallel.shardings(traced.state, mesh, parallel.rules_of(config))
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        traced.state,
+        parallel.place_average(where, mesh, config),
+    )
+
+
+def _trained(state) -> list:
+    """Shapes of all trained parameters."""
+    judge = getattr(state, "discriminator", None)
+    return jax.tree.leaves((state.params, judge))
+
+
+def _shape_memory(state, traced: Traced, images: float, parts: int) -> dict[str, int]:
+    gradients = parallel.bytes_per_device(_trained(state))
+    return {
+        "state": parallel.bytes_per_device(state),
+        "frozen": parallel.bytes_per_device(traced.frozen),
+        "gradients": gradients * (1 if parts == 1 else 2),  # a sum, and those that are added
+        "activations": int(traced.activations * images),
+    }
+
+
+def _shape_traffic(state, mesh, topology: hardware.Topology, parts: int) -> tuple[Traffic, ...]:
+    """Gathering parameters and summing gradients; what `tensor` sends is not in the shapes."""
+    groups = _groups(mesh.shape, topology.neighbours)
+    total = {}
+    for leaf in _trained(state):
+        own = parallel.bytes_per_device([leaf])
+        divided = "fsdp" in leaf.sharding.spec and mesh.shape["fsdp"] > 1
+        if divided:  # bfloat16, forwards and backwards; and float32 gradients
+            whole = own * mesh.shape["fsdp"]
+            _add(total, "all-gather", groups["fsdp"], parts * 2 * whole // 2)
+            _add(total, "reduce-scatter", groups["fsdp"], parts * whole)
+        others = groups["data"] if divided else groups["data+fsdp"]
+        if others != (1, 1):
+            _add(total, "all-reduce", others, parts * own)
+    return tuple(Traffic(kind, count, *group) for (kind, group), count in total.items())
+
+
+def _add(total: dict, kind: str, group: tuple[int, int], count: int) -> None:
+    total[kind, group] = total.get((kind, group), 0) + count
+
+
+def _groups(shape, neighbours: int) -> dict[str, tuple[int, int]]:
+    """Near and far parts of the groups along axes; devices lie in the order of the axes."""
+    made, stride = {}, 1
+    for axis in reversed(parallel.AXES):
+        near = max(1, min(shape[axis], neighbours // stride))
+        made[axis] = (near, shape[axis] // near)
+        stride *= shape[axis]
+    (a, b), (c, d) = made["data"], made["fsdp"]
+    return made | {"data+fsdp": (a * c, b * d)}
+
+
+# Compilation.
+
+
+def compile_for(config, topology: hardware.Topology, devices: list) -> Plan:
+    """Plan from the program that the devices' compiler makes of the step.
+
+    Args:
+        config: of the run; its mesh is laid over the devices.
+        topology: of the devices.
+        devices: from `hardware.compiler`.
+
+    Raises:
+        ConfigError: the mesh does not fit the devices, the batch or the arrays.
+    """
+    mesh = parallel.make_mesh(config.mesh, devices)
+    limit = topology.limit
+    parts, memory, text = _fitted(config, mesh, limit, f"{config.name} for {topology}")
+    found = hlo.costs(text) if text else None
+    return Plan(
+        config.name, str(topology), COMPILED, topology.chip, dict(mesh.shape),
+        config.train.global_batch, parts, memory, limit, found.flops if found else 0,
+        _traffic(text, topology.neighbours) if text else (),
+    )  # fmt: skip
+
+
+def _fitted(config, mesh, limit: int | None, what: str):
+    """Micro-batches of the first step that fits, its memory and its program's text; of the last
+    one's memory without a text where none does."""
+    batch, parts = config.train.global_batch, config.train.micro_batches
+    parallel.check_batch(mesh, batch, parts)
+    program = program_of(config, mesh)
+    while True:
+        with ticking(f"compiling {what}, micro-batches {parts}"):
+            memory, text = _compile(program_lib.lower(program, mesh, parts))
+        if _fits(memory, limit) or batch % (parallel.batch_shards(mesh) * parts * 2):
+            return parts, memory, text
+        logging.warning("%s: %.1f GiB do not fit", what, sum(memory.values()) / hardware.GIB)
+        parts *= 2
+
+
+def _compile(lowered: jax.stages.Lowered) -> tuple[dict[str, int], str | None]:
+    """Memory of a device, and the program; no program where the compiler refused its size."""
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if found := re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", str(error)):
+            unit = {"K": 2**10, "M": 2**20, "G": 2**30}[found[2]]
+            return {"all that the compiler refused": int(float(found[1]) * unit)}, None
+        raise
+    return memory_of(compiled), compiled.as_text()
+
+
+def memory_of(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Bytes of one device by what they hold."""
+    stats = compiled.memory_analysis()
+    return {
+        "arguments": stats.argument_size_in_bytes,
+        "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+    }
+
+
+def _traffic(text: str, neighbours: int) -> tuple[Traffic, ...]:
+    total = {}
+    for one in hlo.collectives(text):
+        _add(total, one.kind, _parted(one, neighbours), one.bytes * one.times)
+    return tuple(Traffic(kind, count, *group) for (kind, group), count in total.items())
+
+
+def _parted(one: hlo.Transfer, neighbours: int) -> tuple[int, int]:
+    group = one.groups[0]
+    parts = {device // neighbours for device in group}
+    return len(group) // len(parts), len(parts)
+
+
+@contextlib.contextmanager
+def ticking(what: str) -> Iterator[None]:
+    """Tells the time on stderr while something takes long."""
+    start, done = time.monotonic(), threading.Event()
+
+    def tick():
+        while not done.wait(TICK):
+            print(f"{what} ... {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

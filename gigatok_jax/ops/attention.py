@@ -3,6 +3,8 @@
 Axes: b batch, n queries, m keys, h heads, g key/value heads, d head width.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -37,9 +39,10 @@ def attend(
     even = query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0
     fits = query.shape[-1] % 8 == 0 and (even or not gradient)
     fused = half and fits and implementation.platform() == "gpu"
-    return jax.nn.dot_product_attention(
-        query, key, value, is_causal=causal, implementation="cudnn" if fused else "xla"
-    )
+    library = "cudnn" if fused and implementation.is_here() else "xla"
+    run = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation=library)
+    # For GPUs that are not here, which cuDNN cannot be asked for: it too keeps no scores.
+    return (jax.checkpoint(run) if fused and library == "xla" else run)(query, key, value)
 
 
 def attend_cached(

@@ -36,13 +36,22 @@ def platform() -> str:
     return _device().platform
 
 
+def is_here() -> bool:
+    """Whether those devices are of this process, rather than of a plan."""
+    return _device() is _default()
+
+
 def _device():
     """That programs are compiled for, unless their arguments lie elsewhere."""
-    given = jax.config.jax_default_device
-    here = given if hasattr(given, "platform") else jax.devices(given)[0]
+    here = _default()
     # A mesh of devices that are not there, to compile for, knows their platform and kind.
     planned = jax.sharding.get_abstract_mesh().abstract_device
     return planned if planned and planned.platform != here.platform else here
+
+
+def _default():
+    given = jax.config.jax_default_device
+    return given if hasattr(given, "platform") else jax.devices(given)[0]
 
 
 def check(operation: str, impl: str, width: int, widths: Sequence[int], interpret: bool) -> None:

@@ -1,0 +1,118 @@
+"""What programs cost by the TPU's compiler, kept in the repository; a TPU is not needed.
+
+Steps have their transformers in full. The gradient of the CNN at 256 pixels takes the compiler half
+an hour, so the CNN is there forwards alone.
+"""
+
+import json
+import pathlib
+import runpy
+from collections.abc import Callable
+from importlib import metadata
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gigatok_jax import hardware, hlo, parallel, plan
+from gigatok_jax.errors import ConfigError
+from gigatok_jax.models import tokenizer
+from gigatok_jax.train import program as program_lib
+
+TOLERANCE = 0.02  # of a figure
+SMALL = 2**20  # bytes; changes of less than so much of a figure are none
+PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
+
+
+class Case(NamedTuple):
+    """A config on a topology."""
+
+    config: str
+    topology: str
+    mesh: dict[str, int]
+    lower: Callable  # (config, mesh) to a lowered program
+
+
+def read(name: str):
+    """Config of "ss" or "ar:size=b".
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    file, _, argument = name.partition(":")
+    path = pathlib.Path("configs") / f"{file}.py"
+    if not path.exists():
+        raise ConfigError(f"no config file {path}: run this in the folder that has configs/")
+    return runpy.run_path(str(path))["get_config"](argument or None)
+
+
+def training(config, mesh) -> jax.stages.Lowered:
+    """The step, a tokenizer's with patches in the place of the CNN and the losses on pixels."""
+    if config.model.kind != "prior":
+        config.model.update(stem="patch", patch_size=16)
+        config.loss.update(perceptual=0.0, discriminator="none")
+    return program_lib.lower(plan.program_of(config, mesh), mesh, config.train.micro_batches)
+
+
+def reconstruction(config, mesh) -> jax.stages.Lowered:
+    """Pixels to pixels, the CNN included, 64 images."""
+    module = tokenizer.make(config.model, jnp.bfloat16)
+    size = config.model.image_size
+    images = jax.ShapeDtypeStruct((64, size, size, 3), jnp.float32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), images)
+    whole, split = parallel.replicated(mesh), parallel.split_batch(mesh)
+    place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
+    params = jax.tree.map(lambda x: place(x, whole), shapes)
+
+    def forward(params, images):
+        return module.apply(params, images)[1].images
+
+    with jax.set_mesh(mesh):
+        return jax.jit(forward, out_shardings=split).lower(params, place(images, split))
+
+
+CASES = {
+    "xlxxl_step": Case("xlxxl", "v5p:2x2x2", {"data": 1, "fsdp": 8}, training),
+    "bl_step": Case("bl", "v5e:2x4", {"data": 8, "fsdp": 1}, training),
+    "ar_xxl_step": Case("ar:size=xxl", "v6e:4x4", {"data": 1, "fsdp": 16}, training),
+    "bl_forward": Case("bl", "v5e:2x4", {"data": 8, "fsdp": 1}, reconstruction),
+}
+
+
+def measure(case: Case) -> dict[str, int]:
+    """Bytes and FLOPs of one device, by name.
+
+    Raises:
+        ConfigError: the TPU's compiler is not here.
+    """
+    topology = hardware.parse(case.topology)
+    devices = hardware.compiler(topology)
+    if devices is None:
+        raise ConfigError("no TPU compiler is here: install jax[tpu]")
+    config = read(case.config)
+    config.mesh.update(case.mesh)
+    lowered = case.lower(config, parallel.make_mesh(config.mesh, devices))
+    with plan.ticking(f"compiling {case.config} for {topology}"):
+        compiled = lowered.compile()
+    costs = hlo.costs(compiled.as_text())
+    sent = {f"{kind} bytes": one.bytes for kind, one in costs.collectives.items()}
+    held = {f"{name} bytes": size for name, size in plan.memory_of(compiled).items()}
+    return held | {"flops": costs.flops} | sent
+
+
+def keep(path: pathlib.Path) -> None:
+    """Compiles all cases and writes what they cost and what they were compiled with."""
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    figures = {name: measure(case) for name, case in CASES.items()}
+    path.write_text(json.dumps({"versions": versions, "figures": figures}, indent=1) + "\n")
+
+
+def moved(before: dict[str, int], now: dict[str, int]) -> list[str]:
+    """What differs by more than `TOLERANCE`, a line for each figure."""
+    lines = []
+    for name in sorted(before | now):
+        old, new = before.get(name, 0), now.get(name, 0)
+        if abs(new - old) > TOLERANCE * max(old, SMALL):
+            change = f"{new / old - 1:+.1%}" if old else "new"
+            lines.append(f"{name}: {old:,} to {new:,} ({change})")
+    return lines

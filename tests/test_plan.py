@@ -1,0 +1,244 @@
+"""Plans for hardware that is not there: topologies, shapes, what is printed; no compiler needed."""
+
+import runpy
+
+import jax
+import jax.numpy as jnp
+import pytest
+from test_main import ROOT, run_main
+
+from gigatok_jax import dry_run, footprint, hardware, parallel, plan, plan_report
+from gigatok_jax.errors import ConfigError
+from gigatok_jax.ops import implementation
+
+MIB = 2**20
+
+
+def get(name, arg=None, **mesh):
+    config = runpy.run_path(str(ROOT / f"configs/{name}.py"))["get_config"](arg)
+    config.mesh.update(mesh)
+    return config
+
+
+# Topologies.
+
+
+@pytest.mark.parametrize(
+    ("text", "slices", "devices", "neighbours"),
+    [
+        ("v5p:4x4x4", 1, 64, 64),
+        ("v5e:16x16", 2, 512, 256),
+        ("v6e:1x1", 1, 1, 1),
+        ("h200x64", 1, 64, 8),
+        ("h100x1", 1, 1, 8),
+    ],
+)
+def test_a_topology_is_so_many_devices(text, slices, devices, neighbours):
+    topology = hardware.parse(text, slices)
+    assert (topology.devices, topology.neighbours) == (devices, neighbours)
+    assert str(topology).endswith(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "slices", "message"),
+    [
+        ("v5q:4x4x4", 1, r"did you mean 'v5p:4x4x\d' or 'v5p:4x4x\d'\?"),
+        ("h200:8", 1, "did you mean 'h200x8'"),
+        ("v5px64", 1, "expected a TPU slice like 'v5p:4x4x4' or GPUs like 'h200x64'"),
+        ("v5p:3x3x3", 1, "v5p has no slice 3x3x3: there are 2x2x1, 2x2x2"),
+        ("h200x12", 1, "h200x12: expected 1 to 8 GPUs, or whole hosts of 8"),
+        ("v5e:4x4", 0, "mesh.dcn is 0, expected the number of slices"),
+        ("h200x16", 2, "mesh.dcn is 2, expected 1: slices are of TPUs"),
+    ],
+)
+def test_a_topology_that_there_is_not_is_refused(text, slices, message):
+    with pytest.raises(ConfigError, match=message) as refused:
+        hardware.parse(text, slices)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_run_does_not_start_on_a_topology():
+    config = get("ss", "topology=v5p:4x4x4")
+    assert config.mesh.topology == "v5p:4x4x4"
+    with pytest.raises(ConfigError, match=r"'v5p:4x4x4', to plan for: add --dry_run"):
+        parallel.make_mesh(config.mesh)
+
+
+class Chip:
+    """As much of a device as a mesh asks for."""
+
+    platform, device_kind, process_index = "tpu", "TPU v5 lite", 0
+
+    def __init__(self, number, slices):
+        self.id, self.slice_index = number, number * slices // 8
+        self.coords, self.core_on_chip = (number % 2, number // 2 % 2, 0), 0
+
+
+def test_data_is_divided_over_slices_first():
+    config = get("ss", data=-1, fsdp=2, dcn=2).mesh
+    mesh = parallel.make_mesh(config, [Chip(i, 2) for i in range(8)])
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    slices = [[chip.slice_index for chip in row.flat] for row in mesh.devices]
+    assert slices == [[0, 0], [0, 0], [1, 1], [1, 1]]
+
+
+@pytest.mark.parametrize(
+    "data, message", [(1, "divisor of mesh.data, which is 1"), (4, "1 slices")]
+)
+def test_slices_that_are_not_there_are_refused(data, message):
+    config = get("ss", data=data, fsdp=-1, dcn=2).mesh
+    with pytest.raises(ConfigError, match=rf"mesh.dcn is 2, .*{message}"):
+        parallel.make_mesh(config, [Chip(i, 1) for i in range(8)])
+
+
+# What is traced for other devices.
+
+
+@pytest.mark.parametrize(
+    "platform, kind, impl", [("tpu", "TPU v5", "pallas_tpu"), ("gpu", "H200", "xla")]
+)
+def test_a_mesh_to_compile_for_decides_which_kernels_are_taken(platform, kind, impl):
+    device = jax.sharding.AbstractDevice(kind, None, platform)
+    mesh = jax.sharding.AbstractMesh((4,), ("data",), abstract_device=device)
+    assert implementation.choose("search", 8, range(1, 9)) == "xla"
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert implementation.platform() == platform
+        assert implementation.choose("search", 8, range(1, 9)) == impl
+    assert implementation.platform() == "cpu"
+
+
+# Memory of traced programs.
+
+
+def peak(function, *shapes):
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return footprint.peak(jax.make_jaxpr(function)(*shapes)) / MIB
+
+
+SQUARE = (512, 512)  # a MiB
+
+
+def test_an_array_lives_until_it_is_last_needed():
+    assert peak(lambda x: x @ x, SQUARE) == 1
+    assert peak(lambda x: (x @ x) @ x, SQUARE) == 2
+    assert peak(lambda x: ((x @ x) @ x) @ x, SQUARE) == 2  # the first has gone
+    assert peak(lambda x, y: (x @ x) @ (y @ y), SQUARE, SQUARE) == 3
+
+
+def test_what_is_cheap_to_make_again_is_not_kept():
+    assert peak(lambda x: jnp.tanh(x.astype(jnp.bfloat16)).astype(jnp.float32) @ x, SQUARE) == 1
+    assert peak(lambda x: jax.nn.silu(x @ x) @ x, SQUARE) == 2
+
+
+def test_a_gradient_keeps_what_it_needs_of_every_layer():
+    def loss(layers, x, remat):
+        step = lambda x, w: (jnp.tanh(x @ w) @ w, None)  # noqa: E731
+        return jax.lax.scan(jax.checkpoint(step) if remat else step, x, layers)[0].sum()
+
+    def grads(remat):
+        return peak(jax.grad(lambda w, x: loss(w, x, remat)), (16, 64, 64), (4096, 64))
+
+    # Of each of 16 layers: its input, and without rematerialisation what tanh takes or gives.
+    assert 16 <= grads(remat=True) <= 22
+    assert 32 <= grads(remat=False) <= 52
+
+
+@pytest.mark.slow
+def test_what_a_cpu_needs_is_near_what_is_counted():
+    config = get("ar", "smoke")
+    config.model.update(layers=4, width=128)
+    config.train.global_batch = 64
+    program = plan.program_of(config, mesh := parallel.make_mesh(config.mesh))
+    needed = plan.memory_of(plan.program_lib.lower(program, mesh).compile())["temporaries"]
+    traced = plan.trace(config, "cpu")
+    counted = traced.activations * 64 + 4 * dry_run.count(program.abstract.params)
+    assert 0.5 < counted / needed < 2
+
+
+# Plans.
+
+
+@pytest.fixture(scope="module")
+def xlxxl():
+    """Its state in full; FLOPs and activations need a trace of seconds."""
+    config = get("xlxxl", data=1, fsdp=-1)
+    program = plan.program_of(config, plan.abstract_mesh(dict.fromkeys(parallel.AXES, 1)))
+    return config, plan.Traced(program.abstract, program.frozen, flops=7e12, activations=1e9)
+
+
+def test_a_state_is_divided_over_the_devices(xlxxl):
+    config, traced = xlxxl
+    judge = sum(leaf.size for leaf in jax.tree.leaves(traced.state.discriminator))
+    whole = 4 * (4 * 2_893_970_443 + 3 * judge)  # parameters, average, moments; of judge no average
+    alone = plan.analyse(get("xlxxl"), traced, hardware.parse("h200x1"))
+    assert alone.memory["state"] == pytest.approx(whole, rel=1e-4)
+    assert alone.memory["gradients"] == pytest.approx(8 * (2_893_970_443 + judge), rel=1e-4)
+    shared = plan.analyse(config, traced, hardware.parse("v5p:4x4x4"))
+    assert whole / 64 < shared.memory["state"] < whole / 64 + 250 * MIB  # small arrays are whole
+    assert shared.memory["activations"] == 4e9 and shared.flops == 7e12 * 4
+    assert (alone.micro_batches, shared.micro_batches) == (8, 1)
+    assert alone.fits and shared.fits
+
+
+def test_gradients_and_parameters_travel(xlxxl):
+    config, traced = xlxxl
+    size = 4 * 2_893_970_443
+    fsdp = plan.analyse(config, traced, hardware.parse("v5p:4x4x4"))
+    sent = {one.kind: one for one in fsdp.traffic}
+    assert sent["all-gather"].bytes == pytest.approx(size, rel=0.02)  # bfloat16, twice
+    assert sent["reduce-scatter"].bytes == pytest.approx(size, rel=0.02)
+    data = plan.analyse(get("xlxxl", dcn=2), traced, hardware.parse("v5p:4x4x4", 2))
+    (sums,) = data.traffic
+    assert sums.kind == "all-reduce" and (sums.near, sums.far) == (64, 2)
+    assert sums.bytes == pytest.approx(size, rel=0.01)
+
+
+def test_groups_of_gpus_reach_over_hosts():
+    shape = {"data": 4, "fsdp": 4, "tensor": 4}
+    groups = plan._groups(shape, neighbours=8)
+    assert groups == {"tensor": (4, 1), "fsdp": (2, 2), "data": (1, 4), "data+fsdp": (2, 8)}
+
+
+def test_seconds_of_collectives():
+    chip = hardware.CHIPS["v5e"]
+    sums = plan.Traffic("all-reduce", 10**9, near=4, far=2)
+    near, far = 2 * 1e9 * 3 / 4 / chip.link, 2 * 1e9 / 4 * 1 / 2 / chip.network
+    assert plan._seconds(sums, chip) == pytest.approx(near + far)
+    assert plan._seconds(sums._replace(kind="all-gather"), chip) == pytest.approx((near + far) / 2)
+
+
+def test_a_plan_that_does_not_fit_says_so(xlxxl):
+    _, traced = xlxxl
+    made = plan.analyse(get("xlxxl"), traced, hardware.parse("v5e:4x4"))
+    assert not made.fits and made.micro_batches == 16  # one image at a time
+    lines = plan_report.lines(made)
+    assert all(line.startswith("shape analysis for v5e:4x4: ") for line in lines)
+    assert "of 15.75 GiB per device" in lines[0] and "does not fit" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ({"fsdp": 3}, "does not cover 1024 devices"),
+        ({"data": 1, "tensor": 1024}, "which mesh.tensor=1024 does not divide"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_a_topology_is_refused(xlxxl, mesh, message):
+    _, traced = xlxxl
+    with pytest.raises(ConfigError, match=message):
+        plan.analyse(get("xlxxl", **mesh), traced, hardware.parse("v5p:8x8x16"))
+
+
+def test_a_dry_run_plans_for_hardware_that_is_not_there():
+    result = run_main("--config=configs/ar.py:size=b,smoke,topology=h200x4", "--dry_run")
+    assert result.returncode == 0, result.stderr
+    assert "mesh: data=4, fsdp=1, tensor=1, on h200x4" in result.stdout
+    assert "shape analysis for h200x4: " in result.stdout and "images/s" in result.stdout
+    assert "compiled for" not in result.stdout
+    assert "no compiler for GPUs that are not here" in result.stdout
+
+
+def test_a_dry_run_compiles_a_small_step_for_this_machine(capsys):
+    plan_report.show(get("ar", "size=b,smoke"))
+    text = capsys.readouterr().out
+    assert "shape analysis for cpux1: " in text and "compiled for cpux1: " in text
