@@ -13,9 +13,8 @@ import ml_collections
 from jax.sharding import PartitionSpec
 
 from configs import xlxxl
-from gigatok_jax import dry_run, parallel, plan
-from gigatok_jax.model_config import model_config
-from gigatok_jax.models import cnn, layers, qformer, tokenizer
+from gigatok_jax import parallel, plan
+from gigatok_jax.models import cnn, layers, qformer
 from gigatok_jax.train import program as program_lib
 
 P = PartitionSpec
@@ -109,47 +108,24 @@ def part(name: str):
         return jax.jit(jax.grad(loss), out_shardings=placed).lower(given, inputs).compile()
 
 
-def step_config(images: int):
-    """XL-XXL without CNNs, frozen networks and discriminator."""
+def step_config():
+    """XL-XXL as published, all losses on, but for a batch of 16."""
     config = xlxxl.get_config()
-    config.model.stem = "patch"
-    config.train.global_batch = images
-    config.loss.update(perceptual=0.0, discriminator="none", teacher="none")
+    config.train.global_batch = 16
     return config
 
 
 def step(sizes: str):
-    """A training step of 16 images."""
+    """Its training step on a mesh."""
     mesh = make_mesh(sizes)
-    return program_lib.lower(plan.program_of(step_config(16), mesh), mesh).compile()
-
-
-def cnn_pair(sizes: str):
-    """Both CNNs forward, on 16 images of 256 pixels."""
-    mesh, model = make_mesh(sizes), model_config("XL-XXL", encoder="pico", decoder="pico")
-    module = tokenizer.make(model, jnp.bfloat16)
-    params = dry_run.abstract_params(model)
-    placed = parallel.shardings(params, mesh, parallel.RULES["tokenizer"])
-    given = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, placed
-    )
-    images = jax.ShapeDtypeStruct(
-        (16, 256, 256, 3), jnp.float32, sharding=parallel.split_batch(mesh)
-    )
-    with jax.set_mesh(mesh):
-        return jax.jit(lambda p, x: module.apply({"params": p}, x)).lower(given, images).compile()
-
-
-MADE = {"step": step, "cnn": cnn_pair}
+    return program_lib.lower(plan.program_of(step_config(), mesh), mesh).compile()
 
 
 def main(folder: str, *names: str) -> None:
-    """Leaves the text of each program in `folder/name`: "in_loop", "align", "step:2x4x1"."""
+    """Leaves the text of each program in `folder/name`: "in_loop", "align", "2x4x1"."""
     for name in names:
-        kind, _, sizes = name.partition(":")
-        make = by_hand if name in BY_HAND else part
-        made = MADE[kind](sizes) if sizes else make(name)
-        pathlib.Path(folder, name).write_text(made.as_text())
+        make = by_hand if name in BY_HAND else part if name in PARTS else step
+        pathlib.Path(folder, name).write_text(make(name).as_text())
 
 
 if __name__ == "__main__":
