@@ -125,7 +125,7 @@ def _frame_costs(frame: _Frame) -> _Done:
 
 
 def _costs(frame: _Frame, one: Instruction) -> _Done:
-    kind = one.opcode.removesuffix("-start")
+    kind = one.opcode.removesuffix("-start")  # of asynchronous pairs; what ends one is free
     if kind in KINDS:
         return _Done(transfers=(_transfer(frame, one, kind),))
     if one.opcode in _FLOPS:
@@ -136,7 +136,7 @@ def _costs(frame: _Frame, one: Instruction) -> _Done:
         attributes = ("branch_computations", "true_computation", "false_computation")
         names = [name for attribute in attributes for name in one.computations(attribute)]
         return max((_frame_costs(frame.call(n, one)) for n in names), key=_Done.weight)
-    attribute = {"fusion": "calls", "async-start": "calls", "call": "to_apply"}.get(one.opcode)
+    attribute = {"fusion": "calls", "async": "calls", "call": "to_apply"}.get(kind)
     called = one.computations(attribute) if attribute else []
     return _scattered(called, _sum([_frame_costs(frame.call(n, one)) for n in called]))
 

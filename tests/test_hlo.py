@@ -132,6 +132,12 @@ replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
 dynamic_slice_sizes={16,32}
 }
 
+%offloaded (g.3: bf16[64,32]) -> bf16[16,32] {
+  %g.3 = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %fusion.78 = bf16[16,32]{1,0:T(8,128)(2,1)} fusion(%g.3), kind=kCustom, \
+calls=%all-reduce-scatter.1, metadata={op_name="jit(step)/while/body/psum"}
+}, execution_thread="sparsecore"
+
 %body (carried: (s32[], bf16[2,64,4,32], bf16[64,32], s32[])) -> (s32[], bf16[2,64,4,32]) {
   %carried = (s32[]{:T(128)}, bf16[2,64,4,32]{3,1,2,0:T(8,128)(2,1)S(1)}, \
 bf16[64,32]{1,0:T(8,128)(2,1)}, /*index=3*/s32[]{:T(128)}) parameter(0)
@@ -143,8 +149,9 @@ bf16[64,32]{1,0:T(8,128)(2,1)}, /*index=3*/s32[]{:T(128)}) parameter(0)
   %g.1 = bf16[64,32]{1,0:T(8,128)(2,1)} get-tuple-element(%carried), index=2
   %convolution_fusion = f32[2,4,64,64]{2,3,1,0:T(8,128)} fusion(%x, %x), kind=kOutput, \
 calls=%scores, metadata={op_name="jit(step)/while/body/dot_general" stack_frame_id=12}
-  %fusion.78 = bf16[16,32]{1,0:T(8,128)(2,1)} fusion(%g.1), kind=kCustom, \
-calls=%all-reduce-scatter.1, metadata={op_name="jit(step)/while/body/psum"}
+  %call-start = ((bf16[64,32]{1,0}), bf16[16,32]{1,0}, u32[]{:S(8)}) call-start(%g.1), \
+async_execution_thread="sparsecore", to_apply=%offloaded
+  %call-done = bf16[16,32]{1,0:T(8,128)(2,1)} call-done(%call-start)
   %collective-permute-start = (bf16[64,32]{1,0}, bf16[64,32]{1,0:S(1)}, u32[]{:S(2)}, \
 u32[]{:S(2)}) collective-permute-start(%g.1), channel_id=1, source_target_pairs={{0,1},{1,0}}
   %collective-permute-done = bf16[64,32]{1,0:S(1)} \
@@ -177,7 +184,8 @@ condition=%condition, body=%body, metadata={op_name="jit(step)/while"}
 
 
 def test_forms_of_the_tpu():
-    """A batch of products as a dilated convolution, no noted trip counts, a fused scatter."""
+    """A batch of products as a dilated convolution, no noted trip counts, a fused scatter
+    that another core does."""
     trips = 7  # 3, 5, ... 15
     scores = 2 * (2 * 4) * 64 * 64 * 32
     moved = {
