@@ -392,6 +392,9 @@ def _equation(one) -> int:
         return 2 * one.outvars[0].aval.size * math.prod(dims[i] for i in contracted)
     if name == "conv_general_dilated":
         return _traced_convolution(one)
+    if name.startswith("dot_product_attention"):  # cuDNN's; backward makes the scores again
+        query, key = (variable.aval.shape for variable in one.invars[:2])  # [b n h d], [b m h d]
+        return 2 * (5 if "bwd" in name else 2) * math.prod(query) * key[1]
     inside = [flops_of(part) for part in _parts(one.params)]
     if name == "cond":
         return max(inside)

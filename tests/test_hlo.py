@@ -349,6 +349,22 @@ def test_traced_loops_branches_and_recomputation():
     assert hlo.flops_of(jax.make_jaxpr(jax.grad(loss))(w)) <= 5 * 6 * PRODUCT
 
 
+def test_fused_attention_counts_when_traced(monkeypatch):
+    """As on an H200: cuDNN is only asked for when the program is compiled."""
+    fused = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda capability: True)
+    query, key = (jax.ShapeDtypeStruct((2, n, 4, 32), jnp.bfloat16) for n in (64, 16))
+
+    def loss(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").sum()
+
+    product = 2 * (2 * 4) * 64 * 16 * 32
+    assert hlo.flops_of(jax.make_jaxpr(loss)(query, key, key)) == 2 * product
+    both = jax.value_and_grad(loss, argnums=(0, 1, 2))
+    assert hlo.flops_of(jax.make_jaxpr(both)(query, key, key)) == (2 + 5) * product
+
+
 def test_a_traced_program_counts_all_devices():
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.sharding.AbstractMesh((8,), ("data",), axis_types=auto)
