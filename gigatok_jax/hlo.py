@@ -127,7 +127,9 @@ def _frame_costs(frame: _Frame) -> _Done:
 def _costs(frame: _Frame, one: Instruction) -> _Done:
     kind = one.opcode.removesuffix("-start")  # of asynchronous pairs; what ends one is free
     if kind in KINDS:
-        return _Done(transfers=(_transfer(frame, one, kind),))
+        return _Done(transfers=() if _goes_on(one) else (_transfer(frame, one, kind),))
+    if one.opcode == "send" and "megascale" in one.rest:
+        return _Done(transfers=(_between_slices(frame, one),))
     if one.opcode in _FLOPS:
         return _Done(flops=_FLOPS[one.opcode](frame.computation, one))
     if one.opcode == "while":
@@ -147,6 +149,27 @@ def _scattered(called: list[str], done: _Done) -> _Done:
         return done
     made = tuple(one._replace(kind="reduce-scatter") for one in done.transfers)
     return done._replace(transfers=made)
+
+
+def _goes_on(one: Instruction) -> bool:
+    """Whether a fusion of the TPU only goes on with a collective that an earlier one began."""
+    match = re.search(r'"async_collective_fusion_config":\{"flag_start":"(-?\d+)"', one.rest)
+    return match is not None and int(match[1]) >= 0
+
+
+def _between_slices(frame: _Frame, one: Instruction) -> Transfer:
+    """Of TPU slices: a host sends its device's part to the same place in other slices."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', one.rest)[1]
+    kind = kind.lower().replace("_", "-")
+    target = re.search(r'_xla_megascale_target="\{([^}]*)\}', one.rest)[1]
+    ranges = (part.split(":") for part in target.split(","))
+    slices = sum(int(part[-1]) - int(part[0]) + 1 for part in ranges)
+    own = frame.module.devices  # of one slice
+    together = tuple(tuple(i + own * j for j in range(slices)) for i in range(own))
+    (shape, *_) = frame.computation.operand_shapes(one)
+    shape = _widened(shape, 0, slices) if kind == "all-gather" else shape
+    kind = kind if kind in KINDS else "collective-permute"
+    return Transfer(kind, (shape,), shape.bytes, 1, together, one.op_name or frame.op_name)
 
 
 def _transfer(frame: _Frame, one: Instruction, kind: str) -> Transfer:

@@ -200,6 +200,54 @@ def test_forms_of_the_tpu():
     }
 
 
+SLICES = """HloModule jit_step, is_scheduled=true, num_partitions=4
+
+%began (p: bf16[16,8]) -> (bf16[16,8], bf16[16,32]) {
+  %p = bf16[16,8]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-gather.37 = bf16[16,32]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=14, \
+replica_groups={{0,1,2,3}}, dimensions={1}, frontend_attributes={chain_id="0"}, backend_config=\
+{"flag_configs":[],"async_collective_fusion_config":{"flag_start":"-1","flag_end":"-1"}}
+  ROOT %flags = (bf16[16,8]{1,0}, bf16[16,32]{1,0}) custom-call(%p, %all-gather.37), \
+custom_call_target="AsyncCollectiveFusion"
+}
+
+%ended (p.1: bf16[16,8]) -> bf16[16,32] {
+  %p.1 = bf16[16,8]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-gather.41 = bf16[16,32]{1,0:T(8,128)(2,1)} all-gather(%p.1), channel_id=14, \
+replica_groups={{0,1,2,3}}, dimensions={1}, frontend_attributes={chain_id="0"}, backend_config=\
+{"flag_configs":[],"async_collective_fusion_config":{"flag_start":"2","flag_end":"15"}}
+}
+
+ENTRY %main (x: bf16[16,8]) -> bf16[16,32] {
+  %x = bf16[16,8]{1,0:T(8,128)(2,1)} parameter(0)
+  %async-collective-start = (bf16[16,8]{1,0}, bf16[16,32]{1,0}) fusion(%x), kind=kCustom, \
+calls=%began
+  %after-all.6 = token[] after-all()
+  %send.6 = (bf16[16,8]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}, token[]) send(%x, %after-all.6), \
+channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name=\
+"xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.10_0",_xla_megascale_target=\
+"{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv.6 = (bf16[16,8]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}, token[]) recv(%after-all.6), \
+channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name=\
+"xla_megascale_runtime",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type=\
+"ALL_REDUCE"}
+  %send-done.6 = token[] send-done(%send.6), channel_id=2, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  %recv-done.6 = (bf16[16,8]{1,0}, token[]) recv-done(%recv.6), channel_id=1
+  %element = bf16[16,8]{1,0} get-tuple-element(%recv-done.6), index=0
+  ROOT %async-collective-done = bf16[16,32]{1,0} fusion(%element), kind=kCustom, calls=%ended
+}
+"""
+
+
+def test_forms_of_two_tpu_slices():
+    """A gather in two fusions counts once; hosts carry the sum from slice to slice."""
+    gathered, summed = hlo.collectives(SLICES)
+    assert (gathered.kind, gathered.bytes, gathered.group_size) == ("all-gather", 16 * 32 * 2, 4)
+    assert (summed.kind, summed.bytes) == ("all-reduce", 16 * 8 * 2)
+    assert summed.groups == ((0, 4), (1, 5), (2, 6), (3, 7))
+
+
 GPU = """HloModule jit_step, is_scheduled=true, num_partitions=4
 
 %wrapped (a: bf16[8,32]) -> bf16[8,32] {
