@@ -72,7 +72,7 @@ def _fits(memory: dict[str, int], limit: int | None) -> bool:
 
 def _seconds(one: Traffic, chip: hardware.Chip) -> float:
     """Near parts first: a ring over fast links, then one over the network of a share each."""
-    rounds = 2 if one.kind == "all-reduce" else 1
+    rounds = 2 if one.kind.startswith("all-reduce") else 1
     near = rounds * one.bytes * (one.near - 1) / one.near / chip.link
     return near + rounds * one.bytes / one.near * (one.far - 1) / one.far / chip.network
 
@@ -249,18 +249,32 @@ def compile_for(config, topology: hardware.Topology, devices: list) -> Plan:
 
 
 def _fitted(config, mesh, limit: int | None, what: str):
-    """Micro-batches of the first step that fits, its memory and its program's text; of the last
-    one's memory without a text where none does."""
+    """Micro-batches, memory and text of the first program that fits, or of the last one tried."""
     batch, parts = config.train.global_batch, config.train.micro_batches
     parallel.check_batch(mesh, batch, parts)
     program = program_of(config, mesh)
+    held = parallel.bytes_per_device((program.abstract, program.frozen))
+    most = parts * _power_of_two(batch // parallel.batch_shards(mesh) // parts)
     while True:
         with ticking(f"compiling {what}, micro-batches {parts}"):
             memory, text = _compile(program_lib.lower(program, mesh, parts))
-        if _fits(memory, limit) or batch % (parallel.batch_shards(mesh) * parts * 2):
+        if _fits(memory, limit) or parts == most:
             return parts, memory, text
-        logging.warning("%s: %.1f GiB do not fit", what, sum(memory.values()) / hardware.GIB)
-        parts *= 2
+        needed = sum(memory.values())
+        logging.warning("%s: %.1f GiB do not fit", what, needed / hardware.GIB)
+        tried, parts = parts, parts * 2
+        # As if all but the state were cut alike: programs that take minutes are not tried for it.
+        while parts < most and held + (needed - held) / (parts / tried) > limit:
+            parts *= 2
+
+
+def _power_of_two(count: int) -> int:
+    """The largest that divides a count."""
+    return count & -count
+
+
+# The TPU compiler's words: "Used 20.5G of 15.75G hbm", "temporaries (224G) exceeds available HBM".
+_REFUSED = r"([\d.]+)([KMG])\)? (?:of [\d.]+[KMG] hbm|exceeds available HBM)"
 
 
 def _compile(lowered: jax.stages.Lowered) -> tuple[dict[str, int], str | None]:
@@ -268,9 +282,9 @@ def _compile(lowered: jax.stages.Lowered) -> tuple[dict[str, int], str | None]:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if found := re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", str(error)):
+        if found := re.search(_REFUSED, str(error)):
             unit = {"K": 2**10, "M": 2**20, "G": 2**30}[found[2]]
-            return {"all that the compiler refused": int(float(found[1]) * unit)}, None
+            return {"at least, which the compiler refused": int(float(found[1]) * unit)}, None
         raise
     return memory_of(compiled), compiled.as_text()
 
@@ -282,6 +296,7 @@ def memory_of(compiled: jax.stages.Compiled) -> dict[str, int]:
         "arguments": stats.argument_size_in_bytes,
         "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
         "temporaries": stats.temp_size_in_bytes,
+        "program": stats.generated_code_size_in_bytes,
     }
 
 
@@ -294,6 +309,8 @@ def _traffic(text: str, neighbours: int) -> tuple[Traffic, ...]:
 
 def _parted(one: hlo.Transfer, neighbours: int) -> tuple[int, int]:
     group = one.groups[0]
+    if one.kind.endswith(hlo.SLICES):
+        return 1, len(group)
     parts = {device // neighbours for device in group}
     return len(group) // len(parts), len(parts)
 

@@ -63,8 +63,10 @@ def _placement(config, traced: plan.Traced, topology: hardware.Topology) -> list
 
 def lines(made: plan.Plan) -> list[str]:
     """A plan in words; each line says how it is known."""
-    told = [_memory(made), f"{made.flops:.3g} FLOPs per step and device", _traffic(made)]
-    if made.chip.peak and made.flops:
+    told = [_memory(made)]
+    if made.flops:  # none of a program that the compiler refused
+        told += [f"{made.flops:.3g} FLOPs per step and device", _traffic(made)]
+    if made.flops and made.chip.peak:
         told.append(_time(made))
     return [f"{made.how} {made.where}: {line}" for line in told]
 

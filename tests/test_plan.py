@@ -1,6 +1,8 @@
 """Plans for hardware that is not there: topologies, shapes, what is printed; no compiler needed."""
 
+import json
 import runpy
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,8 @@ import pytest
 from test_main import ROOT, run_main
 
 from gigatok_jax import dry_run, footprint, hardware, parallel, plan, plan_report
+from gigatok_jax.benchmarks import plan as table
+from gigatok_jax.benchmarks import plan_gate
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.ops import implementation
 
@@ -207,6 +211,71 @@ def test_seconds_of_collectives():
     assert plan._seconds(sums._replace(kind="all-gather"), chip) == pytest.approx((near + far) / 2)
 
 
+# As the TPU's compiler writes a sum over two slices, of what was summed within each.
+SLICES = """HloModule two, num_partitions=8
+
+ENTRY %main (input: f32[256,2048]) -> f32[256,2048] {
+  %input = f32[256,2048]{1,0} parameter(0)
+  %after-all = token[] after-all()
+  %send = (f32[256,2048]{1,0}, u32[], token[]) send(%input, %after-all), channel_id=2, \
+is_host_transfer=true, frontend_attributes={_xla_megascale_reduce_operation="SUM",\
+_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send-done = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  %recv = (f32[256,2048]{1,0}, u32[], token[]) recv(%after-all), channel_id=1
+  %recv-done = (f32[256,2048]{1,0}, token[]) recv-done(%recv), channel_id=1
+  ROOT %result = f32[256,2048]{1,0} get-tuple-element(%recv-done), index=0
+}
+"""
+
+
+def test_what_slices_send_each_other_is_counted():
+    (sent,) = plan._traffic(SLICES, neighbours=4)
+    assert sent == plan.Traffic("all-reduce of slices", 256 * 2048 * 4, near=1, far=2)
+    chip = hardware.CHIPS["v5e"]
+    assert plan._seconds(sent, chip) == pytest.approx(sent.bytes / chip.network)
+
+
+class Refusing:
+    """A program that some compilers have no memory for."""
+
+    def __init__(self, needed, text):
+        self.needed, self.text = needed, text
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {self.text} {self.needed}")
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded",
+        "memory required for HLO temporaries (20.50G) exceeds available HBM (15.75G). HLO module",
+    ],
+)
+def test_a_program_that_a_compiler_refuses_is_measured_by_what_it_says(told):
+    memory, text = plan._compile(Refusing("", told))
+    assert list(memory.values()) == [int(20.5 * 2**30)] and text is None
+    with pytest.raises(jax.errors.JaxRuntimeError, match="another"):
+        plan._compile(Refusing("", "another reason"))
+
+
+def test_micro_batches_follow_from_one_compilation(monkeypatch):
+    tried = []
+
+    def compiles(parts):
+        tried.append(parts)
+        return {"arguments": 2 * 2**30, "temporaries": 64 * 2**30 // parts}, "text"
+
+    shapes = types.SimpleNamespace(abstract={}, frozen={})
+    monkeypatch.setattr(plan, "program_of", lambda *_: shapes)
+    monkeypatch.setattr(plan.program_lib, "lower", lambda program, mesh, parts: parts)
+    monkeypatch.setattr(plan, "_compile", compiles)
+    mesh, config = plan.abstract_mesh({"data": 4, "fsdp": 1, "tensor": 1}), get("ss")
+    assert plan._fitted(config, mesh, 15 * 2**30, "ss")[0] == 8
+    assert tried == [1, 8]
+    assert plan._fitted(config, mesh, 2**30, "ss")[0] == 32  # one image at a time does not fit
+
+
 def test_a_plan_that_does_not_fit_says_so(xlxxl):
     _, traced = xlxxl
     made = plan.analyse(get("xlxxl"), traced, hardware.parse("v5e:4x4"))
@@ -227,6 +296,49 @@ def test_a_mesh_that_does_not_fit_a_topology_is_refused(xlxxl, mesh, message):
     _, traced = xlxxl
     with pytest.raises(ConfigError, match=message):
         plan.analyse(get("xlxxl", **mesh), traced, hardware.parse("v5p:8x8x16"))
+
+
+# Tables.
+
+
+def test_a_table_names_the_smallest_slice_that_fits(xlxxl):
+    config, traced = xlxxl
+    traced = {"tpu": traced, "gpu": traced}
+    on = {chip: table.first_fit(config, traced, chip) for chip in ("v5e", "v5p", "h100")}
+    assert {chip: made.where for chip, made in on.items()} == {
+        "v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "h100": "h100x1",
+    }  # fmt: skip
+    assert on["v5p"].mesh["fsdp"] == 1 < on["v5e"].mesh["fsdp"]  # divided where it has to be
+    two = table.best(config, traced, table.parse("2*v5e:16x16"))
+    assert (two.where, two.batch) == ("2 slices of v5e:16x16", 512)
+    assert "shape analysis" in table.row(two) and json.dumps(table.values(two))
+    text = table.smallest_table({"xlxxl": on | {"v6e": None}})
+    assert "| v5e:2x4 (" in text and text.endswith("| - |")
+
+
+@pytest.mark.parametrize("text", ["x*v5e:4x4", "v5e*2"])
+def test_a_table_of_unknown_slices_is_refused(text):
+    with pytest.raises(ConfigError, match="topology"):
+        table.parse(text)
+
+
+def test_what_moved_is_named():
+    before = {
+        "temporaries bytes": 10**9,
+        "flops": 10**12,
+        "all-gather bytes": 10**8,
+        "tiny bytes": 5,
+    }
+    now = before | {"temporaries bytes": 1.03e9, "flops": 1.01e12, "tiny bytes": 50}
+    del now["all-gather bytes"]
+    lines = plan_gate.moved(before, {name: int(size) for name, size in now.items()})
+    assert lines == [
+        "all-gather bytes: 100,000,000 to 0 (-100.0%)",
+        "temporaries bytes: 1,000,000,000 to 1,030,000,000 (+3.0%)",
+    ]
+
+
+# The command.
 
 
 def test_a_dry_run_plans_for_hardware_that_is_not_there():
