@@ -72,7 +72,7 @@ def _fits(memory: dict[str, int], limit: int | None) -> bool:
 
 def _seconds(one: Traffic, chip: hardware.Chip) -> float:
     """Near parts first: a ring over fast links, then one over the network of a share each."""
-    rounds = 2 if one.kind.startswith("all-reduce") else 1
+    rounds = 2 if one.kind == "all-reduce" else 1
     near = rounds * one.bytes * (one.near - 1) / one.near / chip.link
     return near + rounds * one.bytes / one.near * (one.far - 1) / one.far / chip.network
 
@@ -309,8 +309,6 @@ def _traffic(text: str, neighbours: int) -> tuple[Traffic, ...]:
 
 def _parted(one: hlo.Transfer, neighbours: int) -> tuple[int, int]:
     group = one.groups[0]
-    if one.kind.endswith(hlo.SLICES):
-        return 1, len(group)
     parts = {device // neighbours for device in group}
     return len(group) // len(parts), len(parts)
 
