@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.experimental import topologies
+from jax.sharding import PartitionSpec as P
 
 from gigatok_jax import dry_run, hlo, hlo_text, plan
 from gigatok_jax.hlo import Collective
@@ -246,6 +248,47 @@ def test_forms_of_two_tpu_slices():
     assert (gathered.kind, gathered.bytes, gathered.group_size) == ("all-gather", 16 * 32 * 2, 4)
     assert (summed.kind, summed.bytes) == ("all-reduce", 16 * 8 * 2)
     assert summed.groups == ((0, 4), (1, 5), (2, 6), (3, 7))
+
+
+@pytest.mark.tpu_compiler
+@pytest.mark.parametrize(("topology", "slices"), [("v5p:2x2x2", 1), ("v5e:2x2", 2)])
+def test_programs_of_the_tpu_compiler(topology, slices):
+    """Six rematerialised layers on 2 x 4 devices, whose two matrices are divided over the four."""
+    pytest.importorskip("libtpu")
+    described = {"platform": "tpu", "topology_name": topology}
+    described |= {"num_slices": slices} if slices > 1 else {}
+    devices = np.array(topologies.get_topology_desc(**described).devices).reshape(2, 4)
+    mesh = jax.sharding.Mesh(devices, ("data", "fsdp"))
+    n, width, hidden, rows = 6, 2048, 8192, 2048  # rows of one device
+
+    def given(shape, dtype, *axes):
+        sharding = jax.sharding.NamedSharding(mesh, P(*axes))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    @jax.checkpoint
+    def layer(x, weights):
+        x = jax.lax.with_sharding_constraint(x, P(("data", "fsdp")))
+        up, down = (w.astype(x.dtype) for w in weights)
+        return x + jnp.tanh(x @ up) @ down, None
+
+    def loss(weights, x):
+        return (jax.lax.scan(layer, x, weights)[0].astype(jnp.float32) ** 2).sum()
+
+    weights = (
+        given((n, width, hidden), jnp.float32, None, "fsdp"),
+        given((n, hidden, width), jnp.float32, None, None, "fsdp"),
+    )
+    x = given((8 * 8, rows // 8, width), jnp.bfloat16, ("data", "fsdp"))
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.grad(loss), out_shardings=tuple(w.sharding for w in weights))
+        found = hlo.costs(step.lower(weights, x).compile().as_text())
+    matrix, moved = 2 * width * hidden, found.collectives  # bytes in bfloat16
+    # Two products forward, one again, four backward.
+    assert found.flops == 7 * n * 2 * rows * width * hidden
+    assert moved["all-gather"] == Collective(2 * 2 * n * matrix, 4 * n)
+    assert moved["reduce-scatter"].bytes == pytest.approx(2 * n * matrix, rel=0.05)  # padded
+    assert moved["all-reduce"].bytes == pytest.approx(2 * n * matrix / 4, rel=0.01)
+    assert not found.unknown_loops
 
 
 GPU = """HloModule jit_step, is_scheduled=true, num_partitions=4
