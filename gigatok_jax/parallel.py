@@ -39,7 +39,8 @@ RULES = {
         Rule(r"mlp/up/kernel", ("fsdp", "tensor")),
         Rule(r"mlp/up/bias", ("tensor",)),
         Rule(r"mlp/down/kernel", ("tensor", "fsdp")),
-        Rule(r"align/dense_[012]/kernel", ("fsdp", "tensor")),
+        Rule(r"align/dense_[02]/kernel", ("fsdp", "tensor")),
+        Rule(r"align/dense_1/kernel", ("tensor", "fsdp")),
         Rule(r"(en|de)coder/.*positions", (None, "fsdp")),
         # Convolutions compute on whole kernels; fsdp divides what is kept of them.
         Rule(r"cnn_(en|de)coder/.*(block_\d/(conv\d|shortcut)|_down|_up)/kernel", ("fsdp",)),

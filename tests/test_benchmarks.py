@@ -1,12 +1,18 @@
-"""The benchmarks of kernels run where there is no accelerator, and refuse wrong results."""
+"""The benchmarks run where there is no accelerator, and refuse wrong results."""
 
+import json
+import os
+import pathlib
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from gigatok_jax.benchmarks import codebook_search, compare, entropy
+from gigatok_jax.benchmarks import codebook_search, compare, entropy, training
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("module", [codebook_search, entropy])
@@ -45,3 +51,35 @@ def test_gradients_are_checked_against_those_of_differences():
 
     slope = (loss(z + step) - loss(z - step)) / 2e-6
     assert dz[2, 1] == pytest.approx(slope, rel=1e-4, abs=1e-7)
+
+
+def test_shares_of_a_trace():
+    """Nothing, compute, both, a collective alone; then a copy at the end."""
+    events = [
+        ("gemm", 10.0, 50.0),
+        ("ncclDevKernel_AllGather_RING_LL", 40.0, 70.0),
+        ("ncclDevKernel_AllReduce_Sum_bf16", 60.0, 80.0),
+        ("MemcpyD2D", 100.0, 110.0),
+    ]
+    found = training.shares(events)
+    assert found == pytest.approx({"collectives": 0.4, "exposed": 0.3, "idle": 0.2})
+
+
+def test_efficiency_is_against_the_same_batch_per_device():
+    one = {"config": "xlxxl", "devices": 1, "global_batch": 16, "images_per_second": 50.0}
+    four = one | {"devices": 4, "global_batch": 64, "images_per_second": 180.0}
+    assert training.efficiency(four, [one, four]) == pytest.approx(0.9)
+    assert training.efficiency(four | {"global_batch": 128}, [one, four]) is None
+
+
+@pytest.mark.slow
+def test_a_training_step_is_measured_on_two_devices(tmp_path):
+    command = [sys.executable, "-m", "gigatok_jax.benchmarks.training", f"--out={tmp_path}"]
+    config = ["--config=configs/ar.py:smoke", "--config.mesh.fsdp=2", "--repeats=2", "--save"]
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    done = subprocess.run([*command, *config], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (row,) = training.read(tmp_path)
+    assert json.loads(done.stdout) == row and row["mesh"] == "1x2x1"
+    assert np.isfinite(row["losses"]).all() and row["checkpoint_gib"] > 0
+    assert "| ar_b_smoke | 2 | 1x2x1 | 4 |" in training.table([row])

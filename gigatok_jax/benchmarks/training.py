@@ -5,18 +5,19 @@ r"""Speed and memory of a training step on the devices that are here, whatever t
     python -m gigatok_jax.benchmarks.training --table=runs/scale
 
 The step is the run's own, in the last phase of its recipe. Weights and images are random, those of
-frozen networks too, and the same on every mesh: losses of one global batch can be compared. Times
-are medians of steps on devices that were waited for; loading data is not in them. The share of
-collectives is read from a trace of two steps, on the first GPU.
+frozen networks too, and the same on every mesh: losses of one global batch can be compared. The
+time of an update is a mean over several that follow each other as in a run; loading data is not in
+it. The share of collectives is read from a trace of three updates, on the first GPU.
 """
 
 import json
 import pathlib
-import statistics
+import sys
 import tempfile
 import time
 import zlib
 from collections.abc import Iterable
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -69,9 +70,9 @@ def measure(config: ml_collections.ConfigDict, repeats: int, save: bool) -> dict
     found = describe(config, run.mesh) | {"compile_s": compiled, "needed_gib": run.needed_gib}
     tell(found)
     found["create_s"], _ = timed(run.create)
-    found["losses"] = [run.advance(seed) for seed in range(LOSSES)]
+    found["losses"] = [float(run.advance(seed)) for seed in range(LOSSES)]
     tell(found)
-    seconds = statistics.median(timed(run.advance, LOSSES)[0] for _ in range(repeats))
+    seconds = timed(run.updates, repeats)[0] / repeats
     found |= {"ms": 1e3 * seconds, "images_per_second": config.train.global_batch / seconds}
     found |= metric_writer.peak_memory()
     tell(found)
@@ -81,7 +82,7 @@ def measure(config: ml_collections.ConfigDict, repeats: int, save: bool) -> dict
 
 def tell(found: dict[str, Any]) -> None:
     """What is known so far, should the rest be cut off."""
-    print(json.dumps(found), flush=True)
+    print(json.dumps(found), file=sys.stderr, flush=True)
 
 
 class Running:
@@ -91,8 +92,12 @@ class Running:
         mesh = self.mesh = parallel.make_mesh(config.mesh)
         parallel.check_batch(mesh, config.train.global_batch, config.train.micro_batches)
         self.program = plan.program_of(config, mesh, random_frozen)
-        self._step = program_lib.lower(self.program, mesh, config.train.micro_batches).compile()
-        self.state = None
+        with futures.ThreadPoolExecutor() as pool:  # two programs are compiled at once
+            create = pool.submit(self.program.create.lower().compile)
+            lowered = program_lib.lower(self.program, mesh, config.train.micro_batches)
+            self._step = lowered.compile()
+            self._batches = [random_batch(self.program.batch, seed) for seed in range(LOSSES)]
+            self._create, self.state = create.result(), None
 
     @property
     def needed_gib(self) -> float:
@@ -100,14 +105,20 @@ class Running:
         return (fit.memory_needed(self._step) or 0) / 2**30
 
     def create(self) -> None:
-        self.state = jax.block_until_ready(self.program.create())
+        self.state = jax.block_until_ready(self._create())
 
-    def advance(self, seed: int) -> float:
+    def advance(self, seed: int) -> jax.Array:
         """One update on the random batch of a seed; its loss."""
-        batch = random_batch(self.program.batch, seed)
-        self.state, scalars = self._step(self.state, batch, self.program.frozen)
-        jax.block_until_ready(self.state)
-        return float(scalars["loss"])
+        self.state, scalars = self._step(self.state, self._batches[seed], self.program.frozen)
+        return scalars["loss"]
+
+    def updates(self, count: int) -> None:
+        """Several, each loss fetched while the next update runs, as a run does."""
+        late = self.advance(0)
+        for i in range(1, count):
+            late, ready = self.advance(i % LOSSES), late
+            ready.block_until_ready()
+        jax.block_until_ready((late, self.state))
 
 
 def describe(config, mesh) -> dict[str, Any]:
@@ -182,11 +193,10 @@ def save_and_restore(run: Running) -> dict[str, float]:
 
 
 def trace(run: Running) -> dict[str, float]:
-    """Shares of two updates' time on the first GPU; empty without one."""
+    """Shares of three updates' time on the first GPU; empty without one."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            for seed in range(2):
-                run.advance(seed)
+            run.updates(3)
         (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
         planes = {
             plane.name: plane for plane in jax.profiler.ProfileData.from_file(str(path)).planes
@@ -251,7 +261,7 @@ def read(folder: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown; efficiency is against one device of the same batch per device."""
+    """Markdown; efficiency is against one device with the same batch per device."""
     head = "| config | devices | data x fsdp x tensor | batch | images/s | efficiency | peak GiB |"
     lines = [f"{head} collectives | exposed | loss 1 to {LOSSES} |", "|---" * 10 + "|"]
     for row in rows:
