@@ -184,15 +184,29 @@ def apply(
 def update_ema(ema_params: Any, params: Any, decay: float) -> Any:
     """decay * ema + (1 - decay) * params, leaf by leaf, from the first step on (no warm-up).
 
-    An average in the memory of the host is fetched; what comes out is on the device.
+    An average in the memory of the host passes through the device part by part and ends there.
     """
+    average = lambda e, p: decay * e + (1.0 - decay) * p  # noqa: E731
+    if not any(map(_on_host, jax.tree.leaves(ema_params))):
+        return jax.tree.map(average, ema_params, params)
+    parts, tree = jax.tree.flatten(ema_params)
+    # In turn, after the gradients are gone: the compiler would fetch all parts before it begins.
+    params = jax.lax.optimization_barrier(tuple(jax.tree.leaves(params)))
+    done = []
+    for part, new in zip(parts, params, strict=True):
+        before = done[-2] if len(done) > 1 else params[0]
+        part, _ = jax.lax.optimization_barrier((part, before))
+        done.append(jax.device_put(average(to_device(part), new), jax.memory.Space.Host))
+    return jax.tree.unflatten(tree, done)
 
-    def average(e, p):
-        if jax.typeof(e).memory_space == jax.memory.Space.Host:
-            e = jax.device_put(e, jax.memory.Space.Device)
-        return decay * e + (1.0 - decay) * p
 
-    return jax.tree.map(average, ema_params, params)
+def to_device(x: jax.Array) -> jax.Array:
+    """Inside jit: the array itself, or a copy of one that lies in the memory of the host."""
+    return jax.device_put(x, jax.memory.Space.Device) if _on_host(x) else x
+
+
+def _on_host(x) -> bool:
+    return jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
 def _float(step):

@@ -211,7 +211,7 @@ def _revive_codebook(state: TokenizerState, latents: jax.Array, cure) -> Tokeniz
     fresh = pool[jax.random.randint(key, (size,), 0, len(pool))]
 
     def replace(params):
-        rows = jnp.where(due[:, None], fresh, params["quantizer"]["codebook"])
+        rows = jnp.where(due[:, None], fresh, optim.to_device(params["quantizer"]["codebook"]))
         return {**params, "quantizer": {**params["quantizer"], "codebook": rows}}
 
     return state.replace(params=replace(state.params), ema_params=replace(state.ema_params))
