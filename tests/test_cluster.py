@@ -28,8 +28,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 # A process of a tiny run. The signal reaches it within update 4, as in test_train; with -1 it never
 # enters update 4, in which the others wait for it.
 MEMBER = """
-import os, sys, time, tiny
-from gigatok_jax import cluster, command_line
+import os, sys, time, jax, numpy as np, tiny
+from jax.sharding import NamedSharding, PartitionSpec
+from gigatok_jax import cluster, command_line, library
 from gigatok_jax.train import tokenizer
 
 cache, workdir, address, processes, process, number, minutes = sys.argv[1:]
@@ -46,15 +47,27 @@ def signalled(done, *rest):
         os.kill(os.getpid(), int(number))
     return phase_at(done, *rest)
 
+def check_fingerprint():
+    rows = np.arange(8, dtype=np.float32)
+    split = NamedSharding(jax.make_mesh((jax.device_count(),), ("all",)), PartitionSpec("all"))
+    shared = jax.make_array_from_callback(rows.shape, split, lambda index: rows[index])
+    assert not shared.is_fully_addressable
+    assert library.fingerprint({"w": shared}) == library.fingerprint({"w": rows})
+
 tokenizer.objective.phase_at = signalled
 with tiny.small_programs(cache), cluster.joined(made, workdir), command_line.one_line_errors():
+    check_fingerprint()
     tiny.train(workdir, made)
 """
 
 
-def free_address() -> str:
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as one:
-        return f"127.0.0.1:{one.getsockname()[1]}"
+        return one.getsockname()[1]
+
+
+def free_address() -> str:
+    return f"127.0.0.1:{free_port()}"
 
 
 def environment(**more) -> dict:
@@ -392,11 +405,12 @@ def test_two_of_which_one_is_stuck_end_with_the_stacks_of_both(tmp_path):
 # The demo in several processes that are killed. Minutes.
 
 
-def demo(workdir, count, port, seconds=30.0) -> list[subprocess.Popen]:
+def demo(workdir, count, port=0, fsdp=1) -> list[subprocess.Popen]:
     """Processes of the demo's tokenizer for 20 steps."""
     values = {
         "task": "train_tokenizer",
         "mesh.cpu_devices": 1,
+        "mesh.fsdp": fsdp,
         "train.steps": 20,
         "train.global_batch": 16,
         "log.every": 1,
@@ -407,7 +421,7 @@ def demo(workdir, count, port, seconds=30.0) -> list[subprocess.Popen]:
     if count > 1:
         address = f"127.0.0.1:{port}"
         values |= {"cluster.coordinator": address, "cluster.processes": count}
-        values |= {"cluster.start_seconds": seconds * 10}
+        values |= {"cluster.start_seconds": 300.0}
     options = [f"--config.{name}={value}" for name, value in values.items()]
     cache = {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "cache")}
     cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
@@ -425,12 +439,13 @@ def wait_for_step(members, workdir, step):
 
 @pytest.mark.slow
 def test_processes_killed_at_random_end_as_one_that_was_not(tmp_path):
-    """Ten times: two or four, one is killed or all are told to end; then one; then four."""
+    """Ten times: two processes with copies of the state, or four on a mesh of 2x2x1; one is killed,
+    or all are told to end. Then one goes on, then four with copies."""
     rng = random.Random(0)
-    assert [status for status, _ in end(demo(tmp_path / "whole", 1, 0))] == [0]
+    assert [status for status, _ in end(demo(tmp_path / "whole", 1))] == [0]
     for turn in range(10):
         workdir, count = tmp_path / str(turn), 2 + 2 * (turn % 2)
-        members = demo(workdir, count, int(free_address().split(":")[1]))
+        members = demo(workdir, count, free_port(), fsdp=count // 2)
         wait_for_step(members, workdir, rng.randint(2, 8))
         if turn % 4 < 2:
             members[rng.randrange(count)].send_signal(signal.SIGKILL)
@@ -439,11 +454,11 @@ def test_processes_killed_at_random_end_as_one_that_was_not(tmp_path):
             for member in members:
                 member.send_signal(signal.SIGTERM)
             assert {status for status, _ in end(members)} == {128 + signal.SIGTERM}, turn
-        (alone,) = demo(workdir, 1, 0)
+        (alone,) = demo(workdir, 1)
         wait_for_step([alone], workdir, rng.randint(10, 15))
         alone.send_signal(signal.SIGTERM)
         assert end([alone])[0][0] in (0, 128 + signal.SIGTERM)
-        ended = end(demo(workdir, 4, int(free_address().split(":")[1])))
+        ended = end(demo(workdir, 4, free_port()))
         assert [status for status, _ in ended] == [0] * 4, ended
         assert_same_losses(workdir, tmp_path / "whole")
         results = json.loads((workdir / "results.json").read_text())

@@ -41,6 +41,9 @@ class FittedStep:
                 compiled = self._make(parts).lower(*arguments).compile()
             needed = memory_needed(compiled)
             if limit is None or needed is None or needed <= limit:
+                # Gloo waits 30 s for a group of processes that meets for the first time, and some
+                # find in a cache what others compile.
+                processes.smallest(parts)
                 return compiled
             if batch % (parallel.batch_shards(self._mesh) * parts * 2):
                 raise ConfigError(
