@@ -1,4 +1,4 @@
-"""The TPU's own compiler takes the kernels, without a TPU.
+"""The TPU's own compiler takes the kernels and memory of the host, without a TPU.
 
 Needs an environment of its own, since jax takes a libtpu that it finds for a TPU:
     pip install "jax[tpu]" -r requirements.txt -r requirements-test.txt
@@ -8,11 +8,13 @@ Needs an environment of its own, since jax takes a libtpu that it finds for a TP
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gigatok_jax.ops import codebook_search_tpu, entropy_tpu
+from gigatok_jax.train import fit, optim
 
 pytestmark = pytest.mark.tpu_compiler
 TOPOLOGIES = ["v5e:2x4", "v5p:2x2x1"]
@@ -41,3 +43,39 @@ def test_entropy_loss_compiles(topology, width):
 
     compiled = compile_for(topology, all_passes, (5000, width), (16384, width))
     assert compiled.memory_analysis().temp_size_in_bytes < 2**26 < 4 * 5000 * 16384
+
+
+def test_an_average_on_the_host_spares_memory_of_the_chip():
+    """With a state that nearly fills it: the compiler only saves where it has to."""
+    pytest.importorskip("libtpu")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    here = NamedSharding(Mesh(np.array(devices[:1]), ("device",)), PartitionSpec())
+    adam, layers, width = optax.scale_by_adam(0.9, 0.95), 36, 5120
+
+    def create():
+        params = [jnp.zeros((width, width))] * layers
+        return {"params": params, "ema": params, "adam": adam.init(params)}
+
+    def loss(params, x):
+        for kernel in params:
+            x += jnp.tanh(x @ kernel)
+        return jnp.mean(x**2)
+
+    def step(state, x):
+        grads = jax.grad(loss)(state["params"], x)
+        updates, moments = adam.update(grads, state["adam"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        ema = optim.update_ema(state["ema"], params, 0.9)
+        return {"params": params, "ema": ema, "adam": moments}
+
+    def needed(kind):
+        shapes = jax.eval_shape(create)
+        places = jax.tree.map(lambda _: here, shapes)
+        places["ema"] = jax.tree.map(lambda _: here.with_memory_kind(kind), shapes["ema"])
+        join = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)  # noqa: E731
+        x = jax.ShapeDtypeStruct((1024, width), jnp.float32, sharding=here)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=places)
+        return fit.memory_needed(jitted.lower(jax.tree.map(join, shapes, places), x).compile())
+
+    size = 4 * layers * width**2
+    assert needed("device") - needed("pinned_host") > 0.7 * size
