@@ -349,7 +349,7 @@ def test_a_checkpoint_of_another_model_lists_what_differs(whole, tmp_path, monke
         ({"data__source": "some"}, "data.source is 'some'"),
         ({"save__keep": 0}, "save.keep is 0"),
         ({"mesh__data": 3}, "does not cover"),
-        ({"loss__teacher": "some", "model__align_block": 1}, "'some'"),
+        ({"loss__teacher": "some", "model__align_block": 1, "model__image_size": 128}, "'some'"),
     ],
 )
 def test_values_that_cannot_work_are_refused(tmp_path, values, message, monkeypatch):
@@ -368,6 +368,7 @@ def test_missing_weights_are_refused_or_left_out(tmp_path, monkeypatch):
     made = tiny.run_config()
     made.loss.update(teacher="dinov2-s", missing_weights="refuse")
     made.model.align_block, made.weights.folder = 1, str(tmp_path)
+    made.model.image_size = 16 * made.model.patch_size
     with pytest.raises(MissingWeightsError, match="dinov2_vits14") as refused:
         networks.build(made, 1)
     assert str(tmp_path) in str(refused.value)
@@ -378,6 +379,16 @@ def test_missing_weights_are_refused_or_left_out(tmp_path, monkeypatch):
     assert parts.networks.teacher is None and parts.loss.teacher == "none"
     assert told == ["weights of dinov2-s are not here: loss.teacher is left out"]
     assert made.loss.teacher == "dinov2-s"  # the run's own config says what was asked for
+
+
+def test_a_teacher_that_sees_another_grid_is_refused_or_left_out():
+    made = tiny.run_config()
+    made.loss.update(teacher="dinov2-s", missing_weights="refuse")
+    made.model.update(align_block=1, image_size=8 * made.model.patch_size)
+    with pytest.raises(ConfigError, match=r"sees 16x16 tokens, .* px has 8x8: set --config.loss"):
+        networks.build(made, 1)
+    made.loss.missing_weights = "skip"
+    assert networks.build(made, 1).networks.teacher is None
 
 
 # Images.

@@ -147,7 +147,7 @@ def timed(function, *arguments) -> tuple[float, Any]:
 
 
 def random_frozen(name: str, folder: epath.PathLike = "") -> Any:
-    """Parameters of a frozen network's shapes that keep the size of activations."""
+    """Parameters of a frozen network's shapes that keep the size of activations, heads positive."""
 
     def draw(keys, shape):
         if len(shape.shape) < 2:
@@ -155,6 +155,7 @@ def random_frozen(name: str, folder: epath.PathLike = "") -> Any:
         path = jax.tree_util.keystr(keys)
         rng = np.random.default_rng(zlib.crc32(f"{name}{path}".encode()))
         values = rng.standard_normal(shape.shape, np.float32)
+        values = np.abs(values) if keys[-1].key.startswith("head") else values
         return values * np.sqrt(2 / np.prod(shape.shape[:-1]), dtype=np.float32)
 
     return jax.tree_util.tree_map_with_path(draw, load.frozen_shapes(name, folder))

@@ -12,6 +12,7 @@ SIZES = {  # width, heads, blocks
     "dinov2-b": (768, 12, 12),
     "dinov2-l": (1024, 16, 24),
 }
+GRID = 16  # tokens on a side that the position embeddings are converted for
 NAMES = (*SIZES, *(f"{name}-reg" for name in SIZES))  # "reg": with four register tokens
 
 

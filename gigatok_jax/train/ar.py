@@ -37,6 +37,7 @@ from gigatok_jax.train.loop import (
     loop,
     restore,
     steps_per_epoch,
+    tell_placement,
     total_steps,
 )
 
@@ -139,6 +140,7 @@ def train(config, workdir: epath.PathLike) -> None:
     run = make_run(config, workdir, mesh, tokenizer, data, extras)
     with contextlib.closing(run), Interrupts() as interrupts:
         claim(run.workdir, config)
+        tell_placement(run)
         state, done = begin(run, branch)
         if done < run.total_steps or not has_results(run.workdir, done):
             batches = data.train_batches(done)

@@ -28,6 +28,8 @@ from gigatok_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from gigatok_jax.train.fit import FittedStep
 from gigatok_jax.train.program import Program
 
+PLACEMENT = "placement.txt"  # of the arrays of a state on several devices
+
 
 @dataclasses.dataclass
 class Run:
@@ -112,6 +114,17 @@ def claim(workdir: epath.Path, config) -> None:
     """
     checkpoint.check_workdir(workdir, config)
     environment.write(workdir)
+
+
+def tell_placement(run: Run) -> None:
+    """Where the arrays of the state lie: a line on the screen, `placement.txt` for each of them."""
+    if run.mesh.size == 1 or not processes.is_first():
+        return
+    sizes = ", ".join(f"{axis}={size}" for axis, size in run.mesh.shape.items())
+    held = parallel.bytes_per_device(run.abstract) / 2**30
+    lines = [f"mesh {sizes}: {held:.2f} GiB of the state on each of {run.mesh.size} devices"]
+    print(f"{lines[0]}; {PLACEMENT}", flush=True)
+    (run.workdir / PLACEMENT).write_text("\n".join([*lines, *parallel.placement(run.abstract), ""]))
 
 
 def restore(run: Run) -> tuple[Any, int]:

@@ -10,6 +10,7 @@ from absl import logging
 from gigatok_jax import losses
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.load import available, load_frozen
+from gigatok_jax.model_config import grid_size
 from gigatok_jax.models import dino, discriminator, perceptual, tokenizer
 from gigatok_jax.models.layers import REMAT
 from gigatok_jax.train.state import Networks
@@ -69,7 +70,7 @@ def _load(config, loss, load) -> dict:
     wanted = {}
     if loss.perceptual > 0:
         wanted["lpips"] = ("lpips-vgg16", "perceptual", 0.0)
-    if loss.alignment > 0 and loss.teacher != "none" and config.model.align_block:
+    if loss.alignment > 0 and loss.teacher != "none" and _teacher_fits(config.model, loss):
         wanted["teacher"] = (loss.teacher, "teacher", "none")
     if loss.discriminator == "dino":
         wanted["dino"] = ("dino-s16", "discriminator", "none")
@@ -81,6 +82,23 @@ def _load(config, loss, load) -> dict:
         else:
             frozen[key] = load(name, config.weights.folder)
     return frozen
+
+
+def _teacher_fits(model, loss) -> bool:
+    """Whether there is a token of the teacher for each of the grid; leaves it out, or refuses."""
+    if not model.align_block:
+        return False
+    if grid_size(model) == dino.GRID:
+        return True
+    reason = (
+        f"loss.teacher {loss.teacher} sees {dino.GRID}x{dino.GRID} tokens, an image of"
+        f" {model.image_size} px has {grid_size(model)}x{grid_size(model)}"
+    )
+    if loss.missing_weights != "skip":
+        raise ConfigError(f"{reason}: set --config.loss.teacher=none")
+    logging.warning("%s: it is left out", reason)
+    loss.teacher = "none"
+    return False
 
 
 def _discriminator(loss, groups: int, dtype):

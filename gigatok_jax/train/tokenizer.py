@@ -31,6 +31,7 @@ from gigatok_jax.train.loop import (
     loop,
     restore,
     steps_per_epoch,
+    tell_placement,
     total_steps,
 )
 
@@ -84,6 +85,7 @@ def train(config, workdir: epath.PathLike) -> None:
     run = make_run(config, epath.Path(workdir), mesh, sources.fingerprint(source))
     with contextlib.closing(run), Interrupts() as interrupts:
         claim(run.workdir, config)
+        tell_placement(run)
         state, done = restore(run)
         if done < run.total_steps or not has_results(run.workdir, done):
             batches = pipeline.train_batches(
