@@ -306,7 +306,7 @@ def test_a_table_names_the_smallest_slice_that_fits(xlxxl):
     traced = {"tpu": traced, "gpu": traced}
     on = {chip: table.first_fit(config, traced, chip) for chip in ("v5e", "v5p", "h100")}
     assert {chip: made.where for chip, made in on.items()} == {
-        "v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "h100": "h100x1",
+        "v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "h100": "h100x2",
     }  # fmt: skip
     assert on["v5p"].mesh["fsdp"] == 1 < on["v5e"].mesh["fsdp"]  # divided where it has to be
     two = table.best(config, traced, table.parse("2*v5e:16x16"))
