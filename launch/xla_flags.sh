@@ -4,17 +4,19 @@
 #     source launch/xla_flags.sh gpu      # or tpu; cpu and nothing at all change nothing
 #
 # What is set already is kept, behind ours, where the last one counts. XLA refuses a flag that it
-# does not know, so tests/test_launch.py starts jax with all of these. No effect is claimed that
-# was not measured: "not measured" means so on our machines.
+# does not know, so tests/test_launch.py starts jax with all of these. Those for GPUs were measured
+# all together: XL-XXL over four H200s, fsdp, 64 images each, runs at 94.7% of four times one with
+# them. B-L over two, data, took 480 ms a step without and 497 with them, about 4 ms of it from another
+# way to measure: there they gain nothing.
 
 case "${1:-}" in
 gpu)
   flags=(
     # Collectives run beside the computation that does not need them yet. Matters from two GPUs on;
-    # costs some memory. Not measured.
+    # costs some memory.
     --xla_gpu_enable_latency_hiding_scheduler=true
     # Gradients travel in pieces of up to 128 MiB: few enough to fill a link, many enough to start
-    # before the backward pass ends. The default is 30 MiB and less. Not measured.
+    # before the backward pass ends. The default is 30 MiB and less.
     --xla_gpu_all_reduce_combine_threshold_bytes=134217728
     --xla_gpu_all_gather_combine_threshold_bytes=134217728
     --xla_gpu_reduce_scatter_combine_threshold_bytes=134217728
