@@ -286,7 +286,8 @@ def restore_from(path: epath.PathLike, abstract_state: Any) -> tuple[Any, dict[s
 def check_workdir(workdir: epath.PathLike, config: Any) -> None:
     """Writes `config.json`, or refuses a workdir that belongs to a run of another config.
 
-    Keys of `FREE_KEYS`, and all below them, may differ; the file then takes the new values.
+    Keys of `FREE_KEYS`, and all below them, may differ, and a later version may have more keys; the
+    file then takes the new values.
 
     Args:
         workdir: made when missing.
@@ -492,10 +493,13 @@ def _describe(leaf: jax.ShapeDtypeStruct | None) -> str:
 
 def _compare_configs(workdir: epath.Path, old: Any, new: Any) -> None:
     before, now = dict(_config_leaves(old)), dict(_config_leaves(new))
+    if added := sorted(now.keys() - before.keys()):  # by a later version; the run goes on with it
+        values = ", ".join(f"{key}={now[key]!r}" for key in added)
+        logging.warning("the config of %s does not have %s yet", workdir, values)
     changed = [
-        f"{key} is {now.get(key)!r} here and {before.get(key)!r} there"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not _is_free(key)
+        f"{key} is {now.get(key)!r} here and {before[key]!r} there"
+        for key in sorted(before)
+        if before[key] != now.get(key) and not _is_free(key)
     ]
     if changed:
         raise ConfigError(

@@ -382,3 +382,13 @@ def test_a_workdir_of_another_config_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"another config: model.encoder is 'base' here and 'sm"):
         checkpoint.check_workdir(tmp_path, config)
     assert files.read_json(tmp_path / "config.json")["model"]["encoder"] == "small"
+
+
+def test_a_workdir_of_an_earlier_version_goes_on(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(checkpoint.logging, "warning", lambda text, *a: told.append(text % a))
+    checkpoint.check_workdir(tmp_path, {"optim": {"clip": 1.0}})
+    checkpoint.check_workdir(tmp_path, {"optim": {"clip": 1.0, "first_moment": "float32"}})
+    assert len(told) == 1 and "optim.first_moment='float32'" in told[0]
+    with pytest.raises(ConfigError, match="first_moment is None here and 'float32' there"):
+        checkpoint.check_workdir(tmp_path, {"optim": {"clip": 1.0}})
