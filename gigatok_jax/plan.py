@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
@@ -165,7 +166,8 @@ def analyse(config, traced: Traced, topology: hardware.Topology) -> Plan:
         parts *= 2
     return Plan(
         config.name, str(topology), ANALYSED, topology.chip, sizes, batch, parts, memory, limit,
-        int(traced.flops * batch / topology.devices), _shape_traffic(state, mesh, topology, parts),
+        int(traced.flops * batch / topology.devices),
+        _shape_traffic(config.train, state, mesh, topology, parts),
     )  # fmt: skip
 
 
@@ -195,16 +197,19 @@ def _shape_memory(state, traced: Traced, images: float, parts: int) -> dict[str,
     }
 
 
-def _shape_traffic(state, mesh, topology: hardware.Topology, parts: int) -> tuple[Traffic, ...]:
-    """Gathering parameters and summing gradients; what `tensor` sends is not in the shapes."""
-    groups = _groups(mesh.shape, topology.neighbours)
-    total = {}
+def _shape_traffic(
+    train, state, mesh, topology: hardware.Topology, parts: int
+) -> tuple[Traffic, ...]:
+    """Gathered parameters and summed gradients, both in the type that is computed with, as the
+    TPU's compiler sends them; what `tensor` sends is not in the shapes."""
+    groups, total = _groups(mesh.shape, topology.neighbours), {}
+    gathers = 2 if train.remat == "none" else 3  # forwards, again, backwards
     for leaf in _trained(state):
-        own = parallel.bytes_per_device([leaf])
+        own = parallel.bytes_per_device([leaf]) * jnp.dtype(train.dtype).itemsize // 4
         divided = "fsdp" in leaf.sharding.spec and mesh.shape["fsdp"] > 1
-        if divided:  # bfloat16, forwards and backwards; and float32 gradients
+        if divided:
             whole = own * mesh.shape["fsdp"]
-            _add(total, "all-gather", groups["fsdp"], parts * 2 * whole // 2)
+            _add(total, "all-gather", groups["fsdp"], parts * gathers * whole)
             _add(total, "reduce-scatter", groups["fsdp"], parts * whole)
         others = groups["data"] if divided else groups["data+fsdp"]
         if others != (1, 1):

@@ -186,10 +186,10 @@ def test_a_state_is_divided_over_the_devices(xlxxl):
 
 def test_gradients_and_parameters_travel(xlxxl):
     config, traced = xlxxl
-    size = 4 * 2_893_970_443
+    size = 2 * 2_893_970_443  # bfloat16
     fsdp = plan.analyse(config, traced, hardware.parse("v5p:4x4x4"))
     sent = {one.kind: one for one in fsdp.traffic}
-    assert sent["all-gather"].bytes == pytest.approx(size, rel=0.02)  # bfloat16, twice
+    assert sent["all-gather"].bytes == pytest.approx(3 * size, rel=0.02)  # again for remat
     assert sent["reduce-scatter"].bytes == pytest.approx(size, rel=0.02)
     data = plan.analyse(get("xlxxl", dcn=2), traced, hardware.parse("v5p:4x4x4", 2))
     (sums,) = data.traffic
