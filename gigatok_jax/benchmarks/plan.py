@@ -40,7 +40,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     with command_line.one_line_errors():
         if given.keep:
-            return plan_gate.keep(pathlib.Path(given.keep))
+            return plan_gate.keep(pathlib.Path(given.keep), given.cases)
         topologies = [parse(text) for text in given.topologies]
         plans, smallest = [], {}
         for name in given.configs:
@@ -64,7 +64,8 @@ def _arguments():
     parser.add_argument("--configs", nargs="+", default=CONFIGS.split(), help="ss ar:size=b ...")
     parser.add_argument("--topologies", nargs="+", default=TOPOLOGIES.split(), help="v5p:4x4x4 ...")
     parser.add_argument("--compile", action="store_true", help="instead of shape analysis")
-    parser.add_argument("--keep", default="", help="compiles the gate's pairs into this file, ends")
+    parser.add_argument("--keep", default="", help="compiles the gate's cases into this file, ends")
+    parser.add_argument("--cases", nargs="*", choices=plan_gate.CASES, help="of the gate; or all")
     parser.add_argument("--out", default="", help="folder for the tables and plans.json")
     return parser.parse_args()
 

@@ -1,0 +1,70 @@
+"""Programs for TPUs that are not there: what they cost is kept, and has not moved.
+
+Needs an environment with jax[tpu], see test_tpu_compiler.py. After a change that is meant:
+    JAX_PLATFORMS=cpu python -m gigatok_jax.benchmarks.plan --keep tests/golden/plans.json
+"""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gigatok_jax import hardware, hlo, parallel, plan
+from gigatok_jax.benchmarks import plan_gate
+from gigatok_jax.ops import codebook_search, entropy
+
+pytestmark = pytest.mark.tpu_compiler
+KEPT = pathlib.Path(__file__).parent / "golden" / "plans.json"
+
+
+@pytest.fixture(autouse=True)
+def compiler():
+    pytest.importorskip("libtpu")
+
+
+@pytest.mark.parametrize("sizes", [{}, {"data": 1, "fsdp": 4}, {"data": 2, "tensor": 2}])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_kernels_run_on_every_chips_own_tokens(sizes, groups):
+    config = plan_gate.read("ss").mesh
+    config.update(sizes)
+    mesh = parallel.make_mesh(config, hardware.compiler(hardware.parse("v5e:2x2")))
+    whole, split = parallel.replicated(mesh), parallel.split_batch(mesh)
+
+    def search_and_loss(z, codebook):
+        loss = lambda *x: entropy.entropy_loss(*x, 0.01, groups)  # noqa: E731
+        return codebook_search.nearest(z, codebook), jax.grad(loss, (0, 1))(z, codebook)
+
+    latents = jax.ShapeDtypeStruct((32, 64, 8), jnp.float32, sharding=split)
+    codebook = jax.ShapeDtypeStruct((4096, 8), jnp.float32, sharding=whole)
+    with jax.set_mesh(mesh):
+        step = jax.jit(search_and_loss, out_shardings=(split, (split, whole)))
+        text = step.lower(latents, codebook).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') >= 5
+    sent = hlo.collectives(text)
+    assert {one.kind for one in sent} == {"all-reduce"}  # of means and of gradients of rows
+    assert sum(one.bytes for one in sent) < 2 * 4096 * (8 + 2) * 4
+
+
+def test_slices_send_gradients_alone_over_the_network():
+    config = plan_gate.read("ar:size=b,smoke")
+    config.model.update(width=512, heads=8, kv_heads=8)
+    config.train.update(global_batch=32, dtype="bfloat16")
+    config.mesh.update(data=2, fsdp=4, dcn=2)
+    topology = hardware.parse("v5e:2x2", 2)
+    made = plan.compile_for(config, topology, hardware.compiler(topology))
+    assert made.how == plan.COMPILED and made.fits and made.flops > 0
+    traced = plan.trace(config, "tpu")
+    far, counted = (
+        sum(one.bytes for one in plans.traffic if one.far > 1)
+        for plans in (made, plan.analyse(config, traced, topology))
+    )
+    assert 0.8 * counted < far < 1.3 * counted
+
+
+@pytest.mark.parametrize("name", plan_gate.CASES)
+def test_compiled_memory_flops_and_collectives_have_not_moved(name):
+    kept = json.loads(KEPT.read_text())
+    lines = plan_gate.moved(kept["figures"][name], plan_gate.measure(plan_gate.CASES[name]))
+    assert not lines, f"{name}, kept with {kept['versions']}: {'; '.join(lines)}"
