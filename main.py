@@ -33,6 +33,7 @@ def main(argv):
     config = flags.FLAGS.config
     workdir = flags.FLAGS.workdir or f"runs/{config.name}"
     with command_line.one_line_errors():
+        spread_over_cores(config)
         if flags.FLAGS.dry_run:
             from gigatok_jax import plan_report
 
@@ -54,6 +55,15 @@ def run(config, workdir):
         print(results.read_text().strip())
 
 
+def spread_over_cores(config):
+    """Small steps do not spread over cores by themselves; shares of the batch do."""
+    if config.get("mesh") and config.mesh.cpu_devices != 1:
+        import jax
+
+        cores = 1 << min(os.cpu_count(), 8).bit_length() - 1  # a power of two divides the batch
+        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices or cores)
+
+
 def cluster_of(config, workdir):
     """Keeps compiled programs between runs, and joins a cluster where there is one."""
     import jax
@@ -61,11 +71,6 @@ def cluster_of(config, workdir):
     from gigatok_jax import cluster
 
     print(f"workdir: {workdir}", flush=True)
-    if config.get("mesh") and config.mesh.cpu_devices != 1:
-        # Small steps do not spread over cores by themselves; shares of the batch do.
-        cores = 1 << min(os.cpu_count(), 8).bit_length() - 1  # a power of two divides the batch
-        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices or cores)
-
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = os.path.expanduser("~/.cache/gigatok_jax/compiled")
         jax.config.update("jax_compilation_cache_dir", cache)

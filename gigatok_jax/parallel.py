@@ -75,6 +75,9 @@ def make_mesh(config, devices=None) -> Mesh:
         )
     devices = jax.devices() if devices is None else devices
     sizes = axis_sizes(config, len(devices))
+    found = len({getattr(device, "slice_index", 0) for device in devices})
+    if found > 1 and config.get("dcn", 1) != found and devices[0].platform == "tpu":
+        raise ConfigError(f"the devices are of {found} slices: set --config.mesh.dcn={found}")
     types = (AxisType.Auto,) * len(AXES)
     if config.get("dcn", 1) == 1:
         return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
@@ -221,19 +224,19 @@ def shardings(tree: Any, mesh: Mesh, rules: tuple[Rule, ...]) -> Any:
     Raises:
         ConfigError: a rule of the config names nothing, or an axis does not divide a dimension.
     """
-    met: set[str] = set()
+    met: set[int] = set()
 
     def place(keys, leaf):
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
         rule = next((r for r in rules if re.search(rf"(^|/){r.pattern}$", path)), None)
         if rule is None:
             return replicated(mesh)
-        met.add(rule.pattern)
+        met.add(id(rule))
         return NamedSharding(mesh, _spec(path, leaf.shape, rule, mesh))
 
     placed = jax.tree_util.tree_map_with_path(place, tree)
-    known = {rule.pattern for table in RULES.values() for rule in table}
-    if idle := [rule.pattern for rule in rules if rule.pattern not in met | known]:
+    ours = {id(rule) for table in RULES.values() for rule in table}
+    if idle := [rule.pattern for rule in rules if id(rule) not in met | ours]:
         raise ConfigError(f"mesh.rules: {idle[0]!r} names no array of this model")
     return placed
 

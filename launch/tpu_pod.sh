@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One run on all hosts of a TPU slice, or of several, made with `gcloud`:
+# One run on all hosts of a TPU slice, or of N with --config.mesh.dcn=N, made with `gcloud`:
 #
 #     launch/tpu_pod.sh NAME ZONE --config=configs/xlxxl.py --workdir=/mnt/runs/xlxxl
 #

@@ -74,3 +74,18 @@ def test_a_default_device_is_asked_instead_of_the_first(monkeypatch, said):
     with jax.default_device(cpu):
         assert implementation.choose("search", 8, WIDTHS) == "xla"
     assert implementation.choose("search", 8, WIDTHS) == "pallas_gpu"
+
+
+def test_several_tpus_take_the_kernel_where_it_can_be_divided(monkeypatch, said):
+    """Their compiler divides XLA's search, but no kernel."""
+    on(monkeypatch, Trillium)
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    assert implementation.choose("search", 8, WIDTHS) == "xla"
+    assert said == [
+        "search: xla on TPU v6 lite (pallas_tpu: several chips and no mesh in force, see"
+        " jax.set_mesh)"
+    ]
+    types = (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.sharding.AbstractMesh((2, 2, 1), ("data", "fsdp", "tensor"), axis_types=types)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert implementation.choose("search", 8, WIDTHS) == "pallas_tpu"

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gigatok_jax import hardware, hlo, parallel, plan
+from gigatok_jax import hardware, hlo, library, parallel, plan
 from gigatok_jax.benchmarks import plan_gate
-from gigatok_jax.ops import codebook_search, entropy
+from gigatok_jax.models import tokenizer
+from gigatok_jax.ops import codebook_search, entropy, implementation
 
 pytestmark = pytest.mark.tpu_compiler
 KEPT = pathlib.Path(__file__).parent / "golden" / "plans.json"
@@ -45,6 +46,24 @@ def test_kernels_run_on_every_chips_own_tokens(sizes, groups):
     sent = hlo.collectives(text)
     assert {one.kind for one in sent} == {"all-reduce"}  # of means and of gradients of rows
     assert sum(one.bytes for one in sent) < 2 * 4096 * (8 + 2) * 4
+
+
+def test_codes_and_reconstructions_need_no_mesh_in_force(monkeypatch):
+    """As in an evaluation between two steps; the compiler divides the search by itself."""
+    devices = hardware.compiler(hardware.parse("v5e:2x2"))
+    mesh = parallel.make_mesh(plan_gate.read("ss").mesh, devices)
+    monkeypatch.setattr(implementation, "_default", lambda: devices[0])
+    monkeypatch.setattr(jax, "device_count", lambda: len(devices))
+    config = plan_gate.read("ss:smoke").model
+    config.update(stem="patch", codebook_size=4096)
+    images = jax.ShapeDtypeStruct((32, 32, 32, 3), jnp.float32)
+    shapes = jax.eval_shape(tokenizer.make(config).init, jax.random.key(0), images)["params"]
+    whole, split = parallel.replicated(mesh), parallel.split_batch(mesh)
+    place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
+    params = jax.tree.map(lambda x: place(x, whole), shapes)
+    encode = jax.jit(lambda params, x: library.encode(params, x, config), out_shardings=split)
+    text = encode.lower(params, place(images, split)).compile().as_text()
+    assert not hlo.collectives(text) and "tpu_custom_call" not in text
 
 
 def test_slices_send_gradients_alone_over_the_network():

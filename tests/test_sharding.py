@@ -94,6 +94,7 @@ def test_a_rule_of_the_config_comes_first():
     [
         ("", {"tensor": 7}, "has a dimension of .* which mesh.tensor=7 does not divide"),
         ("nothing/here=fsdp", {}, "mesh.rules: 'nothing/here' names no array of this model"),
+        ("mlp/up/kernel=-,fsdp", {}, "'mlp/up/kernel' names no array"),  # of the tokenizer's table
         ("head/kernel=rows", {}, "expected pattern=axis,axis with axes of data, fsdp, tensor or -"),
         ("(=fsdp", {}, "is no regular expression"),
         ("norm/scale=fsdp,tensor", {}, "has 2 axes, norm/scale is"),

@@ -50,7 +50,7 @@ def nearest(
     if z.size == 0:
         return jnp.zeros(z.shape[:-1], jnp.int32)
     z, codebook = lax.stop_gradient(z), lax.stop_gradient(codebook)
-    if impl != "pallas_tpu":
+    if impl != "pallas_tpu" and implementation.platform() != "tpu":
         return _per_shard(z, codebook, impl, interpret)
     tokens = PartitionSpec(batch_axes(len(z)))
     search = functools.partial(_per_shard.fun, impl=impl, interpret=interpret)

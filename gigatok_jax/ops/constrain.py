@@ -48,6 +48,14 @@ def per_device(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
+def reaches_devices() -> bool:
+    """Whether a kernel gets one device's part: by `per_device`, in shard_map, or on one alone."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count() == 1
+    return _in_force() is not None or all(kind == AxisType.Manual for kind in mesh.axis_types)
+
+
 def _in_force():
     """The mesh of `jax.set_mesh`, if it is one of ours and the compiler divides by it."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import jax
 from absl import logging
 
+from gigatok_jax.ops import constrain
+
 NAMES = ("xla", "pallas_gpu", "pallas_tpu")
 PLATFORMS = {"pallas_gpu": "gpu", "pallas_tpu": "tpu"}
 _DIALECTS = {"pallas_gpu": "triton", "pallas_tpu": "tpu"}  # modules of jax.experimental.pallas
@@ -22,6 +24,8 @@ def choose(operation: str, width: int, widths: Sequence[int]) -> str:
     """
     impl = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(_device().platform, "xla")
     reason = obstacle(impl, width, widths)
+    if impl == "pallas_tpu" and not constrain.reaches_devices():
+        reason = "several chips and no mesh in force, see jax.set_mesh"
     _log(operation, "xla" if reason else impl, f" ({impl}: {reason})" if reason else "")
     return "xla" if reason else impl
 
