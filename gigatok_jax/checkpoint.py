@@ -472,11 +472,12 @@ def _check_same(directory: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct
     ]
     if not differ:
         return
-    if saved.keys() == wanted.keys() and all(saved[p].shape == wanted[p].shape for p in differ):
+    both = saved.keys() & wanted.keys()
+    if all(p in both and "/mu/" in p and saved[p].shape == wanted[p].shape for p in differ):
         types = [np.dtype(tree[differ[0]].dtype).name for tree in (saved, wanted)]
         raise CheckpointError(
-            f"checkpoint {directory} keeps {len(differ)} arrays such as {differ[0]} in {types[0]},"
-            f" this run in {types[1]}: optim.first_moment has to stay as it was"
+            f"checkpoint {directory} keeps first moments such as {differ[0]} in {types[0]}, this"
+            f" run in {types[1]}: optim.first_moment has to stay as it was"
         )
     lines = [
         f"  {path}: {_describe(saved.get(path))} in the checkpoint,"

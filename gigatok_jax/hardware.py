@@ -60,16 +60,16 @@ class Topology(NamedTuple):
 
 # TPUs: cloud.google.com/tpu/docs, pages v5e, v5p and v6e; the memory is what the TPU compiler calls
 # its limit. GPUs: NVIDIA's data sheets of H100 SXM, H200 SXM and DGX B200, with one 400 Gb/s port
-# each, and 92% of their memory as launch/xla_flags.sh gives to jax.
+# each, and 92% of the memory that their driver shows, as launch/xla_flags.sh gives to jax.
 CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v5e", "tpu", 15.75, 197e12, 200e9, 25e9 / 8),
         Chip("v5p", "tpu", 95.73, 459e12, 600e9, 50e9 / 8),
         Chip("v6e", "tpu", 31.24, 918e12, 400e9, 100e9 / 8),
-        Chip("h100", "gpu", 0.92 * 80e9 / GIB, 989e12, 450e9, 400e9 / 8),
-        Chip("h200", "gpu", 0.92 * 141e9 / GIB, 989e12, 450e9, 400e9 / 8),
-        Chip("b200", "gpu", 0.92 * 180e9 / GIB, 2250e12, 900e9, 400e9 / 8),
+        Chip("h100", "gpu", 0.92 * 79.1, 989e12, 450e9, 400e9 / 8),
+        Chip("h200", "gpu", 0.92 * 139.8, 989e12, 450e9, 400e9 / 8),
+        Chip("b200", "gpu", 0.92 * 178.3, 2250e12, 900e9, 400e9 / 8),
     )
 }
 # What libtpu else asks a cloud's server for, or complains of; nothing runs on a TPU here.

@@ -5,6 +5,7 @@ analysis" has only shapes, shardings and the traced equations.
 """
 
 import contextlib
+import math
 import re
 import sys
 import threading
@@ -75,6 +76,8 @@ def _fits(memory: dict[str, int], limit: int | None, how: str) -> bool:
 
 def _seconds(one: Traffic, chip: hardware.Chip) -> float:
     """Near parts first: a ring over fast links, then one over the network of a share each."""
+    if one.kind == "collective-permute":  # from each to one other
+        return one.bytes / (chip.network if one.far > 1 else chip.link)
     rounds = 2 if one.kind == "all-reduce" else 1
     near = rounds * one.bytes * (one.near - 1) / one.near / chip.link
     return near + rounds * one.bytes / one.near * (one.far - 1) / one.far / chip.network
@@ -225,7 +228,7 @@ def _groups(shape, neighbours: int) -> dict[str, tuple[int, int]]:
     """Near and far parts of the groups along axes; devices lie in the order of the axes."""
     made, stride = {}, 1
     for axis in reversed(parallel.AXES):
-        near = max(1, min(shape[axis], neighbours // stride))
+        near = math.gcd(shape[axis], max(1, neighbours // stride))
         made[axis] = (near, shape[axis] // near)
         stride *= shape[axis]
     (a, b), (c, d) = made["data"], made["fsdp"]
@@ -250,6 +253,8 @@ def compile_for(config, topology: hardware.Topology, devices: list) -> Plan:
     limit = topology.limit
     parts, memory, text = _fitted(config, mesh, limit, f"{config.name} for {topology}")
     found = hlo.costs(text) if text else None
+    if found and found.unknown_loops:
+        logging.warning("loops of unknown length count once: %s", ", ".join(found.unknown_loops))
     return Plan(
         config.name, str(topology), COMPILED, topology.chip, dict(mesh.shape),
         config.train.global_batch, parts, memory, limit, found.flops if found else 0,
@@ -317,6 +322,9 @@ def _traffic(text: str, neighbours: int) -> tuple[Traffic, ...]:
 
 
 def _parted(one: hlo.Transfer, neighbours: int) -> tuple[int, int]:
+    if one.kind == "collective-permute":
+        crosses = any(len({device // neighbours for device in pair}) > 1 for pair in one.groups)
+        return (1, 2) if crosses else (2, 1)
     group = one.groups[0]
     parts = {device // neighbours for device in group}
     return len(group) // len(parts), len(parts)

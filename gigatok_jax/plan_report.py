@@ -4,7 +4,7 @@ import jax
 
 from gigatok_jax import dry_run, hardware, parallel, plan
 
-SMALL = 1e9  # FLOPs of a step that a CPU compiles in seconds
+SMALL = 1e10  # FLOPs of a step that a CPU compiles in seconds
 INSTALL = 'no TPU compiler is here: pip install "jax[tpu]" in an environment of its own has one'
 
 
@@ -18,13 +18,10 @@ def show(config) -> None:
     if "topology" not in config.get("mesh", {}):
         print(dry_run.report(config))
         return
-    topology = _topology(config.mesh)
-    parallel.axis_sizes(config.mesh, topology.devices)  # what is wrong is said first
-    print(dry_run.report(config), flush=True)
+    topology, parameters = _topology(config.mesh), dry_run.report(config)
     traced = plan.trace(config, topology.chip.platform)
-    print(*_placement(config, traced, topology), sep="\n")
-    analysed = plan.analyse(config, traced, topology)
-    print(*lines(analysed), sep="\n", flush=True)
+    analysed = plan.analyse(config, traced, topology)  # what is wrong is said before all else
+    print(parameters, *_placement(config, traced, topology), *lines(analysed), sep="\n", flush=True)
     devices, reason = _compiler(topology, analysed.flops, bool(config.mesh.topology))
     if devices is None:
         print(reason)
@@ -65,7 +62,8 @@ def lines(made: plan.Plan) -> list[str]:
     """A plan in words; each line says how it is known."""
     told = [_memory(made)]
     if made.flops:  # none of a program that the compiler refused
-        told += [f"{made.flops:.3g} FLOPs per step and device", _traffic(made)]
+        left_out = ", those in kernels left out" if made.how == plan.COMPILED else ""
+        told += [f"{made.flops:.3g} FLOPs per step and device{left_out}", _traffic(made)]
     if made.flops and made.chip.peak:
         told.append(_time(made))
     return [f"{made.how} {made.where}: {line}" for line in told]

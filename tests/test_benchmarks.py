@@ -63,13 +63,16 @@ def test_shares_of_a_trace():
     ]
     found = training.shares(events)
     assert found == pytest.approx({"collectives": 0.4, "exposed": 0.3, "idle": 0.2})
+    assert training.shares([]) == {}
 
 
 def test_efficiency_is_against_the_same_batch_per_device():
-    one = {"config": "xlxxl", "devices": 1, "global_batch": 16, "images_per_second": 50.0}
+    one = {"config": "xlxxl", "dtype": "bfloat16", "remat": "blocks", "micro_batches": 1}
+    one |= {"devices": 1, "global_batch": 16, "images_per_second": 50.0}
     four = one | {"devices": 4, "global_batch": 64, "images_per_second": 180.0}
     assert training.efficiency(four, [one, four]) == pytest.approx(0.9)
-    assert training.efficiency(four | {"global_batch": 128}, [one, four]) is None
+    for other in ({"global_batch": 128}, {"remat": "none"}):
+        assert training.efficiency(four | other, [one, four]) is None
 
 
 @pytest.mark.slow

@@ -103,7 +103,10 @@ def test_slices_that_are_not_there_are_refused(data, message):
 )
 def test_a_mesh_to_compile_for_decides_which_kernels_are_taken(platform, kind, impl):
     device = jax.sharding.AbstractDevice(kind, None, platform)
-    mesh = jax.sharding.AbstractMesh((4,), ("data",), abstract_device=device)
+    types = (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.sharding.AbstractMesh(
+        (4, 1, 1), parallel.AXES, axis_types=types, abstract_device=device
+    )
     assert implementation.choose("search", 8, range(1, 9)) == "xla"
     with jax.sharding.use_abstract_mesh(mesh):
         assert implementation.platform() == platform

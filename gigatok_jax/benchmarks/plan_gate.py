@@ -99,15 +99,22 @@ def measure(case: Case) -> dict[str, int]:
     with plan.ticking(f"compiling {case.config} for {topology}"):
         compiled = lowered.compile()
     costs = hlo.costs(compiled.as_text())
+    assert not costs.unknown_loops, costs.unknown_loops
     sent = {f"{kind} bytes": one.bytes for kind, one in costs.collectives.items()}
     held = {f"{name} bytes": size for name, size in plan.memory_of(compiled).items()}
     return held | {"flops": costs.flops} | sent
 
 
-def keep(path: pathlib.Path, names: list[str]) -> None:
-    """Compiles cases, all without names, and writes what they cost and what compiled them."""
+def keep(path: pathlib.Path, names: list[str] | None) -> None:
+    """Compiles cases, all without names, and writes what they cost and what compiled them.
+
+    Raises:
+        ConfigError: some of the cases, where the others were compiled by other versions.
+    """
     kept = json.loads(path.read_text()) if path.exists() else {"figures": {}}
     versions = {name: metadata.version(name) for name in PACKAGES}
+    if names and kept["figures"] and kept["versions"] != versions:
+        raise ConfigError(f"{path} was kept with other versions: leave --cases out")
     figures = kept["figures"] if kept.get("versions") == versions else {}
     for name in names or CASES:
         figures[name] = measure(CASES[name])

@@ -33,6 +33,8 @@ from gigatok_jax.train import fit
 from gigatok_jax.train import program as program_lib
 
 LOSSES = 5  # first updates, whose losses are kept
+ALIKE = ("config", "dtype", "remat", "micro_batches")  # what efficiency compares
+NAMED = (*ALIKE, "mesh", "global_batch")  # and what tells measurements apart
 COLLECTIVES = ("nccl", "allgather", "allreduce", "reducescatter", "all_gather", "all_reduce")
 
 
@@ -51,8 +53,9 @@ def main(argv) -> None:
     if given.out:
         folder = epath.Path(given.out)
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"{found['config']}_{found['mesh']}_{found['global_batch']}.json"
-        (folder / name).write_text(json.dumps(found, indent=1))
+        (folder / f"{'_'.join(str(found[key]) for key in NAMED)}.json").write_text(
+            json.dumps(found, indent=1)
+        )
 
 
 def measure(config: ml_collections.ConfigDict, repeats: int, save: bool) -> dict[str, Any]:
@@ -221,8 +224,10 @@ def shares(events: list[tuple[str, float, float]]) -> dict[str, float]:
 
     Returns:
         collectives: while one ran; exposed: while one ran and nothing else did; idle: while
-        nothing ran.
+        nothing ran. Nothing of a trace without kernels.
     """
+    if not events:
+        return {}
     of_links, of_compute = [], []
     for name, begin, end in events:
         collective = any(word in name.lower() for word in COLLECTIVES)
@@ -281,7 +286,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def efficiency(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
     """Images per second and device, over those of one device with the same batch per device."""
     for one in rows:
-        same = one["config"] == row["config"] and one["devices"] == 1
+        same = one["devices"] == 1 and all(one[key] == row[key] for key in ALIKE)
         if same and one["global_batch"] * row["devices"] == row["global_batch"]:
             return row["images_per_second"] / row["devices"] / one["images_per_second"]
     return None
