@@ -4,10 +4,9 @@
 #     source launch/xla_flags.sh gpu      # or tpu; cpu and nothing at all change nothing
 #
 # What is set already is kept, behind ours, where the last one counts. XLA refuses a flag that it
-# does not know, so tests/test_launch.py starts jax with all of these. Those for GPUs were measured
-# all together: XL-XXL over four H200s, fsdp, 64 images each, runs at 94.7% of four times one with
-# them. B-L over two, data, took 480 ms a step without and 497 with them, about 4 ms of it from another
-# way to measure: there they gain nothing.
+# does not know, so tests/test_launch.py starts jax with all of these. Effect of those for GPUs, all
+# together: B-L over two H200s, data, 497 ms a step with them and 480 without (about 4 ms of it from
+# another way to measure). XL-XXL over four, fsdp, was measured with them only (README).
 
 case "${1:-}" in
 gpu)
