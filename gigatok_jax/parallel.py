@@ -241,6 +241,17 @@ def shardings(tree: Any, mesh: Mesh, rules: tuple[Rule, ...]) -> Any:
     return placed
 
 
+def with_shardings(tree: Any, where: Any) -> Any:
+    """Shapes of a tree of arrays, on a sharding for all or a tree of them."""
+    if isinstance(where, jax.sharding.Sharding):
+        where = jax.tree.map(lambda _: where, tree)
+
+    def join(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(join, tree, where)
+
+
 def _spec(path: str, shape: tuple[int, ...], rule: Rule, mesh: Mesh) -> PartitionSpec:
     if len(rule.axes) > len(shape):
         raise ConfigError(f"rule {rule.pattern!r} has {len(rule.axes)} axes, {path} is {shape}")

@@ -177,11 +177,7 @@ def analyse(config, traced: Traced, topology: hardware.Topology) -> Plan:
 def placed(config, traced: Traced, mesh) -> Any:
     """Shapes of a state with their shardings on a mesh."""
     where = parallel.shardings(traced.state, mesh, parallel.rules_of(config))
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        traced.state,
-        parallel.place_average(where, mesh, config),
-    )
+    return parallel.with_shardings(traced.state, parallel.place_average(where, mesh, config))
 
 
 def _trained(state) -> list:

@@ -96,9 +96,7 @@ def part(name: str):
     mesh, params = make_mesh("2x4x1"), parameters(name)
     inputs = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=parallel.split_batch(mesh))
     placed = parallel.shardings(params, mesh, parallel.RULES["tokenizer"])
-    given = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, placed
-    )
+    given = parallel.with_shardings(params, placed)
 
     def loss(params, x):
         out = jax.tree.leaves(module.apply({"params": params[path]}, x))

@@ -59,10 +59,9 @@ def test_codes_and_reconstructions_need_no_mesh_in_force(monkeypatch):
     images = jax.ShapeDtypeStruct((32, 32, 32, 3), jnp.float32)
     shapes = jax.eval_shape(tokenizer.make(config).init, jax.random.key(0), images)["params"]
     whole, split = parallel.replicated(mesh), parallel.split_batch(mesh)
-    place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
-    params = jax.tree.map(lambda x: place(x, whole), shapes)
+    given = parallel.with_shardings(shapes, whole), parallel.with_shardings(images, split)
     encode = jax.jit(lambda params, x: library.encode(params, x, config), out_shardings=split)
-    text = encode.lower(params, place(images, split)).compile().as_text()
+    text = encode.lower(*given).compile().as_text()
     assert not hlo.collectives(text) and "tpu_custom_call" not in text
 
 

@@ -40,9 +40,7 @@ def config_of(model, rules=""):
 
 
 def placed(params, mesh, rules):
-    places = parallel.shardings(params, mesh, rules)
-    join = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)  # noqa: E731
-    return jax.tree.map(join, params, places)
+    return parallel.with_shardings(params, parallel.shardings(params, mesh, rules))
 
 
 @pytest.mark.parametrize("kind", parallel.RULES)
@@ -124,10 +122,7 @@ def on_host(state, mesh, kind="pinned_host"):
 
 def test_the_average_may_lie_in_the_hosts_memory(tmp_path):
     state, mesh = prior_state(), parallel.make_mesh(ONE, jax.devices()[:1])
-    abstract = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        *(jax.eval_shape(lambda: state), on_host(state, mesh)),
-    )
+    abstract = parallel.with_shardings(state, on_host(state, mesh))
     assert parallel.bytes_per_device(abstract) == 2048 * 1024 * 4 + 4
     assert [line.endswith("(host)") for line in parallel.placement(abstract)] == [False, True]
     saver = checkpoint.Checkpoints(tmp_path)

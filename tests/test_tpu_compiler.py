@@ -13,6 +13,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gigatok_jax import parallel
 from gigatok_jax.ops import codebook_search_tpu, entropy_tpu
 from gigatok_jax.train import fit, optim
 
@@ -72,10 +73,9 @@ def test_an_average_on_the_host_spares_memory_of_the_chip():
         shapes = jax.eval_shape(create)
         places = jax.tree.map(lambda _: here, shapes)
         places["ema"] = jax.tree.map(lambda _: here.with_memory_kind(kind), shapes["ema"])
-        join = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)  # noqa: E731
         x = jax.ShapeDtypeStruct((1024, width), jnp.float32, sharding=here)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=places)
-        return fit.memory_needed(jitted.lower(jax.tree.map(join, shapes, places), x).compile())
+        return fit.memory_needed(jitted.lower(parallel.with_shardings(shapes, places), x).compile())
 
     size = 4 * layers * width**2
     assert needed("device") - needed("pinned_host") > 0.7 * size

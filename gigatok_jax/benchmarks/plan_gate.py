@@ -62,14 +62,13 @@ def reconstruction(config, mesh) -> jax.stages.Lowered:
     images = jax.ShapeDtypeStruct((64, size, size, 3), jnp.float32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), images)
     whole, split = parallel.replicated(mesh), parallel.split_batch(mesh)
-    place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
-    params = jax.tree.map(lambda x: place(x, whole), shapes)
+    given = parallel.with_shardings(shapes, whole), parallel.with_shardings(images, split)
 
     def forward(params, images):
         return module.apply(params, images)[1].images
 
     with jax.set_mesh(mesh):
-        return jax.jit(forward, out_shardings=split).lower(params, place(images, split))
+        return jax.jit(forward, out_shardings=split).lower(*given)
 
 
 FSDP = {"data": 1, "fsdp": -1}

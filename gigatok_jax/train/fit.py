@@ -65,7 +65,7 @@ def memory_needed(compiled) -> int | None:
     if stats is None:
         return None
     held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return held + stats.temp_size_in_bytes
+    return held + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
 
 
 def memory_limit() -> int | None:

@@ -50,10 +50,10 @@ def make(
     whole, split = parallel.replicated(mesh), parallel.split_batch(mesh)
     return Program(
         jax.jit(create, out_shardings=placed),
-        jax.tree.map(_shape, shapes, placed),
+        parallel.with_shardings(shapes, placed),
         lambda micro_batches: make_step(micro_batches, placed),
         jax.tree.map(lambda x: _on(x, whole), frozen),
-        jax.tree.map(lambda x: _shape(x, split), batch),
+        parallel.with_shardings(batch, split),
         phase,
     )
 
@@ -66,11 +66,7 @@ def lower(program: Program, mesh: jax.sharding.Mesh, micro_batches: int = 1) -> 
         )
 
 
-def _shape(x, sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
 def _on(x, sharding):
     if isinstance(x, jax.ShapeDtypeStruct):
-        return _shape(x, sharding)
+        return parallel.with_shardings(x, sharding)
     return jax.device_put(x, sharding)
