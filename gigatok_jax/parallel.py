@@ -85,7 +85,6 @@ def make_mesh(config, devices=None) -> Mesh:
     try:
         ordered = mesh_utils.create_hybrid_device_mesh(inner, (config.dcn, 1, 1), devices)
     except ValueError:
-        found = len({getattr(device, "slice_index", 0) for device in devices})
         raise ConfigError(f"mesh.dcn is {config.dcn}, the devices are of {found} slices") from None
     return Mesh(ordered, AXES, axis_types=types)
 
@@ -265,6 +264,11 @@ def _spec(path: str, shape: tuple[int, ...], rule: Rule, mesh: Mesh) -> Partitio
     return PartitionSpec(*whole, *rule.axes)
 
 
+def state_shardings(state: Any, mesh: Mesh, config) -> Any:
+    """Sharding of every array of a run's state, by its rules and `train.ema_memory`."""
+    return place_average(shardings(state, mesh, rules_of(config)), mesh, config)
+
+
 def place_average(shardings: Any, mesh: Mesh, config) -> Any:
     """Shardings of a state whose averaged copy lies where `config.train.ema_memory` says.
 
@@ -302,18 +306,22 @@ def placement(tree: Any) -> list[str]:
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if math.prod(leaf.shape) >= LARGE:
             path = jax.tree_util.keystr(keys, simple=True, separator="/")
-            share = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
             axes = ", ".join(str(axis or "-") for axis in leaf.sharding.spec) or "whole"
             where = " (host)" if _on_host(leaf) else ""
             shape = "x".join(map(str, leaf.shape))
-            lines.append(f"{path}  {shape}  {axes}  {share / 2**20:.1f}{where}")
+            lines.append(f"{path}  {shape}  {axes}  {_held(leaf) / 2**20:.1f}{where}")
     return lines
+
+
+def _held(leaf) -> int:
+    """Bytes of an array on one of its devices."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def bytes_per_device(tree: Any) -> int:
     """Bytes of a state with shardings that one device holds."""
     return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        _held(leaf)
         for leaf in jax.tree.leaves(tree)
         if not (jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) or _on_host(leaf))
     )

@@ -20,7 +20,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from gigatok_jax import footprint, hardware, hlo, parallel
 from gigatok_jax import load as load_lib
-from gigatok_jax.train import ar, networks, tokenizer
+from gigatok_jax.train import ar, fit, networks, tokenizer
 from gigatok_jax.train import program as program_lib
 from gigatok_jax.train.program import Program
 
@@ -176,8 +176,9 @@ def analyse(config, traced: Traced, topology: hardware.Topology) -> Plan:
 
 def placed(config, traced: Traced, mesh) -> Any:
     """Shapes of a state with their shardings on a mesh."""
-    where = parallel.shardings(traced.state, mesh, parallel.rules_of(config))
-    return parallel.with_shardings(traced.state, parallel.place_average(where, mesh, config))
+    return parallel.with_shardings(
+        traced.state, parallel.state_shardings(traced.state, mesh, config)
+    )
 
 
 def _trained(state) -> list:
@@ -248,13 +249,13 @@ def compile_for(config, topology: hardware.Topology, devices: list) -> Plan:
     mesh = parallel.make_mesh(config.mesh, devices)
     limit = topology.limit
     parts, memory, text = _fitted(config, mesh, limit, f"{config.name} for {topology}")
-    found = hlo.costs(text) if text else None
+    found = hlo.walk(text) if text else None
     if found and found.unknown_loops:
         logging.warning("loops of unknown length count once: %s", ", ".join(found.unknown_loops))
     return Plan(
         config.name, str(topology), COMPILED, topology.chip, dict(mesh.shape),
         config.train.global_batch, parts, memory, limit, found.flops if found else 0,
-        _traffic(text, topology.neighbours) if text else (),
+        _traffic(found.transfers, topology.neighbours) if found else (),
     )  # fmt: skip
 
 
@@ -296,23 +297,12 @@ def _compile(lowered: jax.stages.Lowered) -> tuple[dict[str, int], str | None]:
             unit = {"K": 2**10, "M": 2**20, "G": 2**30}[found[2]]
             return {"at least, which the compiler refused": int(float(found[1]) * unit)}, None
         raise
-    return memory_of(compiled), compiled.as_text()
+    return fit.memory_of(compiled), compiled.as_text()
 
 
-def memory_of(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Bytes of one device by what they hold."""
-    stats = compiled.memory_analysis()
-    return {
-        "arguments": stats.argument_size_in_bytes,
-        "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
-        "temporaries": stats.temp_size_in_bytes,
-        "program": stats.generated_code_size_in_bytes,
-    }
-
-
-def _traffic(text: str, neighbours: int) -> tuple[Traffic, ...]:
+def _traffic(transfers: tuple[hlo.Transfer, ...], neighbours: int) -> tuple[Traffic, ...]:
     total = {}
-    for one in hlo.collectives(text):
+    for one in transfers:
         _add(total, one.kind, _parted(one, neighbours), one.bytes * one.times)
     return tuple(Traffic(kind, count, *group) for (kind, group), count in total.items())
 

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import pytest
 from test_main import ROOT, run_main
 
-from gigatok_jax import dry_run, footprint, hardware, parallel, plan, plan_report
+from gigatok_jax import dry_run, footprint, hardware, hlo, parallel, plan, plan_report
 from gigatok_jax.benchmarks import plan as table
 from gigatok_jax.benchmarks import plan_gate
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.ops import implementation
+from gigatok_jax.train import fit
 
 MIB = 2**20
 
@@ -156,7 +157,7 @@ def test_what_a_cpu_needs_is_near_what_is_counted():
     config.model.update(layers=4, width=128)
     config.train.global_batch = 64
     program = plan.program_of(config, mesh := parallel.make_mesh(config.mesh))
-    needed = plan.memory_of(plan.program_lib.lower(program, mesh).compile())["temporaries"]
+    needed = fit.memory_of(plan.program_lib.lower(program, mesh).compile())["temporaries"]
     traced = plan.trace(config, "cpu")
     counted = traced.activations * 64 + 4 * dry_run.count(program.abstract.params)
     assert 0.5 < counted / needed < 2
@@ -232,7 +233,7 @@ _xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
 
 
 def test_what_slices_send_each_other_is_counted():
-    (sent,) = plan._traffic(SLICES, neighbours=4)
+    (sent,) = plan._traffic(hlo.walk(SLICES).transfers, neighbours=4)
     assert sent == plan.Traffic("all-reduce", 256 * 2048 * 4, near=1, far=2)
     chip = hardware.CHIPS["v5e"]
     assert plan._seconds(sent, chip) == pytest.approx(sent.bytes / chip.network)

@@ -61,11 +61,18 @@ class FittedStep:
 
 def memory_needed(compiled) -> int | None:
     """Bytes per device of a compiled program with its arguments; None where nobody knows."""
+    return None if compiled.memory_analysis() is None else sum(memory_of(compiled).values())
+
+
+def memory_of(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Bytes of one device by what they hold."""
     stats = compiled.memory_analysis()
-    if stats is None:
-        return None
-    held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return held + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
+    return {
+        "arguments": stats.argument_size_in_bytes,
+        "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "program": stats.generated_code_size_in_bytes,
+    }
 
 
 def memory_limit() -> int | None:

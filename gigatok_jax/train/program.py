@@ -45,8 +45,7 @@ def make(
             `parallel.shardings` and `parallel.place_average`.
     """
     shapes = jax.eval_shape(create)
-    placed = parallel.shardings(shapes, mesh, parallel.rules_of(config))
-    placed = parallel.place_average(placed, mesh, config)
+    placed = parallel.state_shardings(shapes, mesh, config)
     whole, split = parallel.replicated(mesh), parallel.split_batch(mesh)
     return Program(
         jax.jit(create, out_shardings=placed),
