@@ -1,18 +1,13 @@
 """The benchmarks run where there is no accelerator, and refuse wrong results."""
 
-import json
-import os
-import pathlib
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
+from test_cluster import end, free_address, start
 
 from gigatok_jax.benchmarks import codebook_search, compare, entropy, training
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("module", [codebook_search, entropy])
@@ -77,12 +72,21 @@ def test_efficiency_is_against_the_same_batch_per_device():
 
 @pytest.mark.slow
 def test_a_training_step_is_measured_on_two_devices(tmp_path):
-    command = [sys.executable, "-m", "gigatok_jax.benchmarks.training", f"--out={tmp_path}"]
-    config = ["--config=configs/ar.py:smoke", "--config.mesh.fsdp=2", "--repeats=2", "--save"]
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    done = subprocess.run([*command, *config], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    """Of one process, then of two processes; the checkpoint that was timed is gone afterwards."""
+    command = ["-m", "gigatok_jax.benchmarks.training", f"--out={tmp_path}", f"--save={tmp_path}"]
+    command += ["--config=configs/ar.py:smoke", "--config.mesh.fsdp=2", "--repeats=2"]
+    end_well([start(*command, XLA_FLAGS="--xla_force_host_platform_device_count=2")])
     (row,) = training.read(tmp_path)
-    assert json.loads(done.stdout) == row and row["mesh"] == "1x2x1"
-    assert np.isfinite(row["losses"]).all() and row["checkpoint_gib"] > 0
+    assert row["mesh"] == "1x2x1" and np.isfinite(row["losses"]).all() and row["checkpoint_gib"] > 0
     assert "| ar_b_smoke | 2 | 1x2x1 | 4 |" in training.table([row])
+    command += [f"--config.cluster.coordinator={free_address()}", "--config.cluster.processes=2"]
+    end_well([start(*command, f"--config.cluster.process={i}") for i in range(2)])
+    (other,) = training.read(tmp_path)
+    assert other["losses"] == pytest.approx(row["losses"], rel=1e-5) and other["ms"] != row["ms"]
+    assert other["checkpoint_gib"] == pytest.approx(row["checkpoint_gib"], rel=0.01)
+    assert not (tmp_path / training.MEASURED).exists()
+
+
+def end_well(members):
+    ended = end(members)
+    assert [status for status, _ in ended] == [0] * len(members), ended

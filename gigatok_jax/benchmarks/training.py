@@ -1,13 +1,14 @@
 r"""Speed and memory of a training step on the devices that are here, whatever the mesh.
 
     python -m gigatok_jax.benchmarks.training --config=configs/xlxxl.py --out=runs/scale \
-        --config.mesh.fsdp=4 --config.train.global_batch=64 [--save]
+        --config.mesh.fsdp=4 --config.train.global_batch=64 [--save=DIR]
     python -m gigatok_jax.benchmarks.training --table=runs/scale
 
 The step is the run's own, in the last phase of its recipe. Weights and images are random, those of
 frozen networks too, and the same on every mesh: losses of one global batch can be compared. The
 time of an update is a mean over several that follow each other as in a run; loading data is not in
-it. The share of collectives is read from a trace of three updates, on the first GPU.
+it. The share of collectives is read from a trace of three updates, on the first GPU. A cluster is
+joined as by main.py; --out and --save are then folders that all hosts share.
 """
 
 import json
@@ -27,11 +28,23 @@ from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
-from gigatok_jax import checkpoint, command_line, environment, load, metric_writer, parallel, plan
+from gigatok_jax import (
+    checkpoint,
+    cluster,
+    command_line,
+    environment,
+    files,
+    load,
+    metric_writer,
+    parallel,
+    plan,
+    processes,
+)
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.train import fit
 from gigatok_jax.train import program as program_lib
 
+MEASURED = "gigatok_jax_measured"  # folder of a checkpoint that is only timed
 LOSSES = 5  # first updates, whose losses are kept
 ALIKE = ("config", "dtype", "remat", "micro_batches")  # what efficiency compares
 NAMED = (*ALIKE, "mesh", "global_batch")  # and what tells measurements apart
@@ -48,43 +61,51 @@ def main(argv) -> None:
             return
         if given.config is None:
             raise ConfigError("nothing to measure: name --config=configs/<run>.py, or --table=DIR")
-        found = measure(given.config, given.repeats, given.save)
+        if given.save and (left := epath.Path(given.save) / MEASURED).exists():
+            raise ConfigError(f"{left} is left of a measurement that was cut off: delete it")
+        folder = given.out or given.save or tempfile.gettempdir()
+        with cluster.joined(given.config, folder), command_line.one_line_errors():
+            found = measure(given.config, given.repeats, given.save)
+            if processes.is_first():
+                tell(found, given.out)
+
+
+def tell(found: dict[str, Any], folder: epath.PathLike) -> None:
+    """Prints figures, and keeps them where a folder is named."""
     print(json.dumps(found), flush=True)
-    if given.out:
-        folder = epath.Path(given.out)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{'_'.join(str(found[key]) for key in NAMED)}.json").write_text(
-            json.dumps(found, indent=1)
-        )
+    if folder:
+        name = f"{'_'.join(str(found[key]) for key in NAMED)}.json"
+        epath.Path(folder).mkdir(parents=True, exist_ok=True)
+        (epath.Path(folder) / name).write_text(json.dumps(found, indent=1))
 
 
-def measure(config: ml_collections.ConfigDict, repeats: int, save: bool) -> dict[str, Any]:
+def measure(config: ml_collections.ConfigDict, repeats: int, save: str) -> dict[str, Any]:
     """Figures of a run's training step, as JSON values.
 
     Args:
         config: of a run that trains; its mesh covers all devices.
         repeats: timed updates.
-        save: also write a checkpoint to a temporary folder and read it again.
+        save: folder to write a checkpoint into, which is read again and deleted; "" for none.
 
     Raises:
         GigatokError: the mesh or the batch does not fit, or a value of the config is wrong.
     """
     compiled, run = timed(Running, config)
     found = describe(config, run.mesh) | {"compile_s": compiled, "needed_gib": run.needed_gib}
-    tell(found)
+    tell_so_far(found)
     found["create_s"], _ = timed(run.create)
     found["losses"] = [float(run.advance(seed)) for seed in range(LOSSES)]
-    tell(found)
+    tell_so_far(found)
     seconds = timed(run.updates, repeats)[0] / repeats
     found |= {"ms": 1e3 * seconds, "images_per_second": config.train.global_batch / seconds}
     found |= metric_writer.peak_memory()
-    tell(found)
+    tell_so_far(found)
     found |= trace(run)
-    return found | (save_and_restore(run) if save else {})
+    return found | (save_and_restore(run, epath.Path(save) / MEASURED) if save else {})
 
 
-def tell(found: dict[str, Any]) -> None:
-    """What is known so far, should the rest be cut off."""
+def tell_so_far(found: dict[str, Any]) -> None:
+    """What is known, should the rest be cut off."""
     print(json.dumps(found), file=sys.stderr, flush=True)
 
 
@@ -175,22 +196,27 @@ def random_batch(shapes: Any, seed: int) -> Any:
     return jax.tree.map(draw, shapes)
 
 
-def save_and_restore(run: Running) -> dict[str, float]:
+def save_and_restore(run: Running, folder: epath.Path) -> dict[str, float]:
     """Seconds until training may go on, until a checkpoint is whole, and to read it, checked."""
-    with tempfile.TemporaryDirectory() as folder:
-        kept = checkpoint.Checkpoints(folder)
-        blocked, _ = timed(kept.save, 1, run.state, {})
-        rest, _ = timed(kept.wait)
-        kept.close()
-        size = sum(
-            path.stat().st_size for path in pathlib.Path(folder).rglob("*") if path.is_file()
-        )
-        run.state = None
-        other = checkpoint.Checkpoints(folder)  # knows nothing of what the first has verified
-        seconds, _ = timed(other.restore, run.program.abstract)
-        other.close()
+    kept = checkpoint.Checkpoints(folder)
+    blocked, _ = timed(kept.save, 1, run.state, {})
+    rest, _ = timed(kept.wait)
+    kept.close()
+    run.state = None
+    other = checkpoint.Checkpoints(folder)  # knows nothing of what the first has verified
+    seconds, _ = timed(other.restore, run.program.abstract, 1)
+    other.close()
+    processes.gather(b"")  # all have read it
+    size = processes.from_first(lambda: delete(folder))
     figures = {"save_blocks_s": blocked, "save_s": blocked + rest, "restore_s": seconds}
     return figures | {"checkpoint_gib": size / 2**30}
+
+
+def delete(folder: epath.Path) -> int:
+    """Removes a measured checkpoint; its bytes."""
+    written = files.read_json(folder / checkpoint.FOLDER / "1" / checkpoint.CHECKSUMS)
+    folder.rmtree()
+    return sum(file["bytes"] for file in written.values())
 
 
 # Collectives in a trace.
@@ -295,7 +321,7 @@ def efficiency(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "configs/<run>.py[:arg=value,...]")
     flags.DEFINE_integer("repeats", 10, "Timed updates.")
-    flags.DEFINE_bool("save", False, "Also times a checkpoint, written and read again.")
+    flags.DEFINE_string("save", "", "Folder on whose disk a checkpoint is written and read, timed.")
     flags.DEFINE_string("out", "", "Folder that the figures are added to.")
     flags.DEFINE_string("table", "", "Folder of figures to make a table of.")
 
