@@ -4,9 +4,11 @@
 #     source launch/xla_flags.sh gpu      # or tpu; cpu and nothing at all change nothing
 #
 # What is set already is kept, behind ours, where the last one counts. XLA refuses a flag that it
-# does not know, so tests/test_launch.py starts jax with all of these. Effect of those for GPUs, all
-# together: B-L over two H200s, data, 497 ms a step with them and 480 without (about 4 ms of it from
-# another way to measure). XL-XXL over four, fsdp, was measured with them only (README).
+# does not know, so tests/test_launch.py starts jax with all of these. Effect of those for GPUs:
+# B-L over two H200s, data, took 480 ms a step without them and 497 with all (about 4 ms of it from
+# another way to measure). On other machines 487 without; 486 with all-reduces of up to 256 MiB, 490
+# with those of up to 1 MiB; 486 with collectives in CUDA graphs, or in a process per GPU. So the
+# defaults serve data; XL-XXL over four, fsdp, was measured with these flags only (README).
 
 case "${1:-}" in
 gpu)
