@@ -19,6 +19,7 @@ from gigatok_jax.train import fit
 
 GIB = 2**30
 GPUS_PER_HOST = 8
+SHARE = 0.92  # of a GPU's memory, which launch/xla_flags.sh gives to jax
 
 
 class Chip(NamedTuple):
@@ -60,18 +61,51 @@ class Topology(NamedTuple):
 
 # TPUs: cloud.google.com/tpu/docs, pages v5e, v5p and v6e; the memory is what the TPU compiler calls
 # its limit. GPUs: NVIDIA's data sheets of H100 SXM, H200 SXM and DGX B200, with one 400 Gb/s port
-# each, and 92% of the memory that their driver shows, as launch/xla_flags.sh gives to jax.
+# each, and that share of the memory that their driver shows.
 CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v5e", "tpu", 15.75, 197e12, 200e9, 25e9 / 8),
         Chip("v5p", "tpu", 95.73, 459e12, 600e9, 50e9 / 8),
         Chip("v6e", "tpu", 31.24, 918e12, 400e9, 100e9 / 8),
-        Chip("h100", "gpu", 0.92 * 79.1, 989e12, 450e9, 400e9 / 8),
-        Chip("h200", "gpu", 0.92 * 139.8, 989e12, 450e9, 400e9 / 8),
-        Chip("b200", "gpu", 0.92 * 178.3, 2250e12, 900e9, 400e9 / 8),
+        Chip("h100", "gpu", SHARE * 79.1, 989e12, 450e9, 400e9 / 8),
+        Chip("h200", "gpu", SHARE * 139.8, 989e12, 450e9, 400e9 / 8),
+        Chip("b200", "gpu", SHARE * 178.3, 2250e12, 900e9, 400e9 / 8),
     )
 }
+
+
+class GPU(NamedTuple):
+    """What the compiler asks of a GPU that is not there besides its memory."""
+
+    kind: str
+    capability: int
+    cores: int  # streaming multiprocessors
+    bandwidth: int  # bytes per second
+    cache: int  # bytes of L2
+
+
+GPUS = {
+    "h100": GPU("NVIDIA H100 80GB HBM3", 9, 132, 3_352 * 10**9, 50 * 2**20),
+    "h200": GPU("NVIDIA H200", 9, 132, 4_814 * 10**9, 60 * 2**20),
+    "b200": GPU("NVIDIA B200", 10, 148, 8_000 * 10**9, 126 * 2**20),
+}
+_TARGET = """
+gpu_device_info {{
+  cuda_compute_capability {{ major: {capability} }}
+  core_count: {cores} fpus_per_core: 128 clock_rate_ghz: 1.98
+  device_memory_size: {memory} memory_bandwidth: {bandwidth} l2_cache_size: {cache}
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  registers_per_block_limit: 65536 registers_per_core_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+runtime_version {{ major: 13 }}
+device_description_str: "{kind}"
+"""
 # What libtpu else asks a cloud's server for, or complains of; nothing runs on a TPU here.
 _ALONE = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -148,10 +182,27 @@ _KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite"
 
 def compiler(topology: Topology) -> list | None:
     """Devices that programs can be compiled for here; None where their compiler is not."""
-    if topology.chip.platform != "tpu" or importlib.util.find_spec("libtpu") is None:
+    if topology.chip.platform == "gpu":
+        return _absent_gpus(topology) if _has_gpu_compiler() else None
+    if importlib.util.find_spec("libtpu") is None:
         return None
     for name, value in _ALONE.items():
         os.environ.setdefault(name, value)
     more = {"num_slices": topology.slices} if topology.slices > 1 else {}
     name = f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **more).devices
+
+
+def _has_gpu_compiler() -> bool:
+    if importlib.util.find_spec("jax_plugins") is None:
+        return False
+    names = (f"jax_plugins.xla_cuda{version}" for version in (12, 13))
+    return any(importlib.util.find_spec(name) for name in names)
+
+
+def _absent_gpus(topology: Topology) -> list:
+    gpu, count = GPUS[topology.chip.name], topology.devices
+    target = _TARGET.format(**gpu._asdict(), memory=int(topology.chip.memory / SHARE * GIB))
+    shape = f"1x{math.ceil(count / GPUS_PER_HOST)}x{min(count, GPUS_PER_HOST)}"
+    made = topologies.get_topology_desc(platform="cuda", target_config=target, topology=shape)
+    return made.devices

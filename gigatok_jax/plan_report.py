@@ -5,7 +5,13 @@ import jax
 from gigatok_jax import dry_run, hardware, parallel, plan
 
 SMALL = 1e10  # FLOPs of a step that a CPU compiles in seconds
-INSTALL = 'no TPU compiler is here: pip install "jax[tpu]" in an environment of its own has one'
+INSTALL = {  # what brings the compiler of a platform
+    "tpu": 'no TPU compiler is here: pip install "jax[tpu]" in an environment of its own has one',
+    "gpu": (
+        f"no GPU compiler is here: pip install jax-cuda13-plugin=={jax.__version__}, in an"
+        " environment of its own, has one that needs no GPU"
+    ),
+}
 
 
 def show(config) -> None:
@@ -40,8 +46,7 @@ def _compiler(topology: hardware.Topology, flops: float, planned: bool) -> tuple
     """Devices to compile for, or why not."""
     platform = topology.chip.platform
     if planned:
-        missing = f"no compiler for {platform.upper()}s that are not here: this is all"
-        return hardware.compiler(topology), INSTALL if platform == "tpu" else missing
+        return hardware.compiler(topology), INSTALL[platform]
     if platform == "cpu" and flops > SMALL:
         return None, (
             "not compiled for this CPU, which takes minutes: name hardware with"

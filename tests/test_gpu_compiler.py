@@ -1,0 +1,89 @@
+"""XLA's compiler for NVIDIA GPUs takes kernels and steps, without a GPU.
+
+Needs its plugin, of the version of jax, in an environment of its own:
+    pip install jax-cuda13-plugin==VERSION -r requirements.txt -r requirements-test.txt
+    JAX_PLATFORMS=cpu python -m pytest -m gpu_compiler tests/test_gpu_compiler.py
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gigatok_jax import hardware, hlo, parallel, plan
+from gigatok_jax.benchmarks import plan_gate
+from gigatok_jax.ops import attention, codebook_search, entropy
+
+pytestmark = pytest.mark.gpu_compiler
+
+
+@pytest.fixture(autouse=True)
+def compiler():
+    if hardware.compiler(hardware.parse("h200x1")) is None:
+        pytest.skip("no jax-cuda13-plugin")
+
+
+def mesh_of(name):
+    return parallel.make_mesh(plan_gate.read("ss").mesh, hardware.compiler(hardware.parse(name)))
+
+
+@pytest.mark.parametrize("name", ["h100x1", "h200x4", "b200x2"])
+def test_kernels_run_on_every_gpus_own_tokens(name):
+    mesh = mesh_of(name)
+    whole, split = parallel.replicated(mesh), parallel.split_batch(mesh)
+
+    def search_and_loss(z, codebook):
+        loss = lambda *x: entropy.entropy_loss(*x, 0.01, 1)  # noqa: E731
+        return codebook_search.nearest(z, codebook), jax.grad(loss, (0, 1))(z, codebook)
+
+    latents = jax.ShapeDtypeStruct((64, 256, 8), jnp.float32, sharding=split)
+    codebook = jax.ShapeDtypeStruct((16384, 8), jnp.float32, sharding=whole)
+    with jax.set_mesh(mesh):
+        step = jax.jit(search_and_loss, out_shardings=(split, (split, whole)))
+        made = step.lower(latents, codebook).compile()
+    text = made.as_text()
+    assert text.count("xla.gpu.triton") == 5
+    assert {one.kind for one in hlo.collectives(text)} <= {"all-reduce"}
+    assert made.memory_analysis().temp_size_in_bytes < 20 * 2**20  # tokens x codes would be 1 GiB
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_costs_of_a_gpus_program(dtype):
+    """A matrix product, convolutions and attention, with their gradients: FLOPs by hand."""
+    mesh = mesh_of("h200x1")
+    b, side, c, heads = 4, 32, 128, 2
+    n = side * side
+
+    def loss(weights, kernel, x):
+        x = jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        q = jnp.tanh(x.reshape(b, n, c) @ weights).reshape(b, n, heads, -1)
+        return jnp.square(attention.attend(q, q, q).astype(jnp.float32)).sum()
+
+    shapes = ((c, c), (3, 3, c, c), (b, side, side, c))
+    given = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.replicated(mesh)) for shape in shapes
+    ]
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*given).compile().as_text()
+    product, convolution, scores = 2 * b * n * c * c, 2 * 9 * b * n * c * c, 2 * b * n * n * c
+    # Half precision makes the scores again in the backward pass, as cuDNN's kernel does.
+    attended = (2 + 4 + (dtype == jnp.bfloat16)) * scores
+    expected = 3 * (product + convolution) + attended
+    assert hlo.walk(text).flops == pytest.approx(expected, rel=0.05)
+
+
+def test_a_step_for_gpus_costs_what_its_shapes_say():
+    config = plan_gate.read("ar:size=b,smoke")
+    config.model.update(width=512, heads=8, kv_heads=8)
+    config.train.update(global_batch=32, dtype="bfloat16")
+    config.mesh.update(data=2, fsdp=8)
+    topology = hardware.parse("h200x16")
+    made = plan.compile_for(config, topology, hardware.compiler(topology))
+    counted = plan.analyse(config, plan.trace(config, "gpu"), topology)
+    assert made.how == plan.COMPILED and made.fits
+    assert made.flops == pytest.approx(counted.flops, rel=0.1)
+    far, expected = (
+        sum(one.bytes for one in plans.traffic if one.far > 1) for plans in (made, counted)
+    )
+    assert 0.7 * expected < far < 1.5 * expected
