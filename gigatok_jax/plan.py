@@ -248,7 +248,8 @@ def compile_for(config, topology: hardware.Topology, devices: list) -> Plan:
     """
     mesh = parallel.make_mesh(config.mesh, devices)
     limit = topology.limit
-    parts, memory, text = _fitted(config, mesh, limit, f"{config.name} for {topology}")
+    with jax.set_mesh(mesh):  # kernels are traced while the compiler runs, and ask for devices
+        parts, memory, text = _fitted(config, mesh, limit, f"{config.name} for {topology}")
     found = hlo.walk(text) if text else None
     if found and found.unknown_loops:
         logging.warning("loops of unknown length count once: %s", ", ".join(found.unknown_loops))

@@ -5,6 +5,7 @@ import jax
 from gigatok_jax import dry_run, hardware, parallel, plan
 
 SMALL = 1e10  # FLOPs of a step that a CPU compiles in seconds
+WITHOUT_GPU = "XLA's attention in the place of cuDNN's, whose working memory only a GPU tells"
 INSTALL = {  # what brings the compiler of a platform
     "tpu": 'no TPU compiler is here: pip install "jax[tpu]" in an environment of its own has one',
     "gpu": (
@@ -33,6 +34,8 @@ def show(config) -> None:
         print(reason)
     else:
         print(*lines(plan.compile_for(config, topology, devices)), sep="\n")
+        if config.mesh.topology and topology.chip.platform == "gpu":
+            print(f"compiled for {topology}: {WITHOUT_GPU}")
 
 
 def _topology(mesh) -> hardware.Topology:

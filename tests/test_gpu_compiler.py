@@ -73,6 +73,17 @@ def test_costs_of_a_gpus_program(dtype):
     assert hlo.walk(text).flops == pytest.approx(expected, rel=0.05)
 
 
+def test_kernels_are_in_the_step_of_a_plan(monkeypatch):
+    config = plan_gate.read("bl:smoke")
+    config.model.update(stem="patch")
+    config.loss.update(perceptual=0.0, discriminator="none", entropy=0.005)
+    topology, texts = hardware.parse("h200x2"), []
+    walk = hlo.walk
+    monkeypatch.setattr(hlo, "walk", lambda text: texts.append(text) or walk(text))
+    made = plan.compile_for(config, topology, hardware.compiler(topology))
+    assert made.fits and texts[0].count("xla.gpu.triton") == 5
+
+
 def test_a_step_for_gpus_costs_what_its_shapes_say():
     config = plan_gate.read("ar:size=b,smoke")
     config.model.update(width=512, heads=8, kv_heads=8)
