@@ -61,9 +61,13 @@ def metrics(workdir) -> list[dict]:
     return [row for row in rows if set(row) != {"step"}]
 
 
+TIMES = ("seconds", "useful_share", "images_per_second")  # how a result's name ends
+
+
 def results(workdir) -> dict:
+    """Those that do not depend on the machine."""
     read = json.loads((workdir / "results.json").read_text())
-    return {name: value for name, value in read.items() if name not in ("seconds", "useful_share")}
+    return {name: value for name, value in read.items() if not name.endswith(TIMES)}
 
 
 def assert_same_run(workdir, whole):
