@@ -59,42 +59,41 @@ class Topology(NamedTuple):
         return one if self.slices == 1 else f"{self.slices} slices of {one}"
 
 
-# TPUs: cloud.google.com/tpu/docs, pages v5e, v5p and v6e; the memory is what the TPU compiler calls
-# its limit. GPUs: NVIDIA's data sheets of H100 SXM, H200 SXM and DGX B200, with one 400 Gb/s port
-# each, and that share of the memory that their driver shows.
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip("v5e", "tpu", 15.75, 197e12, 200e9, 25e9 / 8),
-        Chip("v5p", "tpu", 95.73, 459e12, 600e9, 50e9 / 8),
-        Chip("v6e", "tpu", 31.24, 918e12, 400e9, 100e9 / 8),
-        Chip("h100", "gpu", SHARE * 79.1, 989e12, 450e9, 400e9 / 8),
-        Chip("h200", "gpu", SHARE * 139.8, 989e12, 450e9, 400e9 / 8),
-        Chip("b200", "gpu", SHARE * 178.3, 2250e12, 900e9, 400e9 / 8),
-    )
-}
-
-
 class GPU(NamedTuple):
-    """What the compiler asks of a GPU that is not there besides its memory."""
+    """What the compiler asks of a GPU that is not there."""
 
     kind: str
     capability: int
+    memory: float  # GiB that its driver shows
     cores: int  # streaming multiprocessors
     bandwidth: int  # bytes per second
     cache: int  # bytes of L2
 
 
 GPUS = {
-    "h100": GPU("NVIDIA H100 80GB HBM3", 9, 132, 3_352 * 10**9, 50 * 2**20),
-    "h200": GPU("NVIDIA H200", 9, 132, 4_814 * 10**9, 60 * 2**20),
-    "b200": GPU("NVIDIA B200", 10, 148, 8_000 * 10**9, 126 * 2**20),
+    "h100": GPU("NVIDIA H100 80GB HBM3", 9, 79.1, 132, 3_352 * 10**9, 50 * 2**20),
+    "h200": GPU("NVIDIA H200", 9, 139.8, 132, 4_814 * 10**9, 60 * 2**20),
+    "b200": GPU("NVIDIA B200", 10, 178.3, 148, 8_000 * 10**9, 126 * 2**20),
+}
+# TPUs: cloud.google.com/tpu/docs, pages v5e, v5p and v6e; the memory is what the TPU compiler calls
+# its limit. GPUs: NVIDIA's data sheets of H100 SXM, H200 SXM and DGX B200, with one 400 Gb/s port
+# each, and that share of their memory.
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v5e", "tpu", 15.75, 197e12, 200e9, 25e9 / 8),
+        Chip("v5p", "tpu", 95.73, 459e12, 600e9, 50e9 / 8),
+        Chip("v6e", "tpu", 31.24, 918e12, 400e9, 100e9 / 8),
+        Chip("h100", "gpu", SHARE * GPUS["h100"].memory, 989e12, 450e9, 400e9 / 8),
+        Chip("h200", "gpu", SHARE * GPUS["h200"].memory, 989e12, 450e9, 400e9 / 8),
+        Chip("b200", "gpu", SHARE * GPUS["b200"].memory, 2250e12, 900e9, 400e9 / 8),
+    )
 }
 _TARGET = """
 gpu_device_info {{
   cuda_compute_capability {{ major: {capability} }}
   core_count: {cores} fpus_per_core: 128 clock_rate_ghz: 1.98
-  device_memory_size: {memory} memory_bandwidth: {bandwidth} l2_cache_size: {cache}
+  device_memory_size: {bytes} memory_bandwidth: {bandwidth} l2_cache_size: {cache}
   threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
   registers_per_block_limit: 65536 registers_per_core_limit: 65536
   shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
@@ -202,7 +201,7 @@ def _has_gpu_compiler() -> bool:
 
 def _absent_gpus(topology: Topology) -> list:
     gpu, count = GPUS[topology.chip.name], topology.devices
-    target = _TARGET.format(**gpu._asdict(), memory=int(topology.chip.memory / SHARE * GIB))
+    target = _TARGET.format(**gpu._asdict(), bytes=int(gpu.memory * GIB))
     shape = f"1x{math.ceil(count / GPUS_PER_HOST)}x{min(count, GPUS_PER_HOST)}"
     made = topologies.get_topology_desc(platform="cuda", target_config=target, topology=shape)
     return made.devices

@@ -250,13 +250,13 @@ def compile_for(config, topology: hardware.Topology, devices: list) -> Plan:
     limit = topology.limit
     with jax.set_mesh(mesh):  # kernels are traced while the compiler runs, and ask for devices
         parts, memory, text = _fitted(config, mesh, limit, f"{config.name} for {topology}")
-    found = hlo.walk(text) if text else None
-    if found and found.unknown_loops:
+    found = hlo.walk(text) if text else hlo.Done()
+    if found.unknown_loops:
         logging.warning("loops of unknown length count once: %s", ", ".join(found.unknown_loops))
     return Plan(
         config.name, str(topology), COMPILED, topology.chip, dict(mesh.shape),
-        config.train.global_batch, parts, memory, limit, found.flops if found else 0,
-        _traffic(found.transfers, topology.neighbours) if found else (),
+        config.train.global_batch, parts, memory, limit, found.flops,
+        _traffic(found.transfers, topology.neighbours),
     )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The benchmarks run where there is no accelerator, and refuse wrong results."""
 
+import json
 import sys
 
 import numpy as np
@@ -75,18 +76,17 @@ def test_a_training_step_is_measured_on_two_devices(tmp_path):
     """Of one process, then of two processes; the checkpoint that was timed is gone afterwards."""
     command = ["-m", "gigatok_jax.benchmarks.training", f"--out={tmp_path}", f"--save={tmp_path}"]
     command += ["--config=configs/ar.py:smoke", "--config.mesh.fsdp=2", "--repeats=2"]
-    end_well([start(*command, XLA_FLAGS="--xla_force_host_platform_device_count=2")])
+    alone = start(*command, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    told, wrong = alone.communicate(timeout=300)
+    assert alone.returncode == 0, wrong[-2000:]
     (row,) = training.read(tmp_path)
+    assert json.loads(told) == row
     assert row["mesh"] == "1x2x1" and np.isfinite(row["losses"]).all() and row["checkpoint_gib"] > 0
     assert "| ar_b_smoke | 2 | 1x2x1 | 4 |" in training.table([row])
     command += [f"--config.cluster.coordinator={free_address()}", "--config.cluster.processes=2"]
-    end_well([start(*command, f"--config.cluster.process={i}") for i in range(2)])
+    ended = end([start(*command, f"--config.cluster.process={i}") for i in range(2)])
+    assert [status for status, _ in ended] == [0, 0], ended
     (other,) = training.read(tmp_path)
     assert other["losses"] == pytest.approx(row["losses"], rel=1e-5) and other["ms"] != row["ms"]
     assert other["checkpoint_gib"] == pytest.approx(row["checkpoint_gib"], rel=0.01)
     assert not (tmp_path / training.MEASURED).exists()
-
-
-def end_well(members):
-    ended = end(members)
-    assert [status for status, _ in ended] == [0] * len(members), ended

@@ -7,11 +7,12 @@ Needs its plugin, of the version of jax, in an environment of its own:
 
 import jax
 import jax.numpy as jnp
+import lowering
 import pytest
 
 from gigatok_jax import hardware, hlo, parallel, plan
 from gigatok_jax.benchmarks import plan_gate
-from gigatok_jax.ops import attention, codebook_search, entropy
+from gigatok_jax.ops import attention
 
 pytestmark = pytest.mark.gpu_compiler
 
@@ -28,18 +29,7 @@ def mesh_of(name):
 
 @pytest.mark.parametrize("name", ["h100x1", "h200x4", "b200x2"])
 def test_kernels_run_on_every_gpus_own_tokens(name):
-    mesh = mesh_of(name)
-    whole, split = parallel.replicated(mesh), parallel.split_batch(mesh)
-
-    def search_and_loss(z, codebook):
-        loss = lambda *x: entropy.entropy_loss(*x, 0.01, 1)  # noqa: E731
-        return codebook_search.nearest(z, codebook), jax.grad(loss, (0, 1))(z, codebook)
-
-    latents = jax.ShapeDtypeStruct((64, 256, 8), jnp.float32, sharding=split)
-    codebook = jax.ShapeDtypeStruct((16384, 8), jnp.float32, sharding=whole)
-    with jax.set_mesh(mesh):
-        step = jax.jit(search_and_loss, out_shardings=(split, (split, whole)))
-        made = step.lower(latents, codebook).compile()
+    made = lowering.search_and_loss(mesh_of(name), (64, 256, 8), 16384)
     text = made.as_text()
     assert text.count("xla.gpu.triton") == 5
     assert {one.kind for one in hlo.collectives(text)} <= {"all-reduce"}

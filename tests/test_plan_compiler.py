@@ -9,12 +9,13 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import lowering
 import pytest
 
 from gigatok_jax import hardware, hlo, library, parallel, plan
 from gigatok_jax.benchmarks import plan_gate
 from gigatok_jax.models import tokenizer
-from gigatok_jax.ops import codebook_search, entropy, implementation
+from gigatok_jax.ops import implementation
 
 pytestmark = pytest.mark.tpu_compiler
 KEPT = pathlib.Path(__file__).parent / "golden" / "plans.json"
@@ -31,17 +32,7 @@ def test_kernels_run_on_every_chips_own_tokens(sizes, groups):
     config = plan_gate.read("ss").mesh
     config.update(sizes)
     mesh = parallel.make_mesh(config, hardware.compiler(hardware.parse("v5e:2x2")))
-    whole, split = parallel.replicated(mesh), parallel.split_batch(mesh)
-
-    def search_and_loss(z, codebook):
-        loss = lambda *x: entropy.entropy_loss(*x, 0.01, groups)  # noqa: E731
-        return codebook_search.nearest(z, codebook), jax.grad(loss, (0, 1))(z, codebook)
-
-    latents = jax.ShapeDtypeStruct((32, 64, 8), jnp.float32, sharding=split)
-    codebook = jax.ShapeDtypeStruct((4096, 8), jnp.float32, sharding=whole)
-    with jax.set_mesh(mesh):
-        step = jax.jit(search_and_loss, out_shardings=(split, (split, whole)))
-        text = step.lower(latents, codebook).compile().as_text()
+    text = lowering.search_and_loss(mesh, (32, 64, 8), 4096, groups).as_text()
     assert text.count('custom_call_target="tpu_custom_call"') >= 5
     sent = hlo.collectives(text)
     assert {one.kind for one in sent} == {"all-reduce"}  # of means and of gradients of rows
