@@ -248,8 +248,7 @@ def compile_for(config, topology: hardware.Topology, devices: list) -> Plan:
     """
     mesh = parallel.make_mesh(config.mesh, devices)
     limit = topology.limit
-    with jax.set_mesh(mesh):  # kernels are traced while the compiler runs, and ask for devices
-        parts, memory, text = _fitted(config, mesh, limit, f"{config.name} for {topology}")
+    parts, memory, text = _fitted(config, mesh, limit, f"{config.name} for {topology}")
     found = hlo.walk(text) if text else hlo.Done()
     if found.unknown_loops:
         logging.warning("loops of unknown length count once: %s", ", ".join(found.unknown_loops))
@@ -269,7 +268,7 @@ def _fitted(config, mesh, limit: int | None, what: str):
     most = parts * _power_of_two(batch // parallel.batch_shards(mesh) // parts)
     while True:
         with ticking(f"compiling {what}, micro-batches {parts}"):
-            memory, text = _compile(program_lib.lower(program, mesh, parts))
+            memory, text = _compile(program_lib.lower(program, mesh, parts), mesh)
         if _fits(memory, limit, COMPILED) or parts == most:
             return parts, memory, text
         needed = sum(memory.values())
@@ -289,10 +288,11 @@ def _power_of_two(count: int) -> int:
 _REFUSED = r"([\d.]+)([KMG])\)? (?:of [\d.]+[KMG] hbm|exceeds available HBM)"
 
 
-def _compile(lowered: jax.stages.Lowered) -> tuple[dict[str, int], str | None]:
+def _compile(lowered: jax.stages.Lowered, mesh) -> tuple[dict[str, int], str | None]:
     """Memory of a device, and the program; no program where the compiler refused its size."""
     try:
-        compiled = lowered.compile()
+        with jax.set_mesh(mesh):  # kernels are traced while the compiler runs, and ask for devices
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if found := re.search(_REFUSED, str(error)):
             unit = {"K": 2**10, "M": 2**20, "G": 2**30}[found[2]]

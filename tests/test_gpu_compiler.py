@@ -66,7 +66,7 @@ def test_costs_of_a_gpus_program(dtype):
 def test_kernels_are_in_the_step_of_a_plan(monkeypatch):
     config = plan_gate.read("bl:smoke")
     config.model.update(stem="patch")
-    config.loss.update(perceptual=0.0, discriminator="none", entropy=0.005)
+    config.loss.update(discriminator="none", entropy=0.005)
     topology, texts = hardware.parse("h200x2"), []
     walk = hlo.walk
     monkeypatch.setattr(hlo, "walk", lambda text: texts.append(text) or walk(text))

@@ -257,16 +257,17 @@ class Refusing:
     ],
 )
 def test_a_program_that_a_compiler_refuses_is_measured_by_what_it_says(told):
-    memory, text = plan._compile(Refusing("", told))
+    mesh = parallel.make_mesh(get("ss").mesh)
+    memory, text = plan._compile(Refusing("", told), mesh)
     assert list(memory.values()) == [int(20.5 * 2**30)] and text is None
     with pytest.raises(jax.errors.JaxRuntimeError, match="another"):
-        plan._compile(Refusing("", "another reason"))
+        plan._compile(Refusing("", "another reason"), mesh)
 
 
 def test_micro_batches_follow_from_one_compilation(monkeypatch):
     tried = []
 
-    def compiles(parts):
+    def compiles(parts, mesh):
         tried.append(parts)
         return {"arguments": 2 * 2**30, "temporaries": 64 * 2**30 // parts}, "text"
 
