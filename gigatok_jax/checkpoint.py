@@ -57,6 +57,7 @@ FREE_KEYS = (
     "train.micro_batches",  # follows the memory of the machine
     "train.remat",
     "train.steps",
+    "train.unroll",
     "weights",
 )
 

@@ -80,7 +80,11 @@ def by_hand(name: str):
 PARTS = {  # module, where its parameters lie, inputs: kernels outweigh what they are applied to
     "align": (layers.AlignmentMLP(768), "align", (16, 4, 768)),
     "block": (cnn.ResnetBlock(512), "cnn_encoder/level_4_block_0", (16, 4, 4, 512)),
-    "encoder": (qformer.QFormerEncoder(5, 8, 512, 16, remat="blocks"), "encoder", (16, 4, 4, 256)),
+    "encoder": (
+        qformer.QFormerEncoder(5, 8, 512, 16, loop=layers.Loop("blocks")),
+        "encoder",
+        (16, 4, 4, 256),
+    ),
 }
 
 

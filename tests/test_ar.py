@@ -11,7 +11,7 @@ from test_conversion_ar import rule_params
 
 from gigatok_jax import dry_run, model_config
 from gigatok_jax.errors import ConfigError
-from gigatok_jax.models import ar
+from gigatok_jax.models import ar, layers
 
 SMALL = {"layers": 2, "heads": 4, "width": 32, "vocab": 16, "tokens": 8, "classes": 3}
 OPTIONS = {
@@ -488,14 +488,14 @@ def test_stochastic_depth_grows_with_depth():
         assert abs(dropped.mean() - rate) < 0.08
 
 
-def test_what_is_recomputed_does_not_change_gradients():
+def test_what_is_recomputed_or_unrolled_does_not_change_gradients():
     """With dropout too: the same features are dropped again."""
     model = small()
     params, class_ids, codes = rule_params(model), integers(28, 3, 2), integers(29, 16, 2, 8)
     weights = normal(30, 2, 8, 16)
 
-    def grads(remat):
-        prior = ar.make(model, remat=remat, dropouts=ar.Dropouts())
+    def grads(loop):
+        prior = ar.make(model, loop=loop, dropouts=ar.Dropouts())
 
         def objective(params, key):
             logits = prior.apply({"params": params}, class_ids, codes, rngs={"dropout": key})
@@ -503,11 +503,11 @@ def test_what_is_recomputed_does_not_change_gradients():
 
         return jax.jit(jax.grad(objective))(params, jax.random.key(0, impl="rbg"))
 
-    expected = jax.tree.leaves(grads("none"))
-    for remat in ("dots", "blocks"):
-        for ours, theirs in zip(jax.tree.leaves(grads(remat)), expected, strict=True):
+    expected = jax.tree.leaves(grads(layers.SCANNED))
+    for loop in (layers.Loop("dots"), layers.Loop("blocks"), layers.Loop(unroll=True)):
+        for ours, theirs in zip(jax.tree.leaves(grads(loop)), expected, strict=True):
             bound = 1e-5 * np.abs(theirs).max() + 1e-6
-            np.testing.assert_allclose(ours, theirs, rtol=0, atol=bound, err_msg=remat)
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=bound, err_msg=str(loop))
 
 
 # Configs.

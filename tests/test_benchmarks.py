@@ -64,10 +64,11 @@ def test_shares_of_a_trace():
 
 def test_efficiency_is_against_the_same_batch_per_device():
     one = {"config": "xlxxl", "dtype": "bfloat16", "remat": "blocks", "micro_batches": 1}
+    one["unroll"] = False
     one |= {"devices": 1, "global_batch": 16, "images_per_second": 50.0}
     four = one | {"devices": 4, "global_batch": 64, "images_per_second": 180.0}
     assert training.efficiency(four, [one, four]) == pytest.approx(0.9)
-    for other in ({"global_batch": 128}, {"remat": "none"}):
+    for other in ({"global_batch": 128}, {"remat": "none"}, {"unroll": True}):
         assert training.efficiency(four | other, [one, four]) is None
 
 

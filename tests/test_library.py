@@ -110,7 +110,7 @@ MANY_DEVICES = """
 import jax, numpy as np, tiny, tiny_pair, gigatok_jax
 from gigatok_jax.models import tokenizer
 from jax.sharding import NamedSharding, PartitionSpec as P
-tokenizer.make = lambda model, dtype=None, remat="none": tiny.linear_tokenizer()
+tokenizer.make = lambda model, dtype=None, loop=None: tiny.linear_tokenizer()
 model, params = tiny_pair.tokenizer()
 made = gigatok_jax.Tokenizer(params, model)
 images = tiny.images(12)

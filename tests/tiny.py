@@ -131,7 +131,7 @@ OPTIONS = {  # ours, and what jax starts with
 def small_programs(cache):
     """Runs train the linear tokenizer; what is compiled is kept in the folder `cache`."""
     made = tokenizer.make
-    tokenizer.make = lambda model, dtype=jnp.float32, remat="none": linear_tokenizer(dtype)
+    tokenizer.make = lambda model, dtype=jnp.float32, loop=None: linear_tokenizer(dtype)
     _configure({name: ours for name, (ours, _) in OPTIONS.items()}, str(cache))
     try:
         yield

@@ -46,7 +46,7 @@ from gigatok_jax.train import program as program_lib
 
 MEASURED = "gigatok_jax_measured"  # folder of a checkpoint that is only timed
 LOSSES = 5  # first updates, whose losses are kept
-ALIKE = ("config", "dtype", "remat", "micro_batches")  # what efficiency compares
+ALIKE = ("config", "dtype", "remat", "unroll", "micro_batches")  # what efficiency compares
 NAMED = (*ALIKE, "mesh", "global_batch")  # and what tells measurements apart
 COLLECTIVES = ("nccl", "allgather", "allreduce", "reducescatter", "all_gather", "all_reduce")
 
@@ -156,6 +156,7 @@ def describe(config, mesh) -> dict[str, Any]:
         "global_batch": config.train.global_batch,
         "dtype": config.train.dtype,
         "remat": config.train.remat,
+        "unroll": config.train.unroll,
         "micro_batches": config.train.micro_batches,
         "commit": software["commit"],
         "jax": jax.__version__,
@@ -294,13 +295,14 @@ def read(folder: epath.PathLike) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown; efficiency is against one device with the same batch per device."""
-    head = "| config | devices | data x fsdp x tensor | batch | images/s | efficiency | peak GiB |"
-    lines = [f"{head} collectives | exposed | loss 1 to {LOSSES} |", "|---" * 10 + "|"]
+    head = "| config | remat | devices | data x fsdp x tensor | batch | images/s | efficiency |"
+    lines = [f"{head} peak GiB | collectives | exposed | loss 1 to {LOSSES} |", "|---" * 11 + "|"]
     for row in rows:
         part = efficiency(row, rows)
         shown = (f"{row[name]:.1%}" if name in row else "" for name in ("collectives", "exposed"))
         cells = (
-            *(row["config"], row["devices"], row["mesh"], row["global_batch"]),
+            row["config"], row["remat"] + ", unrolled" * row.get("unroll", False),
+            *(row["devices"], row["mesh"], row["global_batch"]),
             f"{row['images_per_second']:.1f}", f"{part:.1%}" if part else "",
             f"{row.get('peak_memory_gib', 0):.0f}", *shown,
             " ".join(f"{loss:.5g}" for loss in row["losses"]),
@@ -312,7 +314,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def efficiency(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
     """Images per second and device, over those of one device with the same batch per device."""
     for one in rows:
-        same = one["devices"] == 1 and all(one[key] == row[key] for key in ALIKE)
+        same = one["devices"] == 1 and all(one.get(key) == row.get(key) for key in ALIKE)
         if same and one["global_batch"] * row["devices"] == row["global_batch"]:
             return row["images_per_second"] / row["devices"] / one["images_per_second"]
     return None

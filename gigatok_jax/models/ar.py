@@ -228,7 +228,7 @@ class Prior(nn.Module):
     qk_norm: bool = False
     adaln: str = "none"
     dropouts: Dropouts | None = None  # None is inference
-    remat: str = "none"  # what the backward pass recomputes, a key of `layers.REMAT`
+    loop: layers.Loop = layers.SCANNED
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
@@ -246,7 +246,8 @@ class Prior(nn.Module):
             self.final_modulation = modulation(2, self.width, self.dtype, None)
         if self.dropouts is not None:
             self.token_dropout = nn.Dropout(self.dropouts.token, deterministic=False)
-        self.blocks = _scanned(self.remat)(**block_fields(self), length=self.layers)
+        in_axes = (0, nn.broadcast)  # a rate of each block, and what they share
+        self.blocks = layers.scan(Block, self.layers, self.loop, in_axes, **block_fields(self))
         self.norm = rms_norm(self.dtype, None)
         exact = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
         zeros = nn.initializers.zeros  # all codes are equally likely before training
@@ -317,38 +318,23 @@ def drop_path_rates(prior: Prior) -> jax.Array:
     return jnp.linspace(0.0, highest, prior.layers, dtype=jnp.float32)
 
 
-def _scanned(remat: str):
-    """Block over a leading axis of its parameters: one compiled body whatever the depth."""
-    block = Block
-    if remat != "none":
-        block = nn.remat(block, prevent_cse=False, policy=layers.REMAT[remat])
-
-    def make(length, **fields):
-        stacked = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast),
-            length=length,
-        )
-        return stacked(**fields)
-
-    return make
-
-
 def make(
-    model, dtype=jnp.float32, *, remat: str = "none", dropouts: Dropouts | None = None
+    model,
+    dtype=jnp.float32,
+    *,
+    loop: layers.Loop = layers.SCANNED,
+    dropouts: Dropouts | None = None,
 ) -> Prior:
     """The module of a config from `model_config`.
 
     Args:
         model: ConfigDict of a prior.
         dtype: compute type; parameters are float32.
-        remat: what the backward pass recomputes, a key of `layers.REMAT`.
+        loop: of the blocks.
         dropouts: for training; the module then needs a "dropout" key. None is inference.
     """
     fields = {name: value for name, value in model.items() if name != "kind"}
-    return Prior(**fields, dtype=dtype, remat=remat, dropouts=dropouts)
+    return Prior(**fields, dtype=dtype, loop=loop, dropouts=dropouts)
 
 
 def decayed(path: str) -> bool:

@@ -1,6 +1,7 @@
 """Transformer blocks of the tokenizer. Axes: b batch, n queries, m memory tokens, c width."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,6 +19,16 @@ REMAT = {
     "blocks": jax.checkpoint_policies.nothing_saveable,  # keep only what enters a block
     "full": jax.checkpoint_policies.nothing_saveable,  # the same for the levels of the CNNs
 }
+
+
+class Loop(NamedTuple):
+    """How a stack of blocks is compiled and differentiated; its values are the same whatever."""
+
+    remat: str = "none"  # what the backward pass recomputes, a key of `REMAT`
+    unroll: bool = False  # a body for each block in the program, instead of one for all
+
+
+SCANNED = Loop()
 
 
 def in_proj_init(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
@@ -124,22 +135,33 @@ class TransformerBlock(nn.Module):
         return x, None
 
 
-def scan(block: type[nn.Module], layers: int, remat: str, name: str, **fields) -> nn.Module:
-    """`layers` copies of a block, their parameters stacked on a leading axis.
+def scan(block: type[nn.Module], layers: int, loop: Loop, in_axes=nn.broadcast, **fields):
+    """`layers` copies of a block as one module, their parameters stacked on a leading axis.
 
-    One compiled body whatever the depth. The block takes the running value first, then what all
-    layers share.
+    One compiled body whatever the depth. `loop.unroll` makes one for each block instead: what the
+    backward pass needs stays where it is made, instead of being copied into stacks and out of them
+    again, and the program takes longer to compile.
+
+    Args:
+        block: takes the running value first, then what `in_axes` says, by default the same values
+            for all blocks.
+        layers: of the stack.
+        loop: see there.
+        in_axes: as for `nn.scan`.
+        **fields: of the block.
     """
-    if remat != "none":
-        block = nn.remat(block, prevent_cse=False, policy=REMAT[remat])
+    if loop.remat != "none":
+        # In a loop nothing can be merged with what was computed before it; unrolled it could.
+        block = nn.remat(block, prevent_cse=loop.unroll, policy=REMAT[loop.remat])
     stacked = nn.scan(
         block,
         variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=nn.broadcast,
+        split_rngs={"params": True, "dropout": True},
+        in_axes=in_axes,
         length=layers,
+        unroll=layers if loop.unroll else 1,
     )
-    return stacked(name=name, **fields)
+    return stacked(**fields)
 
 
 class AlignmentMLP(nn.Module):

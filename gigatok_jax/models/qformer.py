@@ -50,7 +50,7 @@ class QFormerEncoder(nn.Module):
     latent_tokens: int = 256
     query_init: str = "multi_level"  # "mean": the global mean for all; "learnable": parameters
     qk_norm: bool = False
-    remat: str = "none"
+    loop: layers.Loop = layers.SCANNED
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -63,7 +63,7 @@ class QFormerEncoder(nn.Module):
         positions = self.positions("query_positions", self.latent_tokens)
         memory_positions = self.positions("positions", h * w)
         blocks = layers.scan(
-            layers.QFormerBlock, self.layers, self.remat, "blocks",
+            layers.QFormerBlock, self.layers, self.loop, name="blocks",
             heads=self.heads, qk_norm=self.qk_norm, dtype=self.dtype,
         )  # fmt: skip
         x, _ = blocks(x, memory, positions, memory_positions)
@@ -97,7 +97,7 @@ class QFormerDecoder(nn.Module):
     qk_norm: bool = False
     align_block: int = 3
     align_width: int = 768
-    remat: str = "none"
+    loop: layers.Loop = layers.SCANNED
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -133,13 +133,15 @@ def run_tapped(decoder: nn.Module, block, fields: dict, x: jax.Array, context: t
     """
     tapped = aligned = None
     if decoder.align_block:
-        early = layers.scan(block, decoder.align_block, decoder.remat, "blocks_to_tap", **fields)
+        early = layers.scan(
+            block, decoder.align_block, decoder.loop, name="blocks_to_tap", **fields
+        )
         x, _ = early(x, *context)
         tapped = x
         aligned = layers.AlignmentMLP(decoder.align_width, decoder.dtype, name="align")(x)
     rest = decoder.layers - decoder.align_block
     if rest:
-        x, _ = layers.scan(block, rest, decoder.remat, "blocks", **fields)(x, *context)
+        x, _ = layers.scan(block, rest, decoder.loop, name="blocks", **fields)(x, *context)
     return tapped, aligned, x
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from gigatok_jax.model_config import SIZES, grid_size
-from gigatok_jax.models import cnn, qformer, vit2d
+from gigatok_jax.models import cnn, layers, qformer, vit2d
 from gigatok_jax.models.cnn import TOKEN_WIDTH
 from gigatok_jax.models.quantizer import Quantized, VectorQuantizer
 
@@ -79,15 +79,15 @@ class Tokenizer(nn.Module):
         return encoding, self.decode(encoding.quantized.latents)
 
 
-def make(model, dtype=jnp.float32, remat: str = "none") -> Tokenizer:
+def make(model, dtype=jnp.float32, loop: layers.Loop = layers.SCANNED) -> Tokenizer:
     """The module of a config from `model_config`.
 
     Args:
         model: ConfigDict of a tokenizer.
         dtype: compute type; parameters are float32.
-        remat: what the backward pass recomputes, a key of `layers.REMAT`.
+        loop: of the transformers' blocks; `remat="full"` is for the CNN too.
     """
-    shared = {"dtype": dtype, "remat": remat}
+    shared = {"dtype": dtype, "loop": loop}
     encoder = dict(zip(("layers", "heads", "width"), SIZES[model.encoder], strict=True))
     decoder = dict(zip(("layers", "heads", "width"), SIZES[model.decoder], strict=True))
     decoder |= {
@@ -106,7 +106,7 @@ def make(model, dtype=jnp.float32, remat: str = "none") -> Tokenizer:
     else:
         shared |= {"layer": model.layer_2d}
         parts = vit2d.Encoder2D(**encoder, **shared), vit2d.Decoder2D(**decoder, **shared)
-    stem_in, stem_out = _stems(model, dtype, remat == "full")
+    stem_in, stem_out = _stems(model, dtype, loop.remat == "full")
     quantizer = VectorQuantizer(
         model.codebook_size, model.codebook_width, model.l2_norm, model.rotation
     )

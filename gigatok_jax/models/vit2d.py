@@ -29,7 +29,7 @@ class Encoder2D(nn.Module):
     heads: int
     width: int
     layer: str = "transformer"  # "qformer": cross-attention to the layer's own input
-    remat: str = "none"
+    loop: layers.Loop = layers.SCANNED
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -37,7 +37,7 @@ class Encoder2D(nn.Module):
         """f[b h w 256] -> tokens f[b hw c] and f[b hw 256]."""
         b, h, w, c = features.shape
         x, block, fields, context = _start(self, features.reshape(b, h * w, c))
-        x, _ = layers.scan(block, self.layers, self.remat, "blocks", **fields)(x, *context)
+        x, _ = layers.scan(block, self.layers, self.loop, name="blocks", **fields)(x, *context)
         tokens = layer_norm(self.dtype, "norm_out")(x)
         return Encoded(tokens, dense(TOKEN_WIDTH, self.dtype, "proj_out")(tokens))
 
@@ -52,7 +52,7 @@ class Decoder2D(nn.Module):
     layer: str = "transformer"
     align_block: int = 3
     align_width: int = 768
-    remat: str = "none"
+    loop: layers.Loop = layers.SCANNED
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact

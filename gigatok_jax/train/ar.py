@@ -24,7 +24,7 @@ from gigatok_jax.evaluation import metrics, prior_loss
 from gigatok_jax.model_config import model_config, validate
 from gigatok_jax.models import ar
 from gigatok_jax.models import tokenizer as tokenizer_lib
-from gigatok_jax.models.layers import REMAT
+from gigatok_jax.models.layers import REMAT, Loop
 from gigatok_jax.train import ar_step, optim
 from gigatok_jax.train import program as program_lib
 from gigatok_jax.train.loop import (
@@ -275,7 +275,8 @@ def make_program(
     """
     dtype, train = np.dtype(config.train.dtype), config.train
     dropouts = ar.Dropouts(train.token_dropout, train.dropout, train.class_dropout, train.drop_path)
-    prior = ar.make(config.model, dtype, remat=train.remat, dropouts=dropouts)
+    loop = Loop(train.remat, train.unroll)
+    prior = ar.make(config.model, dtype, loop=loop, dropouts=dropouts)
     optimizer = optim.make_optimizer(config.optim, ar.decayed)
     rate = optim.learning_rate(
         config.optim, total_steps(config), steps_per_epoch(config), decay_from=decay_from

@@ -12,7 +12,7 @@ from gigatok_jax.errors import ConfigError
 from gigatok_jax.load import available, load_frozen
 from gigatok_jax.model_config import grid_size
 from gigatok_jax.models import dino, discriminator, perceptual, tokenizer
-from gigatok_jax.models.layers import REMAT
+from gigatok_jax.models.layers import REMAT, Loop
 from gigatok_jax.train.state import Networks
 
 DTYPES = ("bfloat16", "float32")
@@ -42,7 +42,7 @@ def build(config, groups: int, load: Callable = load_frozen) -> Parts:
     loss = config.loss.copy_and_resolve_references()
     frozen = _load(config, loss, load)
     networks = Networks(
-        tokenizer.make(config.model, dtype, config.train.remat),
+        tokenizer.make(config.model, dtype, Loop(config.train.remat, config.train.unroll)),
         _discriminator(loss, groups, dtype),
         perceptual.LPIPS(dtype=dtype) if "lpips" in frozen else None,
         dino.teacher(loss.teacher, dtype) if "teacher" in frozen else None,
