@@ -40,7 +40,8 @@ def main(argv):
             plan_report.show(config)
         else:
             # Once inside a cluster, a process that fails has its own way to end.
-            with cluster_of(config, workdir), command_line.one_line_errors():
+            one_line, folder = command_line.one_line_errors(), command_line.folder_errors(workdir)
+            with cluster_of(config, workdir), one_line, folder:
                 run(config, workdir)
 
 

@@ -145,7 +145,7 @@ def cluster_config():
             "processes": 0,
             "process": -1,
             "start_seconds": 300.0,  # until all have to be there
-            "hang_minutes": 30.0,  # without a finished step until a process ends; 0 is never
+            "hang_minutes": 30.0,  # without anything finished until a process ends; 0 is never
         }
     )
 

@@ -23,7 +23,7 @@ import threading
 import time
 import traceback
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -279,6 +279,7 @@ class Meeting:
                 other, _ = self._listener.accept()
                 other.settimeout(min(self._left() + 1, 10))
                 said.append(json.loads(self._line(other)))
+                other.settimeout(self._seconds + 30)  # a member may wait for slow storage later
                 self._others.append(other)
             except (OSError, ValueError):
                 continue
@@ -526,13 +527,19 @@ class Watchdog:
     """
 
     def __init__(self, minutes: float):
-        """`minutes` has to be longer than the longest compilation, evaluation or save; 0 is off."""
+        """`minutes` has to be longer than the longest compilation or save; 0 is off."""
         self._seconds, self._last = minutes * 60, time.monotonic()
         self._stopped = threading.Event()
 
     def beat(self) -> None:
         """Something was finished."""
         self._last = time.monotonic()
+
+    def hears(self, items: Iterable) -> Iterator:
+        """The items; that another one is asked for says that something was finished."""
+        for item in items:
+            self.beat()
+            yield item
 
     def __enter__(self) -> "Watchdog":
         self.beat()
@@ -554,7 +561,7 @@ class Watchdog:
 
     def _tell(self, quiet: float) -> None:
         print(
-            f"{processes.name()} has finished no step for {quiet / 60:.1f} min"
+            f"{processes.name()} has finished nothing for {quiet / 60:.1f} min"
             " (config.cluster.hang_minutes); where its threads are:",
             file=sys.stderr,
             flush=True,

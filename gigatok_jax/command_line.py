@@ -2,6 +2,8 @@
 
 import contextlib
 import difflib
+import errno
+import os
 import pathlib
 import runpy
 import sys
@@ -25,12 +27,35 @@ def one_line_errors(*also: type[Exception]):
 def _reason(error) -> str:
     """The library's own error where one started the chain, else the last one, as one line."""
     chain = [error]
-    while chain[-1].__context__ is not None:
-        chain.append(chain[-1].__context__)
+    while (before := _before(chain[-1])) is not None:
+        chain.append(before)
     ours = [error for error in chain if isinstance(error, GigatokError)]
     error = ours[-1] if ours else error
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
     return " ".join(str(text).split())
+
+
+def _before(error) -> BaseException | None:
+    """What an error was raised over; None where `from None` says that it tells more."""
+    return error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+@contextlib.contextmanager
+def folder_errors(workdir: str):
+    """Turns what the file system says of a workdir, or of a full disk, into an error of ours.
+
+    Raises:
+        ConfigError: the workdir cannot be made or written.
+    """
+    try:
+        yield
+    except OSError as error:
+        name = os.path.abspath(error.filename or "")
+        inside = os.path.commonpath([name, os.path.abspath(workdir)]) == os.path.abspath(workdir)
+        if error.errno != errno.ENOSPC and not inside:
+            raise
+        at = name if error.filename else workdir
+        raise ConfigError(f"{at}: {error.strerror}; --workdir=DIR names another folder") from error
 
 
 def parse_flags(argv: list[str]) -> list[str]:

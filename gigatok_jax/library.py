@@ -296,6 +296,8 @@ class Prior(_Model):
             ConfigError: a setting outside its range.
             DataError: a class or image id that cannot be.
         """
+        if not 0 <= seed < 2**32:  # what a key holds: others would repeat those
+            raise ConfigError(f"seed is {seed}, expected 0 to {2**32 - 1}")
         class_ids = _checked_ids(class_ids, self.config.classes + 1, "class")
         image_ids = np.arange(len(class_ids)) if image_ids is None else image_ids
         image_ids = _checked_ids(image_ids, 2**31, "image")

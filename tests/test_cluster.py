@@ -325,6 +325,11 @@ def test_a_workdir_that_is_not_shared_is_refused(tmp_path, monkeypatch):
     assert told[0] == told[1] and "is not shared" in told[0]
 
 
+def test_storage_may_be_slower_than_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "_appears", lambda path: time.sleep(4) or True)
+    assert meet(tmp_path, (2, 0, {}, "run"), (2, 1, {}, "run"), seconds=2.0) == ["", ""]
+
+
 def test_a_stranger_at_the_port_changes_nothing(tmp_path):
     address, told = free_address(), []
     place = cluster.Place("a test", 2, 0, address)
@@ -380,7 +385,7 @@ def test_a_hung_step_ends_with_the_stacks_of_all_threads():
     process = start("-c", STUCK)
     out, told = process.communicate(timeout=60)
     assert process.returncode == cluster.LOST and out == "moving\n"
-    assert f"process 0 of 1 on {socket.gethostname()} has finished no step" in told
+    assert f"process 0 of 1 on {socket.gethostname()} has finished nothing" in told
     assert told.count("in a_step_that_never_ends") == 2
 
 
@@ -398,7 +403,7 @@ def test_two_of_which_one_is_stuck_end_with_the_stacks_of_both(tmp_path):
     ]
     for i, (status, told) in enumerate(end(members)):
         assert status == cluster.LOST, told
-        assert f"process {i} of 2 on {socket.gethostname()} has finished no step for 1." in told
+        assert f"process {i} of 2 on {socket.gethostname()} has finished nothing for 1." in told
         assert ("in signalled" in told) == (i == 1) and "in loop" in told
 
 

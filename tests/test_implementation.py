@@ -3,10 +3,11 @@
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 from absl import logging
 
-from gigatok_jax.ops import implementation
+from gigatok_jax.ops import attention, implementation
 
 WIDTHS = range(1, 65)
 
@@ -89,3 +90,17 @@ def test_several_tpus_take_the_kernel_where_it_can_be_divided(monkeypatch, said)
     mesh = jax.sharding.AbstractMesh((2, 2, 1), ("data", "fsdp", "tensor"), axis_types=types)
     with jax.sharding.use_abstract_mesh(mesh):
         assert implementation.choose("search", 8, WIDTHS) == "pallas_tpu"
+
+
+@pytest.mark.parametrize("width, library", [(64, "cudnn"), (60, "xla"), (512, "xla")])
+def test_attention_of_heads_that_cudnn_does_not_take_is_xlas(monkeypatch, width, library):
+    """A head of 512 is that of the CNN's own attention."""
+    asked = []
+    on(monkeypatch, Hopper)
+    monkeypatch.setattr(implementation, "is_here", lambda: True)
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda q, k, v, **how: asked.append(how) or q
+    )
+    x = jnp.zeros((1, 4, 1, width), jnp.bfloat16)
+    attention.attend(x, x, x)
+    assert asked[0]["implementation"] == library

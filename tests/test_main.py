@@ -74,6 +74,35 @@ def test_the_library_error_is_named_even_when_wrapped(capsys):
     assert ended.value.code == "error: what was given"
 
 
+def test_what_an_error_adds_to_the_one_before_is_told():
+    with pytest.raises(SystemExit) as ended, command_line.one_line_errors():
+        try:
+            raise errors.CheckpointError("is cut short")
+        except errors.CheckpointError as error:
+            raise errors.CheckpointError(f"a.pt: {error}") from None
+    assert ended.value.code == "error: a.pt: is cut short"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (NotADirectoryError(20, "Not a directory", "runs/a/b"), "runs/a/b: Not a directory; "),
+        (OSError(28, "No space left on device"), "runs/a: No space left on device; "),
+    ],
+)
+def test_a_workdir_that_cannot_be_written_is_one_line(error, told):
+    with (
+        pytest.raises(errors.ConfigError, match=f"{told}--workdir=DIR names another folder"),
+        command_line.folder_errors("runs/a"),
+    ):
+        raise error
+
+
+def test_files_elsewhere_are_none_of_the_workdirs():
+    with pytest.raises(FileNotFoundError), command_line.folder_errors("runs/a"):
+        raise FileNotFoundError(2, "No such file or directory", "runs/ab")
+
+
 def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError), command_line.one_line_errors():
         1 / 0  # noqa: B018

@@ -176,6 +176,16 @@ def test_codes_of_another_tokenizer_are_refused(models, tmp_path):
         evaluate(models, tmp_path / "run", eval_codes=str(tmp_path / "codes"))
 
 
+def test_classes_of_other_names_are_refused(models, tmp_path):
+    """A folder without one of the classes numbers those behind it anew."""
+    trained_on = library.load_prior(models / "prior").trained_on
+    names = [*map(str, range(9)), "ten"]
+    made = {"tokenizer": trained_on, "class_names": names}
+    tiny_pair.save(tmp_path / "prior", *tiny_pair.prior(classes=10), **made)
+    with pytest.raises(DataError, match="the 10 classes of the held-out images are not the 10"):
+        evaluate(tmp_path, tmp_path / "run", eval_codes=f"{models}/codes")
+
+
 def test_classes_that_the_prior_does_not_have_are_refused(models, tmp_path):
     trained_on = library.load_prior(models / "prior").trained_on
     tiny_pair.save(tmp_path / "prior", *tiny_pair.prior(classes=5), tokenizer=trained_on)

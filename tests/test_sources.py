@@ -1,5 +1,7 @@
 """Sources of images."""
 
+import os
+
 import ml_collections
 import numpy as np
 import pytest
@@ -157,6 +159,16 @@ def test_fingerprint_follows_the_names_and_not_the_place(tmp_path):
     assert first != sources.fingerprint(sources.FolderSource(tmp_path / "b"))
     digits = [sources.fingerprint(sources.DigitsSource(s, 16)) for s in ("train", "held_out")]
     assert digits[0] != digits[1]
+
+
+def test_names_that_are_no_text_are_names_too(tmp_path):
+    write(tmp_path, ["1.png", "2.png", "3.png"])
+    try:
+        os.rename(tmp_path / "1.png", os.fsencode(tmp_path) + b"/caf\xe9.png")
+    except OSError:
+        pytest.skip("this file system takes text alone")
+    source = sources.make_source(data_config(tmp_path), "train", 8)
+    assert len(source) == 2 and len(sources.fingerprint(source)) == 16
 
 
 def test_load_images_reads_a_file_or_a_folder_and_names_the_bad(tmp_path, caplog):

@@ -160,6 +160,30 @@ def test_a_signal_saves_and_the_run_resumes(whole, tmp_path, monkeypatch, number
     assert_same_run(workdir, whole)
 
 
+def test_a_run_that_dies_in_an_evaluation_has_saved_its_step(whole, tmp_path, monkeypatch):
+    workdir, original = tmp_path / "run", training.HeldOut.figures
+
+    def figures(self, *arguments):
+        monkeypatch.setattr(training.HeldOut, "figures", original)
+        raise OSError("taken away")
+
+    monkeypatch.setattr(training.HeldOut, "figures", figures)
+    with pytest.raises(OSError, match="taken away"):
+        tiny.train(workdir)
+    assert checkpoint.damage(workdir / "checkpoints" / "4") is None
+    assert not any("eval/psnr" in row for row in metrics(workdir))
+    tiny.train(workdir)
+    assert_same_run(workdir, whole)
+
+
+def test_metrics_may_be_written_at_the_ends_alone(tmp_path):
+    made = tiny.run_config()
+    made.log.every = 0
+    tiny.train(tmp_path / "run", made)
+    rows = [row["step"] for row in metrics(tmp_path / "run") if "train/loss" in row]
+    assert rows == [1, 8]
+
+
 def spoil(path, how):
     if how == "flipped":
         data = bytearray(path.read_bytes())
@@ -307,8 +331,8 @@ def refused(error, workdir, **values) -> str:
     """The one line that a run with other values is refused with."""
     made = tiny.run_config()
     for name, value in values.items():
-        part, _, key = name.partition("__")
-        made[part][key] = value
+        *parts, key = name.split("__")
+        (made[parts[0]] if parts else made)[key] = value
     with pytest.raises(error) as refused:
         tiny.train(workdir, made)
     assert "\n" not in str(refused.value)
@@ -352,6 +376,10 @@ def test_a_checkpoint_of_another_model_lists_what_differs(whole, tmp_path, monke
         ({"model__image_size": 33}, "model.image_size is 33"),
         ({"data__source": "some"}, "data.source is 'some'"),
         ({"save__keep": 0}, "save.keep is 0"),
+        ({"train__steps": -1}, "a run of -1 steps"),
+        ({"seed": 2**32}, "seed is 4294967296, expected 0 to 4294967295"),
+        ({"eval__batch": 0}, "eval.batch is 0, expected at least 1"),
+        ({"loss__discriminator": "dino", "train__global_batch": 36}, "36 images at once are not 5"),
         ({"mesh__data": 3}, "does not cover"),
         ({"loss__teacher": "some", "model__align_block": 1, "model__image_size": 128}, "'some'"),
     ],
@@ -442,3 +470,14 @@ def test_a_corrupt_file_among_good_ones_is_named_and_passed_over(tmp_path, monke
     made.data.max_unreadable = 0
     with pytest.raises(DataError, match="1 unreadable images where 0 are allowed"):
         tiny.train(tmp_path / "other", made)
+
+
+def test_corrupt_held_out_files_are_counted_too(tmp_path):
+    write_images(tmp_path / "images", 8)
+    write_images(tmp_path / "held_out", 4)
+    for name in ("01.png", "02.png"):
+        (tmp_path / "held_out" / name).write_bytes(b"")
+    made = folder_config(tmp_path / "images")
+    made.data.update(eval_folder=str(tmp_path / "held_out"), eval_images=0, max_unreadable=1)
+    with pytest.raises(DataError, match="2 unreadable images where 1 are allowed"):
+        tiny.train(tmp_path / "run", made)

@@ -206,6 +206,8 @@ def _check(data, global_batch: int, process_count: int) -> None:
     check_division(global_batch, process_count)
     if data.crop not in ("random", "center"):
         raise ConfigError(f"data.crop is {data.crop!r}, expected 'random' or 'center'")
+    if data.workers < 0:
+        raise ConfigError(f"data.workers is {data.workers}, expected 0 or more")
 
 
 def check_division(global_batch: int, process_count: int) -> None:

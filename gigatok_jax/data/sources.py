@@ -188,8 +188,13 @@ def _held_out_count(data, total: int) -> int:
 
 
 def _by_hash(names: Sequence[str]) -> np.ndarray:
-    digests = [hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names]
+    digests = [hashlib.blake2b(_bytes(name), digest_size=8).digest() for name in names]
     return np.argsort(np.frombuffer(b"".join(digests), ">u8"), kind="stable")
+
+
+def _bytes(names: str) -> bytes:
+    """Of file names, those too that are no text: they are what the file system holds."""
+    return names.encode(errors="surrogateescape")
 
 
 def refuse_small(source: FolderSource, min_size: int) -> None:
@@ -221,7 +226,7 @@ def fingerprint(source) -> str:
     Kept with checkpoints; it does not change when the folder moves, nor with the pixels.
     """
     digest = hashlib.sha256(f"{len(source)}\n".encode())
-    digest.update("\n".join(source.names).encode())
+    digest.update(_bytes("\n".join(source.names)))
     return digest.hexdigest()[:16]
 
 

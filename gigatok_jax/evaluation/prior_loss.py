@@ -123,7 +123,7 @@ def _code_batches(config, prior: library.Prior, where: dict) -> Iterator[dict]:
         source = codes_lib.CodesSource(config.eval_codes)
     header = source.header
     pair.check(prior, header.tokens, header.vocab, header.tokenizer)
-    _check_labels(source.labels, prior)
+    _check_labels(source, prior)
     yield from codes_lib.eval_batches(source, config.eval.batch)
 
 
@@ -139,12 +139,19 @@ def _image_batches(config, prior: library.Prior, where: dict) -> Iterator[dict]:
     data = config.data.copy_and_resolve_references()
     data.folder = data.folder or data.eval_folder
     source = sources.make_source(data, "held_out", tokenizer.image_size)
-    _check_labels(source.labels, prior)
+    _check_labels(source, prior)
     yield from image_codes(source, tokenizer, config.eval.batch, data.max_unreadable)
 
 
-def _check_labels(labels: np.ndarray, prior: library.Prior) -> None:
-    highest, classes = int(labels.max()), prior.config.classes
+def _check_labels(source, prior: library.Prior) -> None:
+    """Refuses classes that are not the prior's; by their names, where both sides have them."""
+    ours, theirs = tuple(source.class_names), tuple(prior.class_names)
+    if ours and theirs and ours != theirs:
+        raise DataError(
+            f"the {len(ours)} classes of the held-out images are not the {len(theirs)} that the"
+            " prior learned: their folder needs the same sub-folders"
+        )
+    highest, classes = int(source.labels.max()), prior.config.classes
     if highest >= classes:
         raise DataError(
             f"images of class {highest} for a prior of {classes} classes: 0 to {classes - 1}"

@@ -8,6 +8,8 @@ from gigatok_jax.errors import ConfigError
 from gigatok_jax.models import dino
 from gigatok_jax.ops import diffaug, image
 
+GROUP = 8  # examples at most, over which the DINO discriminator's heads take statistics
+
 
 def leaky_relu(x: jax.Array) -> jax.Array:
     """`x` where positive, 0.2 `x` elsewhere."""
@@ -210,14 +212,12 @@ class LocalNorm(nn.Module):
     Both modes use the statistics of the batch at hand, as StyleGAN-T (arXiv:2301.09515).
     """
 
-    size: int = 8
-
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """f[b n c] -> f32[b n c]; a batch above 8 is a multiple of its number of groups."""
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        groups = -(-x.shape[0] // self.size)
+        groups = -(-x.shape[0] // GROUP)
         return grouped_norm(x, groups, eps=1e-6)[0] * scale + bias
 
 

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from gigatok_jax.ops import implementation
 
+WIDEST = 128  # head that cuDNN takes wherever it has the kernel; from Hopper on it is 256
+
 
 def attend(
     query: jax.Array,
@@ -37,7 +39,8 @@ def attend(
     """
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     even = query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0
-    fits = query.shape[-1] % 8 == 0 and (even or not gradient)
+    width = query.shape[-1]
+    fits = width % 8 == 0 and width <= WIDEST and (even or not gradient)
     fused = half and fits and implementation.platform() == "gpu"
     library = "cudnn" if fused and implementation.is_here() else "xla"
     run = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation=library)

@@ -16,7 +16,16 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from gigatok_jax import checkpoint, files, library, parallel, pictures, processes, sampling
+from gigatok_jax import (
+    checkpoint,
+    cluster,
+    files,
+    library,
+    parallel,
+    pictures,
+    processes,
+    sampling,
+)
 from gigatok_jax.data import codes as codes_lib
 from gigatok_jax.data import pipeline, sources
 from gigatok_jax.errors import CheckpointError, ConfigError, DataError
@@ -104,7 +113,7 @@ class PriorRun(Run):
         return self.step(state, batch, self.frozen)
 
     def figures(self, state):
-        return self.held_out.figures(state)
+        return self.held_out.figures(state, self.watchdog)
 
     def draw(self, state, done):
         """Samples of a few classes, a row for each; none without a tokenizer."""
@@ -311,18 +320,14 @@ class HeldOut:
 
     def __init__(self, prior: ar.Prior, data: Data, mesh):
         self._losses, self._data = prior_loss.make_losses(prior), data
-        self._mesh = mesh
+        self._mesh, self._batches = mesh, []
 
-    @functools.cached_property
-    def _batches(self) -> list[dict[str, Any]]:
-        """Kept: a tokenizer has to make them but once."""
-        return [
-            {name: one[name] for name in ("codes", "label", "mask")}
-            for one in self._data.held_out_codes()
-        ]
-
-    def figures(self, state: ar_step.PriorState) -> dict[str, float]:
+    def figures(self, state: ar_step.PriorState, watchdog: cluster.Watchdog) -> dict[str, float]:
         """Nats per code, and the number of images."""
+        self._batches = self._batches or [  # kept: a tokenizer has to make them but once
+            {name: one[name] for name in ("codes", "label", "mask")}
+            for one in watchdog.hears(self._data.held_out_codes())
+        ]
         trained = self._mean(state.params)
         averaged = self._mean(parallel.to_device(state.ema_params))
         return {"loss": trained["loss"], "loss_ema": averaged["loss"], "images": trained["images"]}

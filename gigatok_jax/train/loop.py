@@ -46,6 +46,7 @@ class Run:
     checkpoints: checkpoint.Checkpoints
     writer: metric_writer.MetricWriter
     timer: metric_writer.StepTimer
+    watchdog: cluster.Watchdog
     extras: dict[str, Any]  # saved beside each state
 
     shown: ClassVar[tuple[str, ...]]  # metrics of the progress line
@@ -77,8 +78,15 @@ def common_parts(config, workdir: epath.Path, mesh, program: Program) -> dict[st
         workdir: of the run.
         mesh: devices of the run.
         program: of the run, on that mesh.
+
+    Raises:
+        ConfigError: no steps, or a seed that is not one.
     """
     total = total_steps(config)
+    if total < 1:
+        raise ConfigError(f"a run of {total} steps: set train.steps or train.epochs above 0")
+    if not 0 <= config.seed < 2**32:  # what a key of jax.random holds
+        raise ConfigError(f"seed is {config.seed}, expected 0 to {2**32 - 1}")
     return {
         "config": config,
         "workdir": workdir,
@@ -93,6 +101,7 @@ def common_parts(config, workdir: epath.Path, mesh, program: Program) -> dict[st
         ),
         "writer": metric_writer.MetricWriter(workdir, total, config.train.global_batch),
         "timer": metric_writer.StepTimer(),
+        "watchdog": cluster.Watchdog(config.cluster.hang_minutes),
     }
 
 
@@ -162,8 +171,8 @@ def loop(
     """
     late, split = LateScalars(), parallel.split_batch(run.mesh)
     profile, done = Profile(run.config.profile, run.workdir), start
-    watchdog = cluster.Watchdog(run.config.cluster.hang_minutes)
-    with batches as stream, profile, watchdog:
+    with batches as stream, profile, run.watchdog:
+        catch_up(run, state, start)
         for done in range(start + 1, run.total_steps + 1):
             with run.timer.measure("data"):
                 given = next(stream)
@@ -179,7 +188,7 @@ def loop(
                     ready = late.pop()
                 report_scalars(run, ready)
             record(run, state, done, stopping)
-            watchdog.beat()
+            run.watchdog.beat()
             if stopping:
                 break
     return done
@@ -189,7 +198,12 @@ def is_due(run: Run, done: int) -> bool:
     """Whether something is kept of this step, which its metrics have to precede."""
     config = run.config
     periods = (config.save.every, config.eval.every, config.log.pictures_every)
-    return done == run.total_steps or any(n and done % n == 0 for n in periods)
+    return done == run.total_steps or any(is_at(done, n) for n in periods)
+
+
+def is_at(step: int, period: int) -> bool:
+    """Whether what is done every `period` steps is done at this one; a period of 0 is never."""
+    return bool(period) and step % period == 0
 
 
 def report_scalars(run: Run, ready: tuple[int, dict[str, float]] | None) -> None:
@@ -197,26 +211,49 @@ def report_scalars(run: Run, ready: tuple[int, dict[str, float]] | None) -> None
     if ready is None:
         return
     step, values = ready
-    if step % run.config.log.every == 0 or step in (1, run.total_steps):
+    if is_at(step, run.config.log.every) or step in (1, run.total_steps):
         run.writer.write(step, values, "train")
         shown = {name: values[name] for name in run.shown if name in values}
         run.writer.progress(step, shown, run.timer)
 
 
 def record(run: Run, state, done: int, stopping: bool) -> None:
-    """Held-out figures, pictures and a checkpoint, each at its own steps."""
+    """A checkpoint, then held-out figures and pictures, each at its own steps.
+
+    In this order: who takes the machine away does not wait for an evaluation. A run that resumes
+    makes up for it, see `catch_up`.
+    """
+    last = done == run.total_steps
+    if last or stopping or is_at(done, run.config.save.every):
+        with run.timer.measure("save"):
+            run.checkpoints.save(done, state, run.extras)
+    if last or not stopping:
+        show(run, state, done)
+
+
+def catch_up(run: Run, state, done: int) -> None:
+    """Figures and pictures of the step that a run resumes at, where it was stopped before them."""
+
+    def owes() -> bool:
+        rows = metric_writer.read(run.workdir)  # none of a run that branches off another one
+        here = (name for row in rows if row["step"] == done for name in row)
+        return bool(rows) and not any(name.startswith("eval/") for name in here)
+
+    if processes.from_first(owes):
+        show(run, state, done)
+
+
+def show(run: Run, state, done: int) -> None:
+    """Held-out figures and pictures, each at its own steps."""
     config, last = run.config, done == run.total_steps
-    if last or (config.eval.every and done % config.eval.every == 0):
+    if last or is_at(done, config.eval.every):
         with run.timer.measure("evaluate"):
             run.writer.write(done, run.figures(state), "eval")
-    if last or (config.log.pictures_every and done % config.log.pictures_every == 0):
+    if last or is_at(done, config.log.pictures_every):
         with run.timer.measure("evaluate"):
             run.draw(state, done)
             if processes.is_first():
                 report.write(run.workdir)
-    if last or stopping or (config.save.every and done % config.save.every == 0):
-        with run.timer.measure("save"):
-            run.checkpoints.save(done, state, run.extras)
 
 
 def has_results(workdir: epath.Path, step: int) -> bool:

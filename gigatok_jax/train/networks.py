@@ -63,6 +63,13 @@ def _check_choices(config) -> None:
         part, _, key = name.partition(".")
         if config[part][key] not in known:
             raise ConfigError(f"{name} is {config[part][key]!r}, expected one of {known}")
+    at_once = config.train.global_batch // max(config.train.micro_batches, 1)
+    groups = -(-at_once // discriminator.GROUP)
+    if config.loss.discriminator == "dino" and groups and at_once % groups:
+        raise ConfigError(
+            f"{at_once} images at once are not {groups} equal groups, over which the DINO"
+            f" discriminator takes its statistics: choose a multiple of {discriminator.GROUP}"
+        )
 
 
 def _load(config, loss, load) -> dict:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from gigatok_jax import parallel, pictures, processes
+from gigatok_jax import cluster, parallel, pictures, processes
 from gigatok_jax.data import pipeline, sources
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.evaluation import reconstruction
@@ -52,7 +52,7 @@ class TokenizerRun(Run):
         return self.step(state, batch["image"], self.frozen, phase)
 
     def figures(self, state):
-        return self.held_out.figures(parallel.to_device(state.ema_params))
+        return self.held_out.figures(parallel.to_device(state.ema_params), self.watchdog)
 
     def draw(self, state, done):
         """Pictures of held-out reconstructions and of the codebook's use."""
@@ -186,16 +186,18 @@ class HeldOut:
             module, parts.networks.lpips, self._split
         )
         shards = parallel.batch_shards(mesh)
+        if config.eval.batch < 1:
+            raise ConfigError(f"eval.batch is {config.eval.batch}, expected at least 1")
         self._batch = -(-config.eval.batch // shards) * shards
         self._lpips = frozen.get("lpips")
         self._config, self._report = config, pipeline.Report()
         self._source = sources.make_source(config.data, "held_out", config.model.image_size)
 
-    def figures(self, params) -> dict[str, float]:
+    def figures(self, params, watchdog: cluster.Watchdog) -> dict[str, float]:
         """PSNR, SSIM, LPIPS, codebook usage and perplexity over all held-out images."""
         size = self._config.model.codebook_size
         with self._batches() as batches:
-            own = (self._counted(batch) for batch in batches)
+            own = (self._counted(batch) for batch in watchdog.hears(batches))
             return reconstruction.evaluate(lambda x: self._run(params, x), own, size)
 
     def picture(self, params) -> np.ndarray:
@@ -221,4 +223,5 @@ class HeldOut:
 
     def _batches(self) -> pipeline.Batches:
         size, own = self._config.model.image_size, self._share[:2]
-        return pipeline.eval_batches(self._source, size, self._batch, *own, report=self._report)
+        most = self._config.data.max_unreadable
+        return pipeline.eval_batches(self._source, size, self._batch, *own, most, self._report)
