@@ -11,7 +11,7 @@ from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
-from gigatok_jax import command_line
+from gigatok_jax import command_line, errors
 
 config_flags.DEFINE_config_file("config", None, "configs/<run>.py[:arg=value,...]")
 flags.DEFINE_string("workdir", None, "Where the run is kept; runs/<config name> by default.")
@@ -33,6 +33,8 @@ def main(argv):
     config = flags.FLAGS.config
     workdir = flags.FLAGS.workdir or f"runs/{config.name}"
     with command_line.one_line_errors():
+        if config.task not in TASKS:
+            raise errors.ConfigError(f"no task {config.task!r}; there are {', '.join(TASKS)}")
         spread_over_cores(config)
         if flags.FLAGS.dry_run:
             from gigatok_jax import plan_report

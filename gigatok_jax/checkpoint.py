@@ -138,9 +138,13 @@ class Checkpoints:
             directory = self.root / str(step)
             if step == self._current or not (reason := damage(directory)):
                 return step
-            logging.warning("checkpoint %s %s; using the one before it", directory, reason)
+            logging.warning("checkpoint %s %s; looking at the one before it", directory, reason)
             _clear(directory)
         return None
+
+    def damaged(self) -> list[str]:
+        """Names of the steps that were set aside as damaged, by this object or another."""
+        return processes.from_first(lambda: sorted(p.name for p in self.root.glob("*.bad*")))
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """State and extras of one step.
@@ -284,7 +288,7 @@ def restore_from(path: epath.PathLike, abstract_state: Any) -> tuple[Any, dict[s
     return _restore(directory, abstract_state), files.read_json(directory / EXTRAS)
 
 
-def check_workdir(workdir: epath.PathLike, config: Any) -> None:
+def check_workdir(workdir: epath.PathLike, config: Any, begun: bool = True) -> None:
     """Writes `config.json`, or refuses a workdir that belongs to a run of another config.
 
     Keys of `FREE_KEYS`, and all below them, may differ, and a later version may have more keys; the
@@ -293,6 +297,7 @@ def check_workdir(workdir: epath.PathLike, config: Any) -> None:
     Args:
         workdir: made when missing.
         config: ConfigDict or nested dict of JSON values.
+        begun: False for a run of this task that has left nothing to go on with: any config will do.
 
     Raises:
         ConfigError: other keys differ; each is named with both values.
@@ -301,7 +306,9 @@ def check_workdir(workdir: epath.PathLike, config: Any) -> None:
     given = json.loads(json.dumps(_plain(config)))  # tuples become lists, as in the file
     path = workdir / "config.json"
     if path.exists():
-        _compare_configs(workdir, files.read_json(path), given)
+        there = _read_config(path)
+        if begun or there.get("task") != given.get("task"):
+            _compare_configs(workdir, there, given)
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         files.write_json(path, given)
@@ -493,7 +500,22 @@ def _describe(leaf: jax.ShapeDtypeStruct | None) -> str:
     return "none" if leaf is None else f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 
+def _read_config(path: epath.Path) -> dict[str, Any]:
+    try:
+        return files.read_json(path)
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is damaged ({error}): remove it if this config is that run's, or choose"
+            " another --workdir"
+        ) from error
+
+
 def _compare_configs(workdir: epath.Path, old: Any, new: Any) -> None:
+    if old.get("task") != new.get("task"):
+        raise ConfigError(
+            f"workdir {workdir} holds a run of task {old.get('task')!r}, this is"
+            f" {new.get('task')!r}: choose another --workdir"
+        )
     before, now = dict(_config_leaves(old)), dict(_config_leaves(new))
     if added := sorted(now.keys() - before.keys()):  # by a later version; the run goes on with it
         values = ", ".join(f"{key}={now[key]!r}" for key in added)

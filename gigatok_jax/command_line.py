@@ -1,5 +1,6 @@
 """The command line: every mistake on it is one line on stderr and exit status 1."""
 
+import argparse
 import contextlib
 import difflib
 import errno
@@ -64,12 +65,27 @@ def parse_flags(argv: list[str]) -> list[str]:
         if not any(argument.lstrip("-").startswith("help") for argument in argv):
             config = _load_config(_config_value(argv))
             _check_overrides(argv, dict(flatten(config)))
-        rest = flags.FLAGS(argv)
+        rest = parse_known(argv)
         if len(rest) > 1:
             raise ConfigError(f"{rest[1]!r} is not an option; options look like --config.seed=1")
         if flags.FLAGS["verbosity"].using_default_value:
             flags.FLAGS.verbosity = logging.WARNING  # Orbax tells every save in ten lines
         return rest
+
+
+def parse_known(argv: list[str]) -> list[str]:
+    """absl's own parser, after which `--help` is no mistake."""
+    try:
+        return flags.FLAGS(argv)
+    except SystemExit:  # absl ends so after --help alone, with status 1
+        sys.exit(0)
+
+
+class Parser(argparse.ArgumentParser):
+    """Arguments of a module; a mistake is one line and status 1."""
+
+    def error(self, message):
+        sys.exit(f"error: {message}; --help says what there is")
 
 
 def _config_value(argv) -> str:
@@ -78,7 +94,10 @@ def _config_value(argv) -> str:
         name, equals, value = argument.partition("=")
         if name in ("--config", "-config"):
             return value if equals else following
-    raise ConfigError("no config given; try --config=configs/demo.py")
+    names = [argument.partition("=")[0] for argument in argv[1:]]
+    near = difflib.get_close_matches("--config", names, n=1, cutoff=0.8)
+    typed = f" ({near[0]} is not an option)" if near else ""
+    raise ConfigError(f"no config given{typed}; try --config=configs/demo.py")
 
 
 def _load_config(value):
@@ -87,7 +106,20 @@ def _load_config(value):
     if not path.is_file():
         known = [str(other) for other in path.parent.glob("*.py")]
         raise ConfigError(f"no config file {path}{_nearest(str(path), known)}")
-    return runpy.run_path(str(path))["get_config"](argument or None)
+    return config_of(path, argument)
+
+
+def config_of(path: pathlib.Path, argument: str):
+    """What `get_config` of a file makes of the text behind its name.
+
+    Raises:
+        ConfigError: the file is no Python, or makes no config.
+    """
+    try:
+        get_config = runpy.run_path(str(path))["get_config"]
+    except (SyntaxError, KeyError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no config: {type(error).__name__} {error}") from error
+    return get_config(argument or None)
 
 
 def _check_overrides(argv, defaults):

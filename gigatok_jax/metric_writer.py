@@ -160,7 +160,8 @@ def read(workdir: epath.PathLike) -> list[dict[str, float | None]]:
     """Lines of metrics.jsonl in order; lines that are cut off are left out, no file gives none."""
     path = epath.Path(workdir) / FILE
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         with contextlib.suppress(ValueError):
             row = json.loads(line)
             if isinstance(row, dict) and "step" in row:

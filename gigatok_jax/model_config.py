@@ -51,6 +51,7 @@ _CHOICES = {
     "encoder": tuple(SIZES),
     "decoder": tuple(SIZES),
 }
+_COUNTS = ("patch_size", "codebook_size", "codebook_width", "cnn_channels")
 _PRIOR_COUNTS = ("layers", "heads", "kv_heads", "width", "vocab", "tokens", "classes")
 _PRIOR_CHOICES = {"adaln": ("none", "full", "shared")}
 
@@ -180,7 +181,13 @@ def validate(model) -> None:
 
 def _validate_tokenizer(model) -> None:
     _validate_choices(model, _CHOICES)
+    _validate_counts(model, _COUNTS)
     _validate_grid(model)
+    if model.stem == "cnn" and model.cnn_channels % 32:
+        raise ConfigError(
+            f"model.cnn_channels is {model.cnn_channels}, expected a multiple of the 32 groups of"
+            " its norms"
+        )
     if not 0 <= model.align_block <= SIZES[model.decoder][0]:
         raise ConfigError(
             f"model.align_block is {model.align_block}, but decoder {model.decoder!r} has"
@@ -194,11 +201,15 @@ def _validate_choices(model, known) -> None:
             raise ConfigError(f"model.{field} is {model[field]!r}, expected one of {choices}")
 
 
-def _validate_prior(model) -> None:
-    _validate_choices(model, _PRIOR_CHOICES)
-    for field in _PRIOR_COUNTS:
+def _validate_counts(model, fields: tuple[str, ...]) -> None:
+    for field in fields:
         if model[field] < 1:
             raise ConfigError(f"model.{field} is {model[field]}, expected at least 1")
+
+
+def _validate_prior(model) -> None:
+    _validate_choices(model, _PRIOR_CHOICES)
+    _validate_counts(model, _PRIOR_COUNTS)
     if model.width % model.heads:
         raise ConfigError(
             f"model.width is {model.width}, expected a multiple of the {model.heads} heads"

@@ -134,8 +134,10 @@ def check_batch(mesh: Mesh, global_batch: int, micro_batches: int) -> None:
     Raises:
         ConfigError: with the sizes that would do.
     """
+    if micro_batches < 1:
+        raise ConfigError(f"train.micro_batches is {micro_batches}, expected at least 1")
     parts = batch_shards(mesh) * micro_batches
-    if micro_batches < 1 or global_batch < 1 or global_batch % parts:
+    if global_batch < 1 or global_batch % parts:
         raise ConfigError(
             f"train.global_batch is {global_batch}, expected a multiple of {parts}:"
             f" {batch_shards(mesh)} devices share it in {micro_batches} micro-batches"

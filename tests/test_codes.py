@@ -184,6 +184,13 @@ def test_damage_is_named(folder):
         codes.CodesSource(folder)
 
 
+def test_a_writer_names_codes_without_a_head(folder):
+    with (folder / "codes.npy").open("r+b") as file:
+        file.truncate(50)
+    with pytest.raises(DataError, match=r"codes\.npy is damaged .*remove its folder"):
+        codes.CodesWriter(folder, header(), labels())
+
+
 def test_missing_records_are_counted(folder):
     lines = (folder / "parts.jsonl").read_text().splitlines(keepends=True)
     (folder / "parts.jsonl").write_text("".join(lines[:-1]))

@@ -23,7 +23,10 @@ def test_main_is_short():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no config given"),
+        ([], "no config given; try --config=configs/demo.py"),
+        (["--confg=configs/ss.py"], "--confg is not an option"),
+        (["--config=README.md"], "README.md is no config: SyntaxError"),
+        (["--config=configs/ss.py:smoke", "--config.task=trian"], "no task 'trian'; there are"),
         (["--config=configs/xlxl.py"], "did you mean 'configs/xlxxl.py'"),
         (["--config=configs/ss.py:smok"], "did you mean 'smoke'"),
         (["--config=configs/ss.py", "--config.train.stesp=3"], "did you mean 'train.steps'"),
@@ -40,6 +43,18 @@ def test_mistakes_are_one_line(arguments, message):
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+def test_help_is_no_mistake():
+    result = run_main("--help")
+    assert result.returncode == 0 and "--[no]dry_run" in result.stdout
+
+
+def test_a_mistake_in_a_modules_arguments_is_one_line():
+    command = [sys.executable, "-m", "gigatok_jax.conversion", "fromtorch", "a"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("error: ") and "'from_torch'" in result.stderr
 
 
 def test_dry_run_sees_overrides():

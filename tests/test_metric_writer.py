@@ -39,7 +39,10 @@ def test_numbers_survive_bit_for_bit(writer, tmp_path):
     np.testing.assert_array_equal(np.float32(found), values)
 
 
-@pytest.mark.parametrize("broken", ["", '{"step": 40, "train/lo', '{"step": 40}\n{"st', "\0\0"])
+BROKEN = (b"", b'{"step": 40, "train/lo', b'{"step": 40}\n{"st', b"\0\0", b"\xff{")
+
+
+@pytest.mark.parametrize("broken", BROKEN)
 def test_resuming_gives_the_file_of_an_uninterrupted_run(tmp_path, broken):
     def run(workdir, first, last, resume=False):
         writer = metric_writer.MetricWriter(workdir, 100, 8)
@@ -51,7 +54,7 @@ def test_resuming_gives_the_file_of_an_uninterrupted_run(tmp_path, broken):
 
     run(tmp_path / "whole", 0, 50)
     run(tmp_path / "killed", 0, 39)
-    with (tmp_path / "killed/metrics.jsonl").open("a") as file:
+    with (tmp_path / "killed/metrics.jsonl").open("ab") as file:
         file.write(broken)
     run(tmp_path / "killed", 30, 50, resume=True)
     whole, killed = ((tmp_path / d / "metrics.jsonl").read_bytes() for d in ("whole", "killed"))

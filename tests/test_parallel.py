@@ -93,11 +93,13 @@ def test_a_batch_is_shared_by_data_and_fsdp(sizes, shards):
     assert parallel.batch_shards(fake_mesh(**sizes)) == shards
 
 
-@pytest.mark.parametrize("batch, micro", [(12, 1), (8, 2), (0, 1), (16, 0)])
+@pytest.mark.parametrize("batch, micro", [(12, 1), (8, 2), (0, 1)])
 def test_a_batch_that_the_devices_do_not_divide_is_refused(batch, micro):
     mesh = fake_mesh(data=8)
     with pytest.raises(ConfigError, match=rf"global_batch is {batch}, expected a multiple"):
         parallel.check_batch(mesh, batch, micro)
+    with pytest.raises(ConfigError, match="micro_batches is 0, expected at least 1"):
+        parallel.check_batch(mesh, 16, 0)
 
 
 def test_a_batch_that_fits_is_taken():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import jax
 import numpy as np
@@ -339,6 +340,37 @@ def refused(error, workdir, **values) -> str:
     return str(refused.value)
 
 
+def test_a_run_that_left_nothing_does_not_bind_its_workdir(tmp_path, monkeypatch):
+    """Who mends a mistake need not look for another folder."""
+    made = tiny.run_config()
+    made.optim.clip = 5.0
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="no images"):
+        patched.setattr(training, "restore", mock.Mock(side_effect=OSError("no images")))
+        tiny.train(tmp_path, made)
+    monkeypatch.setattr(training, "restore", mock.Mock(side_effect=OSError("at last")))
+    with pytest.raises(OSError, match="at last"):
+        tiny.train(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["optim"]["clip"] != 5.0
+
+
+def test_a_workdir_of_another_task_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"task": "extract_codes"}')
+    told = refused(ConfigError, tmp_path)
+    assert "holds a run of task 'extract_codes', this is 'train_tokenizer'" in told
+    (tmp_path / "config.json").write_text('{"task": "extr')
+    assert "config.json is damaged" in refused(ConfigError, tmp_path)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(whole, tmp_path):
+    workdir, rows = cut(whole, tmp_path / "run", 4), metrics(whole)
+    for step in (2, 4):
+        spoil(workdir / "checkpoints" / str(step) / "extras.json", "truncated")
+    for _ in range(2):  # the second time they are set aside already
+        told = refused(CheckpointError, workdir)
+        assert "no whole checkpoint is left" in told and "2.bad, 4.bad are damaged" in told
+    assert metrics(workdir) == rows
+
+
 def test_a_workdir_of_another_config_is_refused(whole):
     message = refused(ConfigError, whole, optim__learning_rate=0.5)
     assert "optim.learning_rate is 0.5 here and 0.001 there" in message
@@ -363,7 +395,7 @@ def test_a_checkpoint_of_another_model_lists_what_differs(whole, tmp_path, monke
     "values, message",
     [
         ({"train__global_batch": 6, "train__micro_batches": 4}, "train.global_batch is 6"),
-        ({"train__micro_batches": 0}, "in 0 micro-batches"),
+        ({"train__micro_batches": 0}, "train.micro_batches is 0, expected 1 or more"),
         ({"train__statistics": "some"}, "train.statistics is 'some', expected 'global' or 'local'"),
         ({"train__dtype": "float16"}, "train.dtype is 'float16'"),
         ({"train__remat": "some"}, "train.remat is 'some', expected one of"),
@@ -376,9 +408,16 @@ def test_a_checkpoint_of_another_model_lists_what_differs(whole, tmp_path, monke
         ({"model__image_size": 33}, "model.image_size is 33"),
         ({"data__source": "some"}, "data.source is 'some'"),
         ({"save__keep": 0}, "save.keep is 0"),
-        ({"train__steps": -1}, "a run of -1 steps"),
+        ({"train__steps": 0, "train__epochs": 0.0}, "a run of no steps"),
+        ({"optim__learning_rate": -1.0}, "optim.learning_rate is -1.0, expected 0 or more"),
+        ({"optim__ema": 2.0}, "optim.ema is 2.0, expected 0 to 1"),
+        ({"data__workers": -1}, "data.workers is -1"),
+        ({"model__codebook_size": 0}, "model.codebook_size is 0, expected at least 1"),
+        ({"model__patch_size": 0}, "model.patch_size is 0, expected at least 1"),
+        ({"model__stem": "cnn", "model__cnn_channels": 33}, "model.cnn_channels is 33"),
+        ({"train__steps": -1}, "train.steps is -1, expected 0 or more"),
         ({"seed": 2**32}, "seed is 4294967296, expected 0 to 4294967295"),
-        ({"eval__batch": 0}, "eval.batch is 0, expected at least 1"),
+        ({"eval__batch": 0}, "eval.batch is 0, expected 1 or more"),
         ({"loss__discriminator": "dino", "train__global_batch": 36}, "36 images at once are not 5"),
         ({"mesh__data": 3}, "does not cover"),
         ({"loss__teacher": "some", "model__align_block": 1, "model__image_size": 128}, "'some'"),
@@ -450,7 +489,7 @@ def test_no_readable_image(tmp_path):
     folder.mkdir()
     for i in range(3):
         (folder / f"{i}.png").write_bytes(b"this is no picture")
-    with pytest.raises(DataError, match=r"unreadable.*\.png"):
+    with pytest.raises(DataError, match=r"none of the \d images can be read, first .*\.png"):
         tiny.train(tmp_path / "run", folder_config(folder))
 
 

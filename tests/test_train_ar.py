@@ -514,3 +514,11 @@ def test_held_out_images_of_other_classes_are_refused(tmp_path):
     }
     message = refused(DataError, tmp_path / "run", codes="", **changes)
     assert "the 1 classes of the held-out images are not the 2 that are trained on" in message
+
+
+def test_fewer_classes_than_the_models_are_refused(tmp_path):
+    names = ["a/1.png", "b/1.png", "a/2.png", "b/2.png"]
+    folders = [folder_of(tmp_path / name, names) for name in ("images", "held_out")]
+    changes = dict(zip(("data__folder", "data__eval_folder"), folders, strict=True))
+    message = refused(ConfigError, tmp_path / "run", codes="", **changes)
+    assert "the images have 2 classes: set --config.model.classes=2" in message

@@ -16,6 +16,8 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw
 
+from gigatok_jax import command_line
+
 # Of a device: multiply-adds of bfloat16 (measured, twice a multiply-add) and exponentials a second
 # (16 a clock and multiprocessor).
 LIMITS = {"NVIDIA H200": {"products": 790e12, "exponentials": 16 * 132 * 1.98e9}}
@@ -45,7 +47,7 @@ def arguments(description: str) -> argparse.Namespace:
     large = jax.default_backend() != "cpu"
     tokens = [2**12, 2**14, 2**16, 2**18, 2**20] if large else [256, 512]
     rows = [2**10, 2**12, 2**14, 2**16, 2**18] if large else [64, 128]
-    parser = argparse.ArgumentParser(description=description)
+    parser = command_line.Parser(description=description)
     parser.add_argument("--tokens", nargs="+", type=int, default=tokens)
     parser.add_argument("--rows", nargs="+", type=int, default=rows)
     parser.add_argument("--width", type=int, default=8)

@@ -11,7 +11,6 @@ recipe's batch, the batch is one image of each. `--compile` wants the compilers 
 `--keep` wants the TPU's, and minutes.
 """
 
-import argparse
 import json
 import pathlib
 from collections.abc import Iterator
@@ -60,7 +59,7 @@ def main() -> None:
 
 
 def _arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--configs", nargs="+", default=CONFIGS.split(), help="ss ar:size=b ...")
     parser.add_argument("--topologies", nargs="+", default=TOPOLOGIES.split(), help="v5p:4x4x4 ...")
     parser.add_argument("--compile", action="store_true", help="instead of shape analysis")

@@ -6,7 +6,6 @@ an hour, so the CNN is there forwards alone.
 
 import json
 import pathlib
-import runpy
 from collections.abc import Callable
 from importlib import metadata
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gigatok_jax import hardware, hlo, parallel, plan
+from gigatok_jax import command_line, hardware, hlo, parallel, plan
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.models import tokenizer
 from gigatok_jax.train import fit
@@ -45,7 +44,7 @@ def read(name: str):
     path = pathlib.Path("configs") / f"{file}.py"
     if not path.exists():
         raise ConfigError(f"no config file {path}: run this in the folder that has configs/")
-    return runpy.run_path(str(path))["get_config"](argument or None)
+    return command_line.config_of(path, argument)
 
 
 def training(config, mesh) -> jax.stages.Lowered:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gigatok_jax import metric_writer
+from gigatok_jax import command_line, metric_writer
 from gigatok_jax.library import Prior
 from gigatok_jax.model_config import model_config
 from gigatok_jax.models import ar
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["prior-B"])
     parser.add_argument("--batches", nargs="+", type=int, default=[8, 64, 256])
     parser.add_argument("--dtype", default="bfloat16")

@@ -330,4 +330,4 @@ def define_flags() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main, flags_parser=lambda argv: flags.FLAGS(argv))
+    app.run(main, flags_parser=command_line.parse_known)

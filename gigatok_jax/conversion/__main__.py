@@ -55,7 +55,7 @@ def _run(options) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = command_line.Parser(
         "python -m gigatok_jax.conversion",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -2,14 +2,13 @@
 
 import ast
 import itertools
-import runpy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_collections
 from etils import epath
 
-from gigatok_jax import files, library
+from gigatok_jax import command_line, files, library
 from gigatok_jax.conversion import formats, orbax_file, recognise, run_state, tokenizer
 from gigatok_jax.conversion.names import Promise
 from gigatok_jax.conversion.progress import Progress
@@ -152,7 +151,7 @@ def _run_config(value: str) -> ml_collections.ConfigDict:
     path, _, argument = value.partition(":")
     if not epath.Path(path).exists():
         raise ConfigError(f"no config file {path}")
-    return runpy.run_path(path)["get_config"](argument or None)
+    return command_line.config_of(path, argument)
 
 
 def _check_same(found, run, path: str) -> None:

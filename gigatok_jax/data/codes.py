@@ -430,8 +430,11 @@ def _npy_header(header: Header) -> dict[str, Any]:
 def _layout(path: epath.Path, header: Header) -> tuple[int, int]:
     """Bytes before the first record, and bytes of a record."""
     with path.open("rb") as file:
-        np.lib.format.read_magic(file)
-        np.lib.format.read_array_header_1_0(file)
+        try:
+            np.lib.format.read_magic(file)
+            np.lib.format.read_array_header_1_0(file)
+        except ValueError as error:
+            raise DataError(f"{path} is damaged ({error}): remove its folder") from error
         _, augmentations, tokens = header.shape
         return file.tell(), augmentations * tokens * header.dtype.itemsize
 

@@ -206,8 +206,6 @@ def _check(data, global_batch: int, process_count: int) -> None:
     check_division(global_batch, process_count)
     if data.crop not in ("random", "center"):
         raise ConfigError(f"data.crop is {data.crop!r}, expected 'random' or 'center'")
-    if data.workers < 0:
-        raise ConfigError(f"data.workers is {data.workers}, expected 0 or more")
 
 
 def check_division(global_batch: int, process_count: int) -> None:
@@ -256,6 +254,9 @@ def _readable(source, index: int, size: int, limit: int) -> _Record:
             return record._replace(unreadable=tuple(unreadable))
         except DataError as error:
             unreadable.append((source.names[turned % len(source)], str(error)))
+    if len(unreadable) <= limit:
+        name, reason = unreadable[0]
+        raise DataError(f"none of the {len(source)} images can be read, first {name} ({reason})")
     raise _too_many(unreadable, limit)
 
 

@@ -39,6 +39,7 @@ from gigatok_jax.train import program as program_lib
 from gigatok_jax.train.loop import (
     Interrupts,
     Run,
+    check_values,
     claim,
     common_parts,
     finish,
@@ -159,6 +160,7 @@ def train(config, workdir: epath.PathLike) -> None:
 def check_config(config) -> None:
     """Refuses values that cannot work, before anything is loaded."""
     validate(config.model)
+    check_values(config)
     for name, known in {"dtype": DTYPES, "remat": tuple(REMAT)}.items():
         if config.train[name] not in known:
             raise ConfigError(
@@ -255,6 +257,11 @@ def check_labels(classes: int, data: Data) -> None:
         raise DataError(
             f"the {len(theirs)} classes of the held-out images are not the {len(ours)} that are"
             " trained on: both folders need the same sub-folders"
+        )
+    if ours and len(ours) != classes:
+        raise ConfigError(
+            f"model.classes is {classes}, the images have {len(ours)} classes: set"
+            f" --config.model.classes={len(ours)}"
         )
 
 
@@ -401,7 +408,8 @@ def check_branch(config, extras: dict[str, Any], tokenizer: str) -> None:
 
 def begin(run: PriorRun, branch: dict[str, Any] | None) -> tuple[ar_step.PriorState, int]:
     """The state to go on from and the updates done; a new cool-down takes its first state along."""
-    if branch is None or run.checkpoints.latest() is not None:
+    begun = run.checkpoints.latest() is not None or run.checkpoints.damaged()
+    if branch is None or begun:
         return restore(run)
     state, _ = checkpoint.restore_from(branch["checkpoint"], run.abstract)
     if processes.is_first():

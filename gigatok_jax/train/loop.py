@@ -28,6 +28,25 @@ from gigatok_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from gigatok_jax.train.fit import FittedStep
 from gigatok_jax.train.program import Program
 
+INFINITY = float("inf")
+RANGES = {  # of values that a run may have, both ends included
+    "seed": (0, 2**32 - 1),  # what a key of jax.random holds
+    "train.global_batch": (1, INFINITY),
+    "train.micro_batches": (1, INFINITY),
+    "train.epoch_images": (1, INFINITY),
+    **dict.fromkeys(("train.steps", "train.epochs"), (0, INFINITY)),
+    **dict.fromkeys(("optim.warmup_steps", "optim.warmup_epochs"), (0, INFINITY)),
+    **dict.fromkeys(("optim.learning_rate", "optim.end_learning_rate"), (0, INFINITY)),
+    "optim.discriminator_learning_rate": (0, INFINITY),
+    **dict.fromkeys(("optim.beta1", "optim.beta2", "optim.ema"), (0, 1)),
+    "optim.weight_decay": (0, INFINITY),
+    "eval.batch": (1, INFINITY),
+    **dict.fromkeys(("eval.every", "save.every", "save.milestone_every"), (0, INFINITY)),
+    **dict.fromkeys(("log.every", "log.pictures_every"), (0, INFINITY)),
+    **dict.fromkeys(("data.workers", "data.max_unreadable", "data.eval_images"), (0, INFINITY)),
+    "data.min_size": (0, INFINITY),
+    **dict.fromkeys(("codebook.reset_every", "codebook.warmup_steps"), (0, INFINITY)),
+}
 PLACEMENT = "placement.txt"  # of the arrays of a state on several devices
 
 
@@ -78,15 +97,8 @@ def common_parts(config, workdir: epath.Path, mesh, program: Program) -> dict[st
         workdir: of the run.
         mesh: devices of the run.
         program: of the run, on that mesh.
-
-    Raises:
-        ConfigError: no steps, or a seed that is not one.
     """
     total = total_steps(config)
-    if total < 1:
-        raise ConfigError(f"a run of {total} steps: set train.steps or train.epochs above 0")
-    if not 0 <= config.seed < 2**32:  # what a key of jax.random holds
-        raise ConfigError(f"seed is {config.seed}, expected 0 to {2**32 - 1}")
     return {
         "config": config,
         "workdir": workdir,
@@ -105,6 +117,22 @@ def common_parts(config, workdir: epath.Path, mesh, program: Program) -> dict[st
     }
 
 
+def check_values(config) -> None:
+    """Refuses numbers that no run can have, before anything is read.
+
+    Raises:
+        ConfigError: with the range of the first that is outside it.
+    """
+    for name, (low, high) in RANGES.items():
+        part, _, key = name.rpartition(".")
+        values = config.get(part, {}) if part else config
+        if key in values and not low <= values[key] <= high:
+            to = f" to {high}" if high < INFINITY else " or more"
+            raise ConfigError(f"{name} is {values[key]}, expected {low}{to}")
+    if total_steps(config) < 1:
+        raise ConfigError("a run of no steps: set train.steps or train.epochs above 0")
+
+
 def total_steps(config) -> int:
     """Updates of the whole run: `train.steps`, or else `train.epochs` worth of them."""
     return config.train.steps or round(config.train.epochs * steps_per_epoch(config))
@@ -121,8 +149,16 @@ def claim(workdir: epath.Path, config) -> None:
     Raises:
         ConfigError: the workdir belongs to a run of another config.
     """
-    checkpoint.check_workdir(workdir, config)
+    begun = processes.from_first(lambda: _has_begun(workdir))
+    checkpoint.check_workdir(workdir, config, begun)
     environment.write(workdir)
+
+
+def _has_begun(workdir: epath.Path) -> bool:
+    """Whether there is more than a run leaves that fails before its first step."""
+    left = ("config.json", "environment.json", PLACEMENT, checkpoint.FOLDER)
+    others = (path for path in workdir.glob("*") if path.name not in left)
+    return any(others) or any((workdir / checkpoint.FOLDER).glob("*"))
 
 
 def tell_placement(run: Run) -> None:
@@ -137,9 +173,18 @@ def tell_placement(run: Run) -> None:
 
 
 def restore(run: Run) -> tuple[Any, int]:
-    """The newest whole checkpoint or a first state, and the updates done."""
+    """The newest whole checkpoint or a first state, and the updates done.
+
+    Raises:
+        CheckpointError: all are damaged, or the newest is of another model or tokenizer.
+    """
     step = run.checkpoints.latest()
     if step is None:
+        if damaged := run.checkpoints.damaged():
+            raise CheckpointError(
+                f"no whole checkpoint is left in {run.checkpoints.root}, {', '.join(damaged)} are"
+                " damaged: remove that folder to begin anew, or choose another --workdir"
+            )
         run.writer.truncate_after(0)
         return run.create(), 0
     state, extras = run.checkpoints.restore(run.abstract, step)

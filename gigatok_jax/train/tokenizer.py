@@ -24,6 +24,7 @@ from gigatok_jax.train import step as step_lib
 from gigatok_jax.train.loop import (
     Interrupts,
     Run,
+    check_values,
     claim,
     common_parts,
     finish,
@@ -78,8 +79,9 @@ def train(config, workdir: epath.PathLike) -> None:
         GigatokError: whatever the user can change: config, data, weights, disk, a checkpoint.
         SystemExit: after a signal, once the state is saved; status 128 + the signal's number.
     """
-    source = sources.make_source(config.data, "train", config.model.image_size)
     validate(config.model)
+    check_values(config)
+    source = sources.make_source(config.data, "train", config.model.image_size)
     mesh = parallel.make_mesh(config.mesh)
     parallel.check_batch(mesh, config.train.global_batch, config.train.micro_batches)
     run = make_run(config, epath.Path(workdir), mesh, sources.fingerprint(source))
@@ -186,8 +188,6 @@ class HeldOut:
             module, parts.networks.lpips, self._split
         )
         shards = parallel.batch_shards(mesh)
-        if config.eval.batch < 1:
-            raise ConfigError(f"eval.batch is {config.eval.batch}, expected at least 1")
         self._batch = -(-config.eval.batch // shards) * shards
         self._lpips = frozen.get("lpips")
         self._config, self._report = config, pipeline.Report()
