@@ -4,9 +4,23 @@ import contextlib
 import io
 import json
 import os
-from typing import Any
+from collections.abc import Iterator
+from typing import IO, Any
 
 from etils import epath
+
+
+@contextlib.contextmanager
+def draft(path: epath.PathLike) -> Iterator[IO[bytes]]:
+    """A file to write to that takes its place once it is whole; its folder exists."""
+    path = epath.Path(path)
+    beside = path.parent / f"{path.name}.tmp"
+    with beside.open("wb") as file:
+        yield file
+        file.flush()
+        with contextlib.suppress(AttributeError, io.UnsupportedOperation):  # object stores
+            os.fsync(file.fileno())
+    beside.replace(path)
 
 
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
@@ -16,14 +30,8 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
         path: any path that epath knows; its folder exists.
         data: the whole content.
     """
-    path = epath.Path(path)
-    draft = path.parent / f"{path.name}.tmp"
-    with draft.open("wb") as file:
+    with draft(path) as file:
         file.write(data)
-        file.flush()
-        with contextlib.suppress(AttributeError, io.UnsupportedOperation):  # object stores
-            os.fsync(file.fileno())
-    draft.replace(path)
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:

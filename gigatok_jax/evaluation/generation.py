@@ -4,11 +4,8 @@ An image is named by its id. Its class and its draws follow from the id and the 
 any part of a run can be made again. Axes: b batch, h w pixels.
 """
 
-import contextlib
 import dataclasses
-import io
 import itertools
-import os
 import re
 import time
 import zipfile
@@ -354,22 +351,10 @@ def write_npz(job: Job) -> None:
     shape = (len(job.image_ids), size, size, 3)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     labels = np.array([job.class_of(i) for i in job.image_ids], np.int64)
-    with _draft(job.workdir / SAMPLES) as file, zipfile.ZipFile(file, "w") as archive:
+    with files.draft(job.workdir / SAMPLES) as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as into:
             np.lib.format.write_array_header_1_0(into, header)
             for image_id in job.image_ids:
                 into.write(transforms.decode(job.path(image_id)).tobytes())
         with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as into:
             np.lib.format.write_array(into, labels)
-
-
-@contextlib.contextmanager
-def _draft(path: epath.Path) -> Iterator[Any]:
-    """A file to write to that takes its place once it is whole."""
-    draft = path.parent / f"{path.name}.tmp"
-    with draft.open("wb") as file:
-        yield file
-        file.flush()
-        with contextlib.suppress(AttributeError, io.UnsupportedOperation):  # object stores
-            os.fsync(file.fileno())
-    draft.replace(path)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.models import dino
+from gigatok_jax.models.layers import fan_in_uniform
 from gigatok_jax.ops import diffaug, image
 
 GROUP = 8  # examples at most, over which the DINO discriminator's heads take statistics
@@ -18,14 +19,6 @@ def leaky_relu(x: jax.Array) -> jax.Array:
 
 def _near_one(key: jax.Array, shape, dtype=jnp.float32) -> jax.Array:
     return 1.0 + 0.02 * jax.random.normal(key, shape, dtype)
-
-
-def _fan_in_uniform(fan_in: int):
-    """Uniform in +-1/sqrt(fan_in): PyTorch's initial bias, which the original keeps."""
-    bound = fan_in**-0.5
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
-        key, shape, dtype, -bound, bound
-    )
 
 
 class BatchNorm(nn.Module):
@@ -125,7 +118,7 @@ class PatchGAN(nn.Module):
             use_bias=use_bias,
             dtype=self.dtype,
             kernel_init=nn.initializers.normal(0.02),
-            bias_init=_fan_in_uniform(16 * x.shape[-1]),
+            bias_init=fan_in_uniform(16 * x.shape[-1]),
             name=name,
         )(x)
 
@@ -174,7 +167,7 @@ class SpectralConv(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """f[b n c] -> f[b n features]."""
         fan_in = self.size * x.shape[-1]
-        init, shape = _fan_in_uniform(fan_in), (self.size, x.shape[-1], self.features)
+        init, shape = fan_in_uniform(fan_in), (self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", init, shape)  # [size c features]
         bias = self.param("bias", init, (self.features,))
         kernel = (kernel / self._stretch(kernel, train)).astype(self.dtype)

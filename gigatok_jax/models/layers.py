@@ -38,6 +38,16 @@ def in_proj_init(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> j
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def fan_in_uniform(fan_in: int) -> Callable:
+    """Uniform in +-fan_in^-0.5: PyTorch's own start, which the original keeps in some layers."""
+    bound = fan_in**-0.5
+
+    def init(key: jax.Array, shape, dtype=jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
 def position_init(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
     """Normal with deviation width^-0.5."""
     return jax.random.normal(key, shape, dtype) * shape[-1] ** -0.5

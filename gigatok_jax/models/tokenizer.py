@@ -27,16 +27,6 @@ class Decoding(NamedTuple):
     images: jax.Array  # f32[b H W 3], nominally in [-1, 1]
 
 
-def _reset_uniform(fan_in: int):
-    """Uniform in +-fan_in^-0.5: the layers beside the quantizer keep PyTorch's own default."""
-    bound = fan_in**-0.5
-
-    def init(key, shape, dtype=jnp.float32):
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
-
-
 class Tokenizer(nn.Module):
     """Encoder, quantizer and decoder of one image tokenizer (arXiv:2504.08736, figure 2)."""
 
@@ -49,7 +39,7 @@ class Tokenizer(nn.Module):
 
     def setup(self):
         width = self.quantizer.codebook_width
-        into, out = _reset_uniform(TOKEN_WIDTH), _reset_uniform(width)
+        into, out = layers.fan_in_uniform(TOKEN_WIDTH), layers.fan_in_uniform(width)
         self.pre_quant = nn.Dense(width, dtype=self.dtype, kernel_init=into, bias_init=into)
         self.post_quant = nn.Dense(TOKEN_WIDTH, dtype=self.dtype, kernel_init=out, bias_init=out)
 

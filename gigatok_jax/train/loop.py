@@ -28,24 +28,21 @@ from gigatok_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from gigatok_jax.train.fit import FittedStep
 from gigatok_jax.train.program import Program
 
-INFINITY = float("inf")
-RANGES = {  # of values that a run may have, both ends included
+NO_END = float("inf")
+AT_LEAST_1 = ("train.global_batch", "train.micro_batches", "train.epoch_images", "eval.batch")
+SHARES = ("optim.beta1", "optim.beta2", "optim.ema")
+NOT_NEGATIVE = (
+    *("train.steps", "train.epochs", "optim.warmup_steps", "optim.warmup_epochs"),
+    *("optim.learning_rate", "optim.discriminator_learning_rate", "optim.end_learning_rate"),
+    *("optim.weight_decay", "codebook.reset_every", "codebook.warmup_steps"),
+    *("eval.every", "save.every", "save.milestone_every", "log.every", "log.pictures_every"),
+    *("data.workers", "data.max_unreadable", "data.eval_images", "data.min_size"),
+)
+RANGES = {  # both ends included
     "seed": (0, 2**32 - 1),  # what a key of jax.random holds
-    "train.global_batch": (1, INFINITY),
-    "train.micro_batches": (1, INFINITY),
-    "train.epoch_images": (1, INFINITY),
-    **dict.fromkeys(("train.steps", "train.epochs"), (0, INFINITY)),
-    **dict.fromkeys(("optim.warmup_steps", "optim.warmup_epochs"), (0, INFINITY)),
-    **dict.fromkeys(("optim.learning_rate", "optim.end_learning_rate"), (0, INFINITY)),
-    "optim.discriminator_learning_rate": (0, INFINITY),
-    **dict.fromkeys(("optim.beta1", "optim.beta2", "optim.ema"), (0, 1)),
-    "optim.weight_decay": (0, INFINITY),
-    "eval.batch": (1, INFINITY),
-    **dict.fromkeys(("eval.every", "save.every", "save.milestone_every"), (0, INFINITY)),
-    **dict.fromkeys(("log.every", "log.pictures_every"), (0, INFINITY)),
-    **dict.fromkeys(("data.workers", "data.max_unreadable", "data.eval_images"), (0, INFINITY)),
-    "data.min_size": (0, INFINITY),
-    **dict.fromkeys(("codebook.reset_every", "codebook.warmup_steps"), (0, INFINITY)),
+    **dict.fromkeys(AT_LEAST_1, (1, NO_END)),
+    **dict.fromkeys(SHARES, (0, 1)),
+    **dict.fromkeys(NOT_NEGATIVE, (0, NO_END)),
 }
 PLACEMENT = "placement.txt"  # of the arrays of a state on several devices
 
@@ -127,7 +124,7 @@ def check_values(config) -> None:
         part, _, key = name.rpartition(".")
         values = config.get(part, {}) if part else config
         if key in values and not low <= values[key] <= high:
-            to = f" to {high}" if high < INFINITY else " or more"
+            to = f" to {high}" if high < NO_END else " or more"
             raise ConfigError(f"{name} is {values[key]}, expected {low}{to}")
     if total_steps(config) < 1:
         raise ConfigError("a run of no steps: set train.steps or train.epochs above 0")
