@@ -83,7 +83,7 @@ def test_a_training_step_is_measured_on_two_devices(tmp_path):
     (row,) = training.read(tmp_path)
     assert json.loads(told) == row
     assert row["mesh"] == "1x2x1" and np.isfinite(row["losses"]).all() and row["checkpoint_gib"] > 0
-    assert "| ar_b_smoke | 2 | 1x2x1 | 4 |" in training.table([row])
+    assert "| ar_b_smoke | none | 2 | 1x2x1 | 4 |" in training.table([row])
     command += [f"--config.cluster.coordinator={free_address()}", "--config.cluster.processes=2"]
     ended = end([start(*command, f"--config.cluster.process={i}") for i in range(2)])
     assert [status for status, _ in ended] == [0, 0], ended
