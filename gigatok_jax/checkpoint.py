@@ -307,7 +307,8 @@ def check_workdir(workdir: epath.PathLike, config: Any, begun: bool = True) -> N
     path = workdir / "config.json"
     if path.exists():
         there = _read_config(path)
-        if begun or there.get("task") != given.get("task"):
+        _compare_tasks(workdir, there.get("task"), given.get("task"))
+        if begun:
             _compare_configs(workdir, there, given)
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -510,12 +511,15 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
         ) from error
 
 
-def _compare_configs(workdir: epath.Path, old: Any, new: Any) -> None:
-    if old.get("task") != new.get("task"):
+def _compare_tasks(workdir: epath.Path, old: str | None, new: str | None) -> None:
+    if old != new:
         raise ConfigError(
-            f"workdir {workdir} holds a run of task {old.get('task')!r}, this is"
-            f" {new.get('task')!r}: choose another --workdir"
+            f"workdir {workdir} holds a run of task {old!r}, this is {new!r}: choose another"
+            " --workdir"
         )
+
+
+def _compare_configs(workdir: epath.Path, old: Any, new: Any) -> None:
     before, now = dict(_config_leaves(old)), dict(_config_leaves(new))
     if added := sorted(now.keys() - before.keys()):  # by a later version; the run goes on with it
         values = ", ".join(f"{key}={now[key]!r}" for key in added)

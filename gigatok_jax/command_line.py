@@ -63,7 +63,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser for `app.run`; unknown files and overrides are told the nearest name."""
     with one_line_errors(*_PARSING):
         if not any(argument.lstrip("-").startswith("help") for argument in argv):
-            config = _load_config(_config_value(argv))
+            config = load_config(_config_value(argv))
             _check_overrides(argv, dict(flatten(config)))
         rest = parse_known(argv)
         if len(rest) > 1:
@@ -100,21 +100,17 @@ def _config_value(argv) -> str:
     raise ConfigError(f"no config given{typed}; try --config=configs/demo.py")
 
 
-def _load_config(value):
+def load_config(value: str):
+    """The config of FILE or FILE:arguments.
+
+    Raises:
+        ConfigError: there is no such file, it is no Python, or it makes no config.
+    """
     name, _, argument = value.partition(":")
     path = pathlib.Path(name)
     if not path.is_file():
         known = [str(other) for other in path.parent.glob("*.py")]
         raise ConfigError(f"no config file {path}{_nearest(str(path), known)}")
-    return config_of(path, argument)
-
-
-def config_of(path: pathlib.Path, argument: str):
-    """What `get_config` of a file makes of the text behind its name.
-
-    Raises:
-        ConfigError: the file is no Python, or makes no config.
-    """
     try:
         get_config = runpy.run_path(str(path))["get_config"]
     except (SyntaxError, KeyError, UnicodeDecodeError) as error:

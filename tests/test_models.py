@@ -139,8 +139,9 @@ def test_a_stack_has_the_same_gradients_however_it_is_compiled(scanned, remat, u
     made = flax.traverse_util.flatten_dict(program(params), sep="/")
     assert made.keys() == scanned.keys()
     for name, ours in made.items():
-        # A key's bias moves all scores of a query alike: its gradient is 0, and rounding here.
-        bound = 1e-5 if name.endswith("key/bias") else 1e-6 * np.abs(scanned[name]).max()
+        bound = 1e-6 * np.abs(scanned[name]).max()
+        if name.endswith("key/bias"):  # moves all scores of a query alike: 0, and rounding here
+            bound = 1e-5 if unroll else bound + 1e-6
         np.testing.assert_allclose(ours, scanned[name], rtol=0, atol=bound, err_msg=name)
 
 

@@ -352,7 +352,7 @@ def test_a_dry_run_plans_for_hardware_that_is_not_there():
     assert "mesh: data=4, fsdp=1, tensor=1, on h200x4" in result.stdout
     assert "shape analysis for h200x4: " in result.stdout and "images/s" in result.stdout
     here = hardware.compiler(hardware.parse("h200x4")) is not None
-    assert ("compiled for" in result.stdout) == here
+    assert ("compiled for" in result.stdout) == ("compiled for h200x4: " in result.stdout) == here
     assert ("no GPU compiler is here: pip install jax-cuda13-plugin==" in result.stdout) != here
 
 

@@ -44,7 +44,7 @@ def read(name: str):
     path = pathlib.Path("configs") / f"{file}.py"
     if not path.exists():
         raise ConfigError(f"no config file {path}: run this in the folder that has configs/")
-    return command_line.config_of(path, argument)
+    return command_line.load_config(f"{path}:{argument}")
 
 
 def training(config, mesh) -> jax.stages.Lowered:

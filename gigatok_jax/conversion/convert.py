@@ -115,7 +115,7 @@ def describe(model) -> str:
 
 
 def _to_workdir(found, target: epath.Path, overrides, config_path: str, tokenizer_path: str):
-    run = _run_config(config_path) if config_path else None
+    run = command_line.load_config(config_path) if config_path else None
     told = {name: run.model[name] for name in HIDDEN if name in run.model} if run else {}
     model = formats.config_of(found, **told | overrides)
     if run is not None:
@@ -144,14 +144,6 @@ def _to_workdir(found, target: epath.Path, overrides, config_path: str, tokenize
             files.write_json(draft / "config.json", run.to_dict())
     print(f"{target}: {describe(model)} at step {found.step or 0}; resume it with")
     print(f"  python main.py --config={config_path or 'configs/<run>.py'} --workdir={target}")
-
-
-def _run_config(value: str) -> ml_collections.ConfigDict:
-    """The config of a file, with the arguments after a colon."""
-    path, _, argument = value.partition(":")
-    if not epath.Path(path).exists():
-        raise ConfigError(f"no config file {path}")
-    return command_line.config_of(path, argument)
 
 
 def _check_same(found, run, path: str) -> None:

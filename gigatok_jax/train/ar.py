@@ -408,8 +408,7 @@ def check_branch(config, extras: dict[str, Any], tokenizer: str) -> None:
 
 def begin(run: PriorRun, branch: dict[str, Any] | None) -> tuple[ar_step.PriorState, int]:
     """The state to go on from and the updates done; a new cool-down takes its first state along."""
-    begun = run.checkpoints.latest() is not None or run.checkpoints.damaged()
-    if branch is None or begun:
+    if branch is None or run.checkpoints.latest() is not None or run.checkpoints.damaged():
         return restore(run)
     state, _ = checkpoint.restore_from(branch["checkpoint"], run.abstract)
     if processes.is_first():
