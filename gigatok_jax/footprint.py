@@ -13,10 +13,10 @@ from jax.extend import core
 _FUSED = {
     "abs", "add", "add_any", "and", "broadcast_in_dim", "clamp", "convert_element_type", "copy",
     "copy_p", "cos", "div", "eq", "erf", "exp", "exp2", "expand_dims", "ge", "gt", "integer_pow",
-    "iota", "is_finite", "le", "log", "log1p", "logistic", "lt", "max", "min", "mul", "name", "ne",
-    "neg", "not", "or", "pow", "reduce_precision", "reshape", "rev", "round", "rsqrt", "select_n",
-    "sharding_constraint", "sign", "sin", "slice", "sqrt", "square", "squeeze", "stop_gradient",
-    "sub", "tanh", "transpose", "xor",
+    "iota", "is_finite", "layout_constraint", "le", "log", "log1p", "logistic", "lt", "max", "min",
+    "mul", "name", "ne", "neg", "not", "or", "pow", "reduce_precision", "reshape", "rev", "round",
+    "rsqrt", "select_n", "sharding_constraint", "sign", "sin", "slice", "sqrt", "square", "squeeze",
+    "stop_gradient", "sub", "tanh", "transpose", "xor",
 }  # fmt: skip
 _CALLS = {
     "jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call",

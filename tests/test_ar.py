@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 import pytest
 from test_conversion_ar import rule_params
 
@@ -508,6 +509,56 @@ def test_what_is_recomputed_or_unrolled_does_not_change_gradients():
         for ours, theirs in zip(jax.tree.leaves(grads(loop)), expected, strict=True):
             bound = 1e-5 * np.abs(theirs).max() + 1e-6
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=bound, err_msg=str(loop))
+
+
+def test_cross_entropy_and_its_gradient():
+    logits, codes = 5 * normal(31, 2, 8, 16), integers(32, 16, 2, 8)
+    weights = normal(33, 2, 8)
+    plain = optax.softmax_cross_entropy_with_integer_labels
+
+    def slopes(losses):
+        return jax.grad(lambda logits: jnp.sum(losses(logits, codes) * weights))(logits)
+
+    np.testing.assert_allclose(
+        ar.cross_entropy(logits, codes), plain(logits, codes), rtol=1e-6, atol=1e-6
+    )
+    np.testing.assert_allclose(slopes(ar.cross_entropy), slopes(plain), rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_of_the_head_in_half_precision():
+    """Logits are exact sums, and their gradient is rounded once before it is multiplied."""
+    model = small(vocab=64)
+    prior = ar.make(model, jnp.bfloat16)
+    x, given = jnp.bfloat16(normal(34, 2, 8, 32)), normal(35, 2, 8, 64)
+    kernel = np.float32(jnp.bfloat16(normal(36, 32, 64)))
+    params = rule_params(model) | {"head": {"kernel": kernel}}
+
+    def head(params, x):
+        return prior.apply({"params": params}, x, method=lambda prior, x: prior.head(x))
+
+    logits, pull = jax.vjp(jax.jit(head), params, x)
+    np.testing.assert_allclose(logits, np.float32(x) @ kernel, rtol=1e-5, atol=1e-5)
+    by_params, by_x = pull(jnp.asarray(given))
+    given = np.float32(jnp.bfloat16(given))
+    by_kernel = np.einsum("bnc,bnv->cv", np.float32(x), given)
+    np.testing.assert_allclose(by_params["head"]["kernel"], by_kernel, rtol=2**-8, atol=1e-5)
+    np.testing.assert_allclose(np.float32(by_x), given @ kernel.T, rtol=2**-8, atol=1e-5)
+
+
+def test_gradients_of_a_row_add_up_in_float32():
+    """In bfloat16 a sum of ones stays at 256."""
+    model = small(vocab=64, tokens=400)
+    prior = ar.make(model, jnp.bfloat16)
+    codes = np.full((2, 400), 5, np.int32)
+
+    @jax.jit
+    @jax.grad
+    def counts(params):
+        x, _ = prior.apply({"params": params}, codes[:, 0] % 3, codes[:, 1:], method="embed")
+        return x.astype(jnp.float32).sum()
+
+    rows = counts(rule_params(model))["code_embedding"]["embedding"]
+    np.testing.assert_array_equal(rows[5], 2 * 399)
 
 
 # Configs.

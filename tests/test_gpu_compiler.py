@@ -5,6 +5,8 @@ Needs its plugin, of the version of jax, in an environment of its own:
     JAX_PLATFORMS=cpu python -m pytest -m gpu_compiler tests/test_gpu_compiler.py
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import lowering
@@ -12,7 +14,7 @@ import pytest
 
 from gigatok_jax import hardware, hlo, parallel, plan
 from gigatok_jax.benchmarks import plan_gate
-from gigatok_jax.ops import attention
+from gigatok_jax.ops import attention, constrain
 
 pytestmark = pytest.mark.gpu_compiler
 
@@ -61,6 +63,25 @@ def test_costs_of_a_gpus_program(dtype):
     attended = (2 + 4 + (dtype == jnp.bfloat16)) * scores
     expected = 3 * (product + convolution) + attended
     assert hlo.walk(text).flops == pytest.approx(expected, rel=0.05)
+
+
+def test_the_stream_of_a_step_keeps_the_features_of_a_token_together(monkeypatch):
+    batch, width = 48, 192  # sizes that nothing else has
+
+    def apart():
+        config = plan_gate.read("ar:size=b,smoke")
+        config.model.update(width=width, heads=3, kv_heads=3)
+        config.train.update(global_batch=batch, dtype="bfloat16", unroll=True)
+        topology, texts = hardware.parse("h200x1"), []
+        with monkeypatch.context() as patch:
+            patch.setattr(hlo, "walk", lambda text: texts.append(text) or walk(text))
+            plan.compile_for(config, topology, hardware.compiler(topology))
+        return re.findall(rf"(?:bf16|f32)\[\d+,{width},{batch}\]", texts[0])
+
+    walk = hlo.walk
+    assert not apart()
+    monkeypatch.setattr(constrain, "with_layout_constraint", lambda x, layout: x)
+    assert apart()  # examples last, as looking up the rows of the codes begins the stream
 
 
 def test_kernels_are_in_the_step_of_a_plan(monkeypatch):

@@ -120,7 +120,8 @@ class Running:
             create = pool.submit(self.program.create.lower().compile)
             lowered = program_lib.lower(self.program, mesh, config.train.micro_batches)
             self._step = lowered.compile()
-            self._batches = [random_batch(self.program.batch, seed) for seed in range(LOSSES)]
+            most = limits(config)
+            self._batches = [random_batch(self.program.batch, most, i) for i in range(LOSSES)]
             self._create, self.state = create.result(), None
 
     @property
@@ -186,15 +187,20 @@ def random_frozen(name: str, folder: epath.PathLike = "") -> Any:
     return jax.tree_util.tree_map_with_path(draw, load.frozen_shapes(name, folder))
 
 
-def random_batch(shapes: Any, seed: int) -> Any:
-    """Integers from 0 up to what an image or the smallest number of classes allows."""
+def limits(config) -> dict[str, int]:
+    """Below which the integers of a batch are: as many codes and classes as a model knows."""
+    model = config.model
+    return {"image": 256, "codes": model.get("vocab"), "label": model.get("classes")}
+
+
+def random_batch(shapes: Any, limits: dict[str, int], seed: int) -> Any:
+    """Integers from 0 up to the limit of each name, all as likely."""
     rng = np.random.default_rng(seed)
 
-    def draw(x):
-        most = 256 if x.dtype == np.uint8 else 10
-        return jax.device_put(rng.integers(0, most, x.shape).astype(x.dtype), x.sharding)
+    def draw(name, x):
+        return jax.device_put(rng.integers(limits[name], size=x.shape).astype(x.dtype), x.sharding)
 
-    return jax.tree.map(draw, shapes)
+    return {name: draw(name, x) for name, x in shapes.items()}
 
 
 def save_and_restore(run: Running, folder: epath.Path) -> dict[str, float]:

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from etils import epath
 
 from gigatok_jax import files, library, parallel, processes
@@ -31,7 +30,7 @@ def make_losses(prior: ar.Prior) -> Callable[..., jax.Array]:
     def losses(params, class_ids, codes):
         class_ids, codes = jnp.where(class_ids < 0, prior.classes, class_ids), codes.astype(int)
         logits = prior.apply({"params": params}, class_ids, codes)  # [b n v]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, codes).mean(-1)
+        return ar.cross_entropy(logits, codes).mean(-1)
 
     return losses
 

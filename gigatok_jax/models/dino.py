@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from gigatok_jax.errors import ConfigError
-from gigatok_jax.ops import attention
+from gigatok_jax.ops import activation, attention
 
 SIZES = {  # width, heads, blocks
     "dinov2-s": (384, 6, 12),
@@ -51,7 +51,7 @@ class Block(nn.Module):
 
     def _mlp(self, x: jax.Array) -> jax.Array:
         hidden = nn.Dense(4 * x.shape[-1], dtype=self.dtype, name="up")(x)
-        hidden = nn.gelu(hidden, approximate=not self.exact_gelu)
+        hidden = activation.gelu(hidden) if self.exact_gelu else nn.gelu(hidden)
         return nn.Dense(x.shape[-1], dtype=self.dtype, name="down")(hidden)
 
 

@@ -7,8 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gigatok_jax.ops import attention
-from gigatok_jax.ops.constrain import BATCH, SPLIT, constrain
+from gigatok_jax.ops import activation, attention
+from gigatok_jax.ops.constrain import BATCH, SPLIT, constrain, stream
 
 # std 0.02, never cut in practice: the original truncates at +-2, a hundred deviations.
 weight_init = nn.initializers.normal(0.02)
@@ -98,8 +98,7 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """f[b n c] -> f[b n c]."""
         hidden = constrain(dense(4 * x.shape[-1], self.dtype, "up")(x), BATCH, None, SPLIT)
-        hidden = nn.gelu(hidden, approximate=False)
-        return dense(x.shape[-1], self.dtype, "down")(hidden)
+        return dense(x.shape[-1], self.dtype, "down")(activation.gelu(hidden))
 
 
 class QFormerBlock(nn.Module):
@@ -116,7 +115,7 @@ class QFormerBlock(nn.Module):
     @nn.compact
     def __call__(self, x, memory, positions, memory_positions) -> tuple[jax.Array, None]:
         """f[b n c], f[b m c], f[n c], f[m c] -> (f[b n c], None): the form that a scan wants."""
-        x = constrain(x, BATCH)
+        x = stream(x)
         memory = x if self.own_memory else memory
         fields = {"heads": self.heads, "qk_norm": self.qk_norm, "dtype": self.dtype}
         y = layer_norm(self.dtype, "norm1")(x)
@@ -138,7 +137,7 @@ class TransformerBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
         """f[b n c] -> (f[b n c], None)."""
-        x = constrain(x, BATCH)
+        x = stream(x)
         y = layer_norm(self.dtype, "norm1")(x)
         x = x + Attention(self.heads, dtype=self.dtype, name="self_attention")(y, y, y)
         x = x + MLP(self.dtype, name="mlp")(layer_norm(self.dtype, "norm2")(x))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, PartitionSpec
 
 BATCH = ("data", "fsdp")  # mesh axes that examples are divided over
@@ -29,6 +30,18 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
         axis if _divides(mesh, axis, n) else None for axis, n in zip(axes, sizes, strict=True)
     ]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*chosen))
+
+
+def stream(x: jax.Array) -> jax.Array:
+    """The stream f[b n c] that blocks add to: divided over examples, features side by side.
+
+    Left alone, XLA for GPUs takes the order in memory that suits how the stream begins, such as a
+    broadcast over examples or looked-up rows; with the examples last, every norm and every matrix
+    product of all blocks transposes.
+    """
+    if not isinstance(x, jax.core.Tracer):
+        return x  # nothing is compiled
+    return with_layout_constraint(constrain(x, BATCH), Layout(tuple(range(x.ndim))))
 
 
 def batch_axes(size: int) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gigatok_jax.models.ar import Prior
+from gigatok_jax.models import ar
 from gigatok_jax.train import optim
 
 
@@ -24,7 +24,7 @@ class PriorState:
     opt_state: optax.OptState
 
 
-def create(prior: Prior, optimizer: optax.GradientTransformation, seed: int) -> PriorState:
+def create(prior: ar.Prior, optimizer: optax.GradientTransformation, seed: int) -> PriorState:
     """State before the first step; jit it with output shardings to create it in place.
 
     Args:
@@ -45,7 +45,7 @@ def create(prior: Prior, optimizer: optax.GradientTransformation, seed: int) -> 
 
 
 def make(
-    prior: Prior,
+    prior: ar.Prior,
     optimizer: optax.GradientTransformation,
     rate: optim.Schedule,
     ema: float,
@@ -113,7 +113,7 @@ def gradients(state, batch, frozen, prior, encode, micro_batches=1) -> tuple[jax
     return jax.tree.map(lambda x: x / micro_batches, total)
 
 
-def loss(params, prior: Prior, class_ids: jax.Array, codes: jax.Array, rng: jax.Array):
+def loss(params, prior: ar.Prior, class_ids: jax.Array, codes: jax.Array, rng: jax.Array):
     """f32[]: mean cross-entropy of all codes of a batch, nats per code.
 
     Args:
@@ -125,4 +125,4 @@ def loss(params, prior: Prior, class_ids: jax.Array, codes: jax.Array, rng: jax.
     """
     codes = codes.astype(jnp.int32)
     logits = prior.apply({"params": params}, class_ids, codes, rngs={"dropout": rng})
-    return optax.softmax_cross_entropy_with_integer_labels(logits, codes).mean()
+    return ar.cross_entropy(logits, codes).mean()
