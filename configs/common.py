@@ -177,7 +177,7 @@ def _train():
             "statistics": "global",  # "local": batch statistics per micro-batch and device
             "dtype": "bfloat16",
             "remat": "none",  # "dots", "blocks", "full" keep less for the backward pass
-            "unroll": False,  # a body for each block in the program: less copied, longer to compile
+            "unroll": "gpu",  # where each block is compiled apart: less copied, longer to compile
             "ema_memory": "device",  # "pinned_host" spares 4 bytes per parameter, and costs time
         }
     )
@@ -268,7 +268,7 @@ def _shorten(config, steps, batch):
     """Every phase, an evaluation, a save and a picture within `steps` steps."""
     config.data.update(source="digits", workers=0, eval_images=batch)
     config.train.update(steps=steps, global_batch=batch, dtype="float32")
-    config.train.update(remat="none", unroll=False)
+    config.train.update(remat="none", unroll="")
     if config.optim.warmup_epochs:
         config.optim.update(warmup_epochs=0.0, warmup_steps=steps // 3)
     if config.model.kind == "prior":

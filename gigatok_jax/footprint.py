@@ -40,7 +40,10 @@ def peak(jaxpr: Any) -> int:
 
 
 class _Flat:
-    """A program with its calls written out; values are numbers, arguments and constants None."""
+    """A program with its calls, and loops that are unrolled, written out.
+
+    Values are numbers, arguments and constants None, what an unrolled loop stacks a list of them.
+    """
 
     def __init__(self):
         self.equations, self.sizes = [], []
@@ -50,12 +53,33 @@ class _Flat:
         names = dict(zip(jaxpr.invars, arguments, strict=True))
         for one in jaxpr.eqns:
             given = [None if isinstance(x, core.Literal) else names.get(x) for x in one.invars]
-            inner = _called(one)
-            made = self.add(inner, given) if inner else [self._new(x.aval) for x in one.outvars]
-            if not inner:
-                self.equations.append((one, given, made))
-            names.update(zip(one.outvars, made, strict=True))
+            names.update(zip(one.outvars, self._results(one, given), strict=True))
         return [None if isinstance(x, core.Literal) else names.get(x) for x in jaxpr.outvars]
+
+    def _results(self, one, given: list) -> list:
+        """Appends an equation, or what it stands for."""
+        if inner := _called(one):
+            return self.add(inner, given)
+        if one.primitive.name == "scan" and one.params["unroll"] == one.params["length"]:
+            return self._unrolled(one.params, given)
+        made = [self._new(x.aval) for x in one.outvars]
+        parts = [part for x in given for part in (x if isinstance(x, list) else [x])]
+        self.equations.append((one, parts, made))
+        return made
+
+    def _unrolled(self, loop: dict[str, Any], given: list) -> list:
+        """A loop's turns one after the other; what they stack stays in pieces, a list."""
+        constants, rest = given[: loop["num_consts"]], given[loop["num_consts"] :]
+        carry, stacks = rest[: loop["num_carry"]], rest[loop["num_carry"] :]
+        turns, pieces = loop["length"], []
+        for turn in reversed(range(turns)) if loop["reverse"] else range(turns):
+            own = [x[turn] if isinstance(x, list) and len(x) == turns else x for x in stacks]
+            out = self.add(loop["jaxpr"].jaxpr, [*constants, *carry, *own])
+            carry = out[: loop["num_carry"]]
+            pieces.append(out[loop["num_carry"] :])
+        if loop["reverse"]:
+            pieces.reverse()
+        return [*carry, *(list(stack) for stack in zip(*pieces, strict=True))]
 
     def _new(self, aval) -> int:
         self.sizes.append(_bytes(aval))
@@ -88,7 +112,8 @@ class _Flat:
             if not again:
                 kept.update(made)
         for value in results:
-            last.update(dict.fromkeys(sources[value], len(self.equations)))
+            for part in value if isinstance(value, list) else [value]:
+                last.update(dict.fromkeys(sources[part], len(self.equations)))
         return kept, last
 
     def _total(self, values) -> int:

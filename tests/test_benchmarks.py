@@ -3,12 +3,14 @@
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from test_cluster import end, free_address, start
 
-from gigatok_jax.benchmarks import codebook_search, compare, entropy, training
+from gigatok_jax import parallel, plan
+from gigatok_jax.benchmarks import codebook_search, compare, entropy, plan_gate, training
 
 
 @pytest.mark.parametrize("module", [codebook_search, entropy])
@@ -64,12 +66,26 @@ def test_shares_of_a_trace():
 
 def test_efficiency_is_against_the_same_batch_per_device():
     one = {"config": "xlxxl", "dtype": "bfloat16", "remat": "blocks", "micro_batches": 1}
-    one["unroll"] = False
+    one["unrolled"] = False
     one |= {"devices": 1, "global_batch": 16, "images_per_second": 50.0}
     four = one | {"devices": 4, "global_batch": 64, "images_per_second": 180.0}
     assert training.efficiency(four, [one, four]) == pytest.approx(0.9)
-    for other in ({"global_batch": 128}, {"remat": "none"}, {"unroll": True}):
+    for other in ({"global_batch": 128}, {"remat": "none"}, {"unrolled": True}):
         assert training.efficiency(four | other, [one, four]) is None
+
+
+@pytest.mark.parametrize("name", ["ss:smoke", "ar:smoke"])
+def test_a_random_batch_has_all_values_that_there_are(name):
+    config = plan_gate.read(name)
+    config.train.global_batch = 20_000 if config.model.kind == "prior" else 4
+    mesh = parallel.make_mesh(config.mesh, jax.devices()[:1])
+    shapes = plan.program_of(config, mesh).batch
+    batch = training.random_batch(shapes, training.limits(config), seed=1)
+    for made, shape in zip(jax.tree.leaves(batch), jax.tree.leaves(shapes), strict=True):
+        assert (made.shape, made.dtype) == (shape.shape, shape.dtype)
+    found = jax.tree.map(lambda x: len(np.unique(x)), batch)
+    of_prior = {"codes": config.model.get("vocab"), "label": config.model.get("classes")}
+    assert found == (of_prior if config.model.kind == "prior" else 256)
 
 
 @pytest.mark.slow

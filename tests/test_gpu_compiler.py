@@ -71,7 +71,7 @@ def test_the_stream_of_a_step_keeps_the_features_of_a_token_together(monkeypatch
     def apart():
         config = plan_gate.read("ar:size=b,smoke")
         config.model.update(width=width, heads=3, kv_heads=3)
-        config.train.update(global_batch=batch, dtype="bfloat16", unroll=True)
+        config.train.update(global_batch=batch, dtype="bfloat16", unroll="gpu")
         topology, texts = hardware.parse("h200x1"), []
         with monkeypatch.context() as patch:
             patch.setattr(hlo, "walk", lambda text: texts.append(text) or walk(text))

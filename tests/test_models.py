@@ -131,11 +131,11 @@ def test_what_is_recomputed_takes_less_memory():
     assert sizes[0] > sizes[1] > sizes[2]
 
 
-@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize("unroll", [(), ("cpu",)])
 @pytest.mark.parametrize("remat", ["none", "dots", "blocks"])
 def test_a_stack_has_the_same_gradients_however_it_is_compiled(scanned, remat, unroll):
     program, params = gradients_of_a_stack(layers.Loop(remat, unroll))
-    assert ("while" in program.as_text()) is not unroll
+    assert ("while" in program.as_text()) is not bool(unroll)
     made = flax.traverse_util.flatten_dict(program(params), sep="/")
     assert made.keys() == scanned.keys()
     for name, ours in made.items():

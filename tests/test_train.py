@@ -399,6 +399,7 @@ def test_a_checkpoint_of_another_model_lists_what_differs(whole, tmp_path, monke
         ({"train__statistics": "some"}, "train.statistics is 'some', expected 'global' or 'local'"),
         ({"train__dtype": "float16"}, "train.dtype is 'float16'"),
         ({"train__remat": "some"}, "train.remat is 'some', expected one of"),
+        ({"train__unroll": "yes"}, "train.unroll is 'yes', expected some of cpu, gpu, tpu"),
         ({"loss__discriminator": "some"}, "loss.discriminator is 'some', expected 'patchgan'"),
         ({"loss__adversarial_type": "some"}, "loss.adversarial_type is 'some', expected one of"),
         ({"loss__reconstruction_type": "l3"}, "loss.reconstruction_type is 'l3', expected one of"),

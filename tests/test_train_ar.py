@@ -460,6 +460,7 @@ def refused(error, workdir, made=None, **changes) -> str:
         ({"codes": "", "tokenizer": ""}, "nothing to learn from"),
         ({"train__dtype": "float16"}, "train.dtype is 'float16'"),
         ({"train__remat": "some"}, "train.remat is 'some'"),
+        ({"train__unroll": "gpu,xpu"}, "train.unroll is 'gpu,xpu', expected some of"),
         ({"train__dropout": 1.0}, "train.dropout is 1.0"),
         ({"train__class_dropout": -0.1}, "train.class_dropout is -0.1"),
         ({"train__global_batch": 6, "train__micro_batches": 4}, "train.global_batch is 6"),

@@ -41,12 +41,13 @@ from gigatok_jax import (
     processes,
 )
 from gigatok_jax.errors import ConfigError
+from gigatok_jax.models import layers
 from gigatok_jax.train import fit
 from gigatok_jax.train import program as program_lib
 
 MEASURED = "gigatok_jax_measured"  # folder of a checkpoint that is only timed
 LOSSES = 5  # first updates, whose losses are kept
-ALIKE = ("config", "dtype", "remat", "unroll", "micro_batches")  # what efficiency compares
+ALIKE = ("config", "dtype", "remat", "unrolled", "micro_batches")  # what efficiency compares
 NAMED = (*ALIKE, "mesh", "global_batch")  # and what tells measurements apart
 COLLECTIVES = ("nccl", "allgather", "allreduce", "reducescatter", "all_gather", "all_reduce")
 
@@ -157,7 +158,7 @@ def describe(config, mesh) -> dict[str, Any]:
         "global_batch": config.train.global_batch,
         "dtype": config.train.dtype,
         "remat": config.train.remat,
-        "unroll": config.train.unroll,
+        "unrolled": jax.devices()[0].platform in layers.make_loop(config.train).unroll,
         "micro_batches": config.train.micro_batches,
         "commit": software["commit"],
         "jax": jax.__version__,
@@ -194,13 +195,14 @@ def limits(config) -> dict[str, int]:
 
 
 def random_batch(shapes: Any, limits: dict[str, int], seed: int) -> Any:
-    """Integers from 0 up to the limit of each name, all as likely."""
+    """Integers from 0 up to the limit of each name, all as likely; without names an image's."""
     rng = np.random.default_rng(seed)
 
-    def draw(name, x):
-        return jax.device_put(rng.integers(limits[name], size=x.shape).astype(x.dtype), x.sharding)
+    def draw(keys, x):
+        most = limits[keys[0].key] if keys else limits["image"]
+        return jax.device_put(rng.integers(most, size=x.shape).astype(x.dtype), x.sharding)
 
-    return {name: draw(name, x) for name, x in shapes.items()}
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def save_and_restore(run: Running, folder: epath.Path) -> dict[str, float]:
@@ -307,7 +309,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         part = efficiency(row, rows)
         shown = (f"{row[name]:.1%}" if name in row else "" for name in ("collectives", "exposed"))
         cells = (
-            row["config"], row["remat"] + ", unrolled" * row.get("unroll", False),
+            row["config"], row["remat"] + ", unrolled" * row["unrolled"],
             *(row["devices"], row["mesh"], row["global_batch"]),
             f"{row['images_per_second']:.1f}", f"{part:.1%}" if part else "",
             f"{row.get('peak_memory_gib', 0):.0f}", *shown,

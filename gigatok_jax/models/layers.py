@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gigatok_jax.ops import activation, attention
+from gigatok_jax.errors import ConfigError
+from gigatok_jax.ops import activation, attention, implementation
 from gigatok_jax.ops.constrain import BATCH, SPLIT, constrain, stream
 
 # std 0.02, never cut in practice: the original truncates at +-2, a hundred deviations.
@@ -21,14 +22,34 @@ REMAT = {
 }
 
 
+PLATFORMS = ("cpu", "gpu", "tpu")
+
+
 class Loop(NamedTuple):
     """How a stack of blocks is compiled and differentiated; its values are the same whatever."""
 
     remat: str = "none"  # what the backward pass recomputes, a key of `REMAT`
-    unroll: bool = False  # a body for each block in the program, instead of one for all
+    unroll: tuple[str, ...] = ()  # platforms whose programs have a body for each block, not one
 
 
 SCANNED = Loop()
+
+
+def make_loop(train) -> Loop:
+    """That of the `train` part of a config.
+
+    Raises:
+        ConfigError: `train.remat` is none of `REMAT`, `train.unroll` names other than platforms.
+    """
+    if train.remat not in REMAT:
+        raise ConfigError(f"train.remat is {train.remat!r}, expected one of {', '.join(REMAT)}")
+    names = tuple(filter(None, train.unroll.split(",")))
+    if set(names) - set(PLATFORMS):
+        raise ConfigError(
+            f"train.unroll is {train.unroll!r}, expected some of {', '.join(PLATFORMS)} with commas"
+            " between them, or nothing"
+        )
+    return Loop(train.remat, names)
 
 
 def in_proj_init(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
@@ -147,9 +168,9 @@ class TransformerBlock(nn.Module):
 def scan(block: type[nn.Module], layers: int, loop: Loop, in_axes=nn.broadcast, **fields):
     """`layers` copies of a block as one module, their parameters stacked on a leading axis.
 
-    One compiled body whatever the depth. `loop.unroll` makes one for each block instead: what the
-    backward pass needs stays where it is made, instead of being copied into stacks and out of them
-    again, and the program takes longer to compile.
+    One compiled body whatever the depth. On platforms of `loop.unroll` one for each block instead:
+    what the backward pass needs stays where it is made, instead of being copied into stacks and out
+    of them again, and the program takes longer to compile.
 
     Args:
         block: takes the running value first, then what `in_axes` says, by default the same values
@@ -159,16 +180,17 @@ def scan(block: type[nn.Module], layers: int, loop: Loop, in_axes=nn.broadcast, 
         in_axes: as for `nn.scan`.
         **fields: of the block.
     """
+    unroll = implementation.platform() in loop.unroll
     if loop.remat != "none":
         # In a loop nothing can be merged with what was computed before it; unrolled it could.
-        block = nn.remat(block, prevent_cse=loop.unroll, policy=REMAT[loop.remat])
+        block = nn.remat(block, prevent_cse=unroll, policy=REMAT[loop.remat])
     stacked = nn.scan(
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=layers,
-        unroll=layers if loop.unroll else 1,
+        unroll=layers if unroll else 1,
     )
     return stacked(**fields)
 

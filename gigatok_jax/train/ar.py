@@ -33,7 +33,7 @@ from gigatok_jax.evaluation import metrics, prior_loss
 from gigatok_jax.model_config import model_config, validate
 from gigatok_jax.models import ar
 from gigatok_jax.models import tokenizer as tokenizer_lib
-from gigatok_jax.models.layers import REMAT, Loop
+from gigatok_jax.models.layers import make_loop
 from gigatok_jax.train import ar_step, optim
 from gigatok_jax.train import program as program_lib
 from gigatok_jax.train.loop import (
@@ -161,11 +161,11 @@ def check_config(config) -> None:
     """Refuses values that cannot work, before anything is loaded."""
     validate(config.model)
     check_values(config)
-    for name, known in {"dtype": DTYPES, "remat": tuple(REMAT)}.items():
-        if config.train[name] not in known:
-            raise ConfigError(
-                f"train.{name} is {config.train[name]!r}, expected one of {', '.join(known)}"
-            )
+    make_loop(config.train)
+    if config.train.dtype not in DTYPES:
+        raise ConfigError(
+            f"train.dtype is {config.train.dtype!r}, expected one of {', '.join(DTYPES)}"
+        )
     for name in ("dropout", "token_dropout", "class_dropout", "drop_path"):
         if not 0 <= config.train[name] < 1:
             raise ConfigError(f"train.{name} is {config.train[name]}, expected 0 to below 1")
@@ -291,8 +291,7 @@ def make_program(
     """
     dtype, train = np.dtype(config.train.dtype), config.train
     dropouts = ar.Dropouts(train.token_dropout, train.dropout, train.class_dropout, train.drop_path)
-    loop = Loop(train.remat, train.unroll)
-    prior = ar.make(config.model, dtype, loop=loop, dropouts=dropouts)
+    prior = ar.make(config.model, dtype, loop=make_loop(train), dropouts=dropouts)
     optimizer = optim.make_optimizer(config.optim, ar.decayed)
     rate = optim.learning_rate(
         config.optim, total_steps(config), steps_per_epoch(config), decay_from=decay_from

@@ -12,7 +12,7 @@ from gigatok_jax.errors import ConfigError
 from gigatok_jax.load import available, load_frozen
 from gigatok_jax.model_config import grid_size
 from gigatok_jax.models import dino, discriminator, perceptual, tokenizer
-from gigatok_jax.models.layers import REMAT, Loop
+from gigatok_jax.models.layers import make_loop
 from gigatok_jax.train.state import Networks
 
 DTYPES = ("bfloat16", "float32")
@@ -38,11 +38,12 @@ def build(config, groups: int, load: Callable = load_frozen) -> Parts:
         ConfigError: an unknown discriminator, type or value.
     """
     _check_choices(config)
+    stacks = make_loop(config.train)
     dtype = jnp.dtype(config.train.dtype)
     loss = config.loss.copy_and_resolve_references()
     frozen = _load(config, loss, load)
     networks = Networks(
-        tokenizer.make(config.model, dtype, Loop(config.train.remat, config.train.unroll)),
+        tokenizer.make(config.model, dtype, stacks),
         _discriminator(loss, groups, dtype),
         perceptual.LPIPS(dtype=dtype) if "lpips" in frozen else None,
         dino.teacher(loss.teacher, dtype) if "teacher" in frozen else None,
@@ -54,7 +55,6 @@ def _check_choices(config) -> None:
     """Refuses unknown names here, before anything is compiled."""
     choices = {
         "train.dtype": DTYPES,
-        "train.remat": tuple(REMAT),
         "loss.adversarial_type": losses.ADVERSARIAL,
         "loss.reconstruction_type": losses.RECONSTRUCTION,
         "loss.missing_weights": ("refuse", "skip"),
