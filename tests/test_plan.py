@@ -151,6 +151,37 @@ def test_a_gradient_keeps_what_it_needs_of_every_layer():
     assert 32 <= grads(remat=False) <= 52
 
 
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_an_unrolled_loop_counts_as_its_turns_written_out(remat, reverse):
+    def step(x, w):
+        y = jnp.tanh(x @ w) @ w
+        return y, jnp.cos(y @ w)
+
+    step, turns = jax.checkpoint(step) if remat else step, 6
+
+    def written(x, layers):
+        made = []
+        for w in layers[::-1] if reverse else layers:
+            x, y = step(x, w)
+            made.append(y)
+        return x.sum() + sum(y.sum() for y in made)
+
+    def looped(x, layers, unroll):
+        x, made = jax.lax.scan(step, x, layers, unroll=unroll, reverse=reverse)
+        return x.sum() + made.sum()
+
+    x, layers = jnp.zeros((512, 64)), jnp.zeros((turns, 64, 64))
+
+    def counted(loss, layers):
+        return footprint.peak(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, layers))
+
+    expected = counted(written, list(layers))
+    unrolled = counted(lambda *given: looped(*given, unroll=turns), layers)
+    assert unrolled == pytest.approx(expected, rel=0.02)
+    assert counted(lambda *given: looped(*given, unroll=1), layers) > 1.2 * expected
+
+
 @pytest.mark.slow
 def test_what_a_cpu_needs_is_near_what_is_counted():
     config = get("ar", "smoke")

@@ -10,6 +10,8 @@ from jax.sharding import AxisType, PartitionSpec
 
 BATCH = ("data", "fsdp")  # mesh axes that examples are divided over
 SPLIT = "tensor"  # heads and hidden features of a layer
+# XLA of jax 0.10 gathers the examples of all devices where an order in memory is asked for.
+LAYOUTS_DIVIDE = jax.__version_info__ >= (0, 11, 2)
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
@@ -39,9 +41,12 @@ def stream(x: jax.Array) -> jax.Array:
     broadcast over examples or looked-up rows; with the examples last, every norm and every matrix
     product of all blocks transposes.
     """
-    if not isinstance(x, jax.core.Tracer):
-        return x  # nothing is compiled
-    return with_layout_constraint(constrain(x, BATCH), Layout(tuple(range(x.ndim))))
+    x = constrain(x, BATCH)
+    mesh = jax.sharding.get_abstract_mesh()
+    compiled = isinstance(x, jax.core.Tracer)
+    if not compiled or (mesh.size > 1 and not LAYOUTS_DIVIDE):
+        return x
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def batch_axes(size: int) -> tuple[str, ...]:
