@@ -61,23 +61,25 @@ class _Flat:
         if inner := _called(one):
             return self.add(inner, given)
         if one.primitive.name == "scan" and one.params["unroll"] == one.params["length"]:
-            return self._unrolled(one.params, given)
+            return self._unrolled(one, given)
         made = [self._new(x.aval) for x in one.outvars]
         parts = [part for x in given for part in (x if isinstance(x, list) else [x])]
         self.equations.append((one, parts, made))
         return made
 
-    def _unrolled(self, loop: dict[str, Any], given: list) -> list:
+    def _unrolled(self, one, given: list) -> list:
         """A loop's turns one after the other; what they stack stays in pieces, a list."""
-        constants, rest = given[: loop["num_consts"]], given[loop["num_consts"] :]
-        carry, stacks = rest[: loop["num_carry"]], rest[loop["num_carry"] :]
-        turns, pieces = loop["length"], []
-        for turn in reversed(range(turns)) if loop["reverse"] else range(turns):
+        body, turns = one.params["jaxpr"].jaxpr, one.params["length"]
+        carried = _alike(one.outvars, body.outvars)
+        constant = _alike(one.invars, body.invars) - carried
+        constants, carry = given[:constant], given[constant : constant + carried]
+        stacks, pieces = given[constant + carried :], []
+        for turn in reversed(range(turns)) if one.params["reverse"] else range(turns):
             own = [x[turn] if isinstance(x, list) and len(x) == turns else x for x in stacks]
-            out = self.add(loop["jaxpr"].jaxpr, [*constants, *carry, *own])
-            carry = out[: loop["num_carry"]]
-            pieces.append(out[loop["num_carry"] :])
-        if loop["reverse"]:
+            out = self.add(body, [*constants, *carry, *own])
+            carry = out[:carried]
+            pieces.append(out[carried:])
+        if one.params["reverse"]:
             pieces.reverse()
         return [*carry, *(list(stack) for stack in zip(*pieces, strict=True))]
 
@@ -128,6 +130,12 @@ def _called(one) -> Any | None:
         (p for p in one.params.values() if isinstance(p, core.ClosedJaxpr | core.Jaxpr)), None
     )
     return inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner
+
+
+def _alike(outside: list, inside: list) -> int:
+    """Arrays of a loop that its body sees whole; of the others it sees one turn's."""
+    pairs = zip(outside, inside, strict=True)
+    return sum(x.aval.shape == y.aval.shape for x, y in pairs)
 
 
 def _inside(one) -> int:
