@@ -19,5 +19,6 @@ def get_config(arg=None):
     config.loss.entropy = 5e-3  # keeps the codebook in use at this size
     config.loss.shortcut_end = 0  # the authors drop the shortcut phase at this size
     config.optim.decay_mask = "no_norm"  # as the trainer they used for this size
+    # Compiled apart its blocks gain little, since little is kept of them, and take minutes more.
     config.train.update(remat="blocks", unroll="")
     return common.finish(config, arg)

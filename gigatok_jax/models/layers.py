@@ -20,8 +20,6 @@ REMAT = {
     "blocks": jax.checkpoint_policies.nothing_saveable,  # keep only what enters a block
     "full": jax.checkpoint_policies.nothing_saveable,  # the same for the levels of the CNNs
 }
-
-
 PLATFORMS = ("cpu", "gpu", "tpu")
 
 
