@@ -307,7 +307,7 @@ class Prior(nn.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _exact(x: jax.Array, kernel: jax.Array, dimensions, precision=None) -> jax.Array:
-    """A product in float32 of narrower arrays, whose gradient is as narrow as they are.
+    """f[... c] and f[c v] to f32[... v], whose gradient is rounded to their type, then multiplied.
 
     JAX's own would multiply the float32 gradient with them, at half the speed.
     """
@@ -319,11 +319,12 @@ def _exact_forward(x, kernel, dimensions, precision):
 
 
 def _exact_backward(dimensions, precision, kept, gradient):
-    product = functools.partial(
-        jax.lax.dot_general, dimension_numbers=dimensions, precision=precision
-    )
-    _, pull = jax.vjp(product, *kept)
-    return pull(gradient.astype(kept[0].dtype))
+    x, kernel = kept
+    product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    gradient = gradient.astype(x.dtype)
+    by_x = product("...v,cv->...c", gradient, kernel)
+    by_kernel = product("...c,...v->cv", x, gradient)
+    return by_x.astype(x.dtype), by_kernel.astype(kernel.dtype)
 
 
 _exact.defvjp(_exact_forward, _exact_backward)
