@@ -63,8 +63,7 @@ class _Flat:
         if one.primitive.name == "scan" and one.params["unroll"] == one.params["length"]:
             return self._unrolled(one, given)
         made = [self._new(x.aval) for x in one.outvars]
-        parts = [part for x in given for part in (x if isinstance(x, list) else [x])]
-        self.equations.append((one, parts, made))
+        self.equations.append((one, _pieces(given), made))
         return made
 
     def _unrolled(self, one, given: list) -> list:
@@ -75,7 +74,7 @@ class _Flat:
         constants, carry = given[:constant], given[constant : constant + carried]
         stacks, pieces = given[constant + carried :], []
         for turn in reversed(range(turns)) if one.params["reverse"] else range(turns):
-            own = [x[turn] if isinstance(x, list) and len(x) == turns else x for x in stacks]
+            own = [x[turn] if isinstance(x, list) else x for x in stacks]
             out = self.add(body, [*constants, *carry, *own])
             carry = out[:carried]
             pieces.append(out[carried:])
@@ -113,9 +112,8 @@ class _Flat:
                 sources[value] = needed if again else frozenset([value])
             if not again:
                 kept.update(made)
-        for value in results:
-            for part in value if isinstance(value, list) else [value]:
-                last.update(dict.fromkeys(sources[part], len(self.equations)))
+        for value in _pieces(results):
+            last.update(dict.fromkeys(sources[value], len(self.equations)))
         return kept, last
 
     def _total(self, values) -> int:
@@ -130,6 +128,11 @@ def _called(one) -> Any | None:
         (p for p in one.params.values() if isinstance(p, core.ClosedJaxpr | core.Jaxpr)), None
     )
     return inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner
+
+
+def _pieces(values: list) -> list:
+    """With those of every stack in its place."""
+    return [piece for x in values for piece in (x if isinstance(x, list) else [x])]
 
 
 def _alike(outside: list, inside: list) -> int:

@@ -158,7 +158,7 @@ def describe(config, mesh) -> dict[str, Any]:
         "global_batch": config.train.global_batch,
         "dtype": config.train.dtype,
         "remat": config.train.remat,
-        "unrolled": jax.devices()[0].platform in layers.make_loop(config.train).unroll,
+        "unrolled": layers.make_loop(config.train).unrolled,
         "micro_batches": config.train.micro_batches,
         "commit": software["commit"],
         "jax": jax.__version__,

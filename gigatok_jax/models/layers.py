@@ -29,6 +29,11 @@ class Loop(NamedTuple):
     remat: str = "none"  # what the backward pass recomputes, a key of `REMAT`
     unroll: tuple[str, ...] = ()  # platforms whose programs have a body for each block, not one
 
+    @property
+    def unrolled(self) -> bool:
+        """Whether programs for the platform that is traced for are such."""
+        return implementation.platform() in self.unroll
+
 
 SCANNED = Loop()
 
@@ -178,17 +183,16 @@ def scan(block: type[nn.Module], layers: int, loop: Loop, in_axes=nn.broadcast, 
         in_axes: as for `nn.scan`.
         **fields: of the block.
     """
-    unroll = implementation.platform() in loop.unroll
     if loop.remat != "none":
         # In a loop nothing can be merged with what was computed before it; unrolled it could.
-        block = nn.remat(block, prevent_cse=unroll, policy=REMAT[loop.remat])
+        block = nn.remat(block, prevent_cse=loop.unrolled, policy=REMAT[loop.remat])
     stacked = nn.scan(
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=layers,
-        unroll=layers if unroll else 1,
+        unroll=layers if loop.unrolled else 1,
     )
     return stacked(**fields)
 

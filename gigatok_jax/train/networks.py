@@ -38,12 +38,12 @@ def build(config, groups: int, load: Callable = load_frozen) -> Parts:
         ConfigError: an unknown discriminator, type or value.
     """
     _check_choices(config)
-    stacks = make_loop(config.train)
+    loop = make_loop(config.train)
     dtype = jnp.dtype(config.train.dtype)
     loss = config.loss.copy_and_resolve_references()
     frozen = _load(config, loss, load)
     networks = Networks(
-        tokenizer.make(config.model, dtype, stacks),
+        tokenizer.make(config.model, dtype, loop),
         _discriminator(loss, groups, dtype),
         perceptual.LPIPS(dtype=dtype) if "lpips" in frozen else None,
         dino.teacher(loss.teacher, dtype) if "teacher" in frozen else None,
