@@ -11,7 +11,8 @@ from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
-from gigatok_jax import command_line, errors
+from gigatok_jax import errors
+from gigatok_jax.run import command_line
 
 config_flags.DEFINE_config_file("config", None, "configs/<run>.py[:arg=value,...]")
 flags.DEFINE_string("workdir", None, "Where the run is kept; runs/<config name> by default.")
@@ -37,9 +38,9 @@ def main(argv):
             raise errors.ConfigError(f"no task {config.task!r}; there are {', '.join(TASKS)}")
         spread_over_cores(config)
         if flags.FLAGS.dry_run:
-            from gigatok_jax import plan_report
+            from gigatok_jax.planning import report
 
-            plan_report.show(config)
+            report.show(config)
         else:
             # Once inside a cluster, a process that fails has its own way to end.
             one_line, folder = command_line.one_line_errors(), command_line.folder_errors(workdir)
@@ -49,7 +50,7 @@ def main(argv):
 
 def run(config, workdir):
     """Runs the task of a config and prints its results last."""
-    from gigatok_jax import processes
+    from gigatok_jax.run import processes
 
     module, function = TASKS[config.task]
     getattr(importlib.import_module(module), function)(config, workdir)
@@ -71,7 +72,7 @@ def cluster_of(config, workdir):
     """Keeps compiled programs between runs, and joins a cluster where there is one."""
     import jax
 
-    from gigatok_jax import cluster
+    from gigatok_jax.run import cluster
 
     print(f"workdir: {workdir}", flush=True)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -130,7 +130,7 @@ def _keeping(config):
     config.profile = ""  # "start:count" in steps writes a trace
     config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     config.mesh.dcn = 1  # slices of TPUs, which data is divided over first
-    config.mesh.topology = ""  # with --dry_run: devices to plan for, see gigatok_jax/hardware.py
+    config.mesh.topology = ""  # with --dry_run: devices to plan for, see planning/hardware.py
     config.mesh.rules = ""  # "pattern=axis,-;..." before the rules of parallel.py
     config.mesh.cpu_devices = 1  # parts of a host without accelerator; 0 is one per core
     config.cluster = cluster_config()

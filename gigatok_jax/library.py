@@ -17,13 +17,15 @@ import numpy as np
 from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gigatok_jax import load, processes, sampling
+from gigatok_jax import sampling
 from gigatok_jax.errors import CheckpointError, ConfigError, DataError, ImmutableError
 from gigatok_jax.model_config import family, num_tokens
 from gigatok_jax.models import ar
 from gigatok_jax.models import tokenizer as tokenizer_lib
 from gigatok_jax.ops.constrain import BATCH
 from gigatok_jax.ops.image import to_pixels
+from gigatok_jax.run import processes
+from gigatok_jax.weights import load
 
 MOST_IMAGES = 64  # that go through a tokenizer at once
 MOST_SEQUENCES = 256  # that a prior writes at once

@@ -102,7 +102,7 @@ def pixels(images: np.ndarray) -> np.ndarray:
 
 def lpips_heads() -> list[np.ndarray]:
     """The five public LPIPS v0.1 heads f32[c]; skips when no package or file here has them."""
-    from gigatok_jax.conversion import frozen
+    from gigatok_jax.weights import frozen
 
     if frozen.available("lpips-vgg16"):
         params = frozen.load_frozen("lpips-vgg16")

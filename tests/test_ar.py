@@ -10,9 +10,9 @@ import optax
 import pytest
 from test_conversion_ar import rule_params
 
-from gigatok_jax import dry_run, model_config
+from gigatok_jax import model_config
 from gigatok_jax.errors import ConfigError
-from gigatok_jax.models import ar, layers
+from gigatok_jax.models import ar, layers, parameters
 
 SMALL = {"layers": 2, "heads": 4, "width": 32, "vocab": 16, "tokens": 8, "classes": 3}
 OPTIONS = {
@@ -585,9 +585,9 @@ def test_a_prior_that_cannot_be_built_is_refused(message):
 
 def test_a_dry_run_shows_a_priors_parameters():
     config = ml_collections.ConfigDict({"name": "ar", "model": model_config("prior-B")})
-    text = dry_run.report(config)
+    text = parameters.report(config)
     assert "blocks/mlp/gate_up/kernel" in text and "12x768x4096" in text
     assert "111,085,824" in text and "alignment" not in text
     config.model.heads = 16  # as a command line sets it
     with pytest.raises(ConfigError, match="kv_heads is 12, expected a divisor of the 16 heads"):
-        dry_run.report(config)
+        parameters.report(config)

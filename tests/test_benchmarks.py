@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 from test_cluster import end, free_address, start
 
-from gigatok_jax import parallel, plan
-from gigatok_jax.benchmarks import codebook_search, compare, entropy, plan_gate, training
+from gigatok_jax import parallel
+from gigatok_jax.benchmarks import codebook_search, entropy, kernels, plan_gate, training
+from gigatok_jax.planning import plan
 
 
 @pytest.mark.parametrize("module", [codebook_search, entropy])
@@ -26,7 +27,7 @@ def test_a_table_and_a_picture_on_a_cpu(module, monkeypatch, tmp_path, capsys):
 
 
 def test_a_wrong_search_is_counted():
-    z, codebook = compare.unit_vectors(0, 100, 8), compare.unit_vectors(1, 32, 8)
+    z, codebook = kernels.unit_vectors(0, 100, 8), kernels.unit_vectors(1, 32, 8)
     codes = np.square(z[:, None] - codebook).sum(-1).argmin(1)
     assert codebook_search.count_wrong(z, codebook, codes) == 0
     codes[:7] = (codes[:7] + 1) % 32
@@ -34,7 +35,7 @@ def test_a_wrong_search_is_counted():
 
 
 def test_gradients_are_checked_against_those_of_differences():
-    z, codebook = (compare.unit_vectors(i, 6, 4).astype(np.float64) for i in range(2))
+    z, codebook = (kernels.unit_vectors(i, 6, 4).astype(np.float64) for i in range(2))
     dz, _ = entropy.float64_gradients(z, codebook)
     step = np.zeros_like(z)
     step[2, 1] = 1e-6

@@ -15,8 +15,9 @@ import numpy as np
 import optax
 import pytest
 
-from gigatok_jax import checkpoint, files
+from gigatok_jax import files
 from gigatok_jax.errors import CheckpointError, ConfigError
+from gigatok_jax.run import checkpoint
 
 
 @flax.struct.dataclass

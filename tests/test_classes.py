@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from gigatok_jax.data import classes
 from gigatok_jax.errors import ConfigError
+from gigatok_jax.evaluation import classes
 
 IMAGENET = classes.names_of(1000)
 

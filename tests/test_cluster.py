@@ -20,8 +20,8 @@ import pytest
 import tiny
 
 from configs import common
-from gigatok_jax import checkpoint, cluster, metric_writer, processes
 from gigatok_jax.errors import ClusterError
+from gigatok_jax.run import checkpoint, cluster, metric_writer, processes
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -71,7 +71,7 @@ def free_address() -> str:
 
 
 def environment(**more) -> dict:
-    path = {"PYTHONPATH": f"{ROOT}/tests:{ROOT}", "JAX_PLATFORMS": "cpu"}
+    path = {"PYTHONPATH": tiny.PYTHONPATH, "JAX_PLATFORMS": "cpu"}
     return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | path | more
 
 

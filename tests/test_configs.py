@@ -10,7 +10,9 @@ import pytest
 
 import main
 from configs import common
-from gigatok_jax import command_line, dry_run, errors, model_config
+from gigatok_jax import errors, model_config
+from gigatok_jax.models import parameters
+from gigatok_jax.run import command_line
 
 ROOT = pathlib.Path(__file__).parents[1]
 COUNTS = json.loads((ROOT / "tests/golden/manifests/_summary.json").read_text())
@@ -76,17 +78,17 @@ def test_what_every_published_recipe_shares(name):
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if PUBLISHED[name][1]])
 def test_parameter_counts_equal_the_original(name):
     expected = COUNTS[PUBLISHED[name][1]]
-    params = dry_run.abstract_params(get(name).model)
-    parts = {part: dry_run.count(tree) for part, tree in params.items()}
+    params = parameters.abstract_params(get(name).model)
+    parts = {part: parameters.count(tree) for part, tree in params.items()}
     assert sum(parts.values()) == expected["total_params"]
-    assert dry_run.count_alignment(params) == expected["distill_mlp_params"]
+    assert parameters.count_alignment(params) == expected["distill_mlp_params"]
     # Modules are named differently; their sizes are the same.
     assert sorted(parts.values()) == sorted(expected["params_by_top_module"].values())
 
 
 def test_sl_count():
     """No manifest of the original holds this size; its parts stand in S-S and B-L."""
-    count = dry_run.count(dry_run.abstract_params(get("sl").model))
+    count = parameters.count(parameters.abstract_params(get("sl").model))
     encoders = [COUNTS[name]["params_by_top_module"]["s2to1encoder"] for name in SAME_DECODER]
     assert count == COUNTS["VQ_BL256"]["total_params"] - encoders[1] + encoders[0]
 
@@ -110,7 +112,7 @@ def test_small_versions_cross_every_phase(name):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_smoke_is_small_and_smoke_full_is_not(name):
-    count = dry_run.count(dry_run.abstract_params(get(name, "smoke").model))
+    count = parameters.count(parameters.abstract_params(get(name, "smoke").model))
     assert count < 10_000_000
     assert get(name, "smoke_full").model == get(name).model
 
@@ -130,7 +132,7 @@ def test_prior_recipe_is_the_published_one(size):
     train, optim = config.train, config.optim
     assert config.name == f"ar_{size}"  # its own workdir
     assert config.model == model_config(f"prior-{size.upper()}")
-    assert dry_run.count(dry_run.abstract_params(config.model)) == parameters
+    assert parameters.count(parameters.abstract_params(config.model)) == parameters
     assert (train.epochs, train.epoch_images, train.global_batch) == (300, 1_280_000, batch)
     dropouts = (train.dropout, train.token_dropout, train.class_dropout, train.drop_path)
     assert dropouts == (0.1, 0.1, 0.1, 0)
@@ -151,7 +153,7 @@ def test_small_priors_need_no_tokenizer(arg):
     assert 0 < config.optim.warmup_steps < config.train.steps
     assert (config.model == get("ar", "size=xl").model) == (arg == "smoke_full")
     if arg == "smoke":
-        assert dry_run.count(dry_run.abstract_params(config.model)) < 1_000_000
+        assert parameters.count(parameters.abstract_params(config.model)) < 1_000_000
 
 
 def test_a_prior_of_no_known_size_is_refused():

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from rule import GOLDEN, SHARED, rule_state
 
-from gigatok_jax.conversion import ar, discriminator, models, names, recognise
+from gigatok_jax.conversion import ar
 from gigatok_jax.conversion import tokenizer as convert
 from gigatok_jax.model_config import model_config
 from gigatok_jax.models import discriminator as modules
+from gigatok_jax.weights import discriminator_names, names, recognise, tables
 
 TOKENIZERS = {
     "SS256": "S-S", "SB256": "S-B", "BL256": "B-L", "XLXXL256": "XL-XXL",
@@ -31,9 +32,9 @@ def outlines(content: dict) -> dict[str, np.ndarray]:
 
 def check_there_and_back(state: dict, model) -> None:
     """The same names in the same order, shapes and types, through our tree."""
-    entries = models.entries(model)
+    entries = tables.entries(model)
     there = names.leaves(state, entries)
-    wanted = models.shapes(model)
+    wanted = tables.shapes(model)
     assert {p: (x.shape, x.dtype) for p, x in there.items()} == {
         p: (x.shape, x.dtype) for p, x in wanted.items()
     }
@@ -77,7 +78,7 @@ def test_discriminators_go_both_ways_in_the_originals_order(name, kind):
     for counter in (n for n in state if n.endswith("num_batches_tracked")):
         state[counter] = np.asarray(3, np.int64)
     assert recognise.kind_of(state) == kind
-    back = discriminator.to_torch(discriminator.from_torch(state, kind), kind)
+    back = discriminator_names.to_torch(discriminator_names.from_torch(state, kind), kind)
     assert list(back) == list(content["state_dict"])
     for tensor, value in state.items():
         assert back[tensor].dtype == value.dtype
@@ -86,7 +87,7 @@ def test_discriminators_go_both_ways_in_the_originals_order(name, kind):
 
 def test_a_history_that_training_code_lacks_is_written_as_zeros():
     shapes = recognise.tensor_shapes(model_config("S-S"))
-    assert shapes["quantize.codebook_used"] == (models.HISTORY,)
+    assert shapes["quantize.codebook_used"] == (tables.HISTORY,)
 
 
 @pytest.mark.slow

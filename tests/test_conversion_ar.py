@@ -10,10 +10,10 @@ import rule
 from rule import GOLDEN
 
 from gigatok_jax.conversion import ar as convert
-from gigatok_jax.conversion import names
 from gigatok_jax.errors import CheckpointError
 from gigatok_jax.model_config import PRIORS, model_config
 from gigatok_jax.models import ar
+from gigatok_jax.weights import names
 
 OPTIONS = {
     "rope": {"rope": True},

@@ -12,19 +12,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gigatok_jax import checkpoint
-from gigatok_jax.conversion import (
-    __main__,
-    ar,
-    formats,
-    models,
-    recognise,
-    safetensors_file,
-    torch_file,
-)
+from gigatok_jax.conversion import __main__, ar
 from gigatok_jax.conversion import tokenizer as convert
 from gigatok_jax.errors import CheckpointError, ConfigError
 from gigatok_jax.model_config import model_config
+from gigatok_jax.run import checkpoint
+from gigatok_jax.weights import read, recognise, safetensors_file, tables, torch_file
 
 SMALL = {"encoder": "pico", "decoder": "pico", "codebook_size": 32, "latent_tokens": 4}
 SMALL |= {"cnn_channels": 32, "patch_size": 4, "image_size": 16, "align_width": 8}
@@ -61,7 +54,7 @@ def file(tmp_path):
     model = small()
     state, average = random_state(model), random_state(model, 1)
     average["quantize.codebook_used"][:] = 0  # the original's average never gets any
-    formats.write_pt(tmp_path / "0000007.pt", {"model": state, "ema": average, "steps": 7})
+    read.write_pt(tmp_path / "0000007.pt", {"model": state, "ema": average, "steps": 7})
     return tmp_path / "0000007.pt", state, average
 
 
@@ -82,13 +75,13 @@ def test_every_format_gives_the_same_weights(file, tmp_path):
     command("to_torch", tmp_path / "run", tmp_path / "back.pt")
     command("to_torch", tmp_path / "x", tmp_path / "only.pt")
     for place in (path, tmp_path / "run", tmp_path / "run" / "checkpoints" / "7", "back.pt"):
-        equal(formats.read(tmp_path / place, "raw").state, state)
-        found = formats.read(tmp_path / place)
+        equal(read.read(tmp_path / place, "raw").state, state)
+        found = read.read(tmp_path / place)
         equal(found.state, average)
         assert found.config == small() and found.kind == "tokenizer"
         assert found.extras["step"] == 7 and found.extras["weights"] == "ema"
     for place in ("x", "x/model.safetensors", "only.pt"):
-        equal(formats.read(tmp_path / place).state, average)
+        equal(read.read(tmp_path / place).state, average)
     assert json.loads((tmp_path / "x" / "config.json").read_text())["weights"] == "ema"
     assert not list(tmp_path.glob("**/*.draft"))
 
@@ -97,16 +90,16 @@ def test_the_average_stands_in_for_no_weights_that_are_not_there(file, tmp_path)
     path, _, _ = file
     command("from_torch", path, tmp_path / "x.safetensors")
     with pytest.raises(ConfigError, match="no raw weights, only ema"):
-        formats.read(tmp_path / "x.safetensors", "raw")
+        read.read(tmp_path / "x.safetensors", "raw")
 
 
 def test_a_prior_is_read_as_trained_unless_asked_otherwise(tmp_path):
     model = small("prior-B")
     state, average = random_state(model), random_state(model, 1)
-    formats.write_pt(tmp_path / "x.pt", {"model": state, "ema": average, "steps": 3})
-    equal(formats.read(tmp_path / "x.pt").state, state)
-    equal(formats.read(tmp_path / "x.pt", "ema").state, average)
-    assert formats.read(tmp_path / "x.pt").config == model
+    read.write_pt(tmp_path / "x.pt", {"model": state, "ema": average, "steps": 3})
+    equal(read.read(tmp_path / "x.pt").state, state)
+    equal(read.read(tmp_path / "x.pt", "ema").state, average)
+    assert read.read(tmp_path / "x.pt").config == model
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
@@ -114,23 +107,23 @@ def test_a_prior_is_read_as_trained_unless_asked_otherwise(tmp_path):
 def test_half_precision_stays_until_a_run_goes_on(tmp_path, dtype, wrapped):
     model = small("prior-B")
     state = random_state(model, dtype=dtype)
-    formats.write_pt(tmp_path / "x.pt", {"model": state} if wrapped else state)
+    read.write_pt(tmp_path / "x.pt", {"model": state} if wrapped else state)
     command("from_torch", tmp_path / "x.pt", tmp_path / "x.safetensors")
-    equal(formats.read(tmp_path / "x.safetensors").state, state)
+    equal(read.read(tmp_path / "x.safetensors").state, state)
     command("from_torch", tmp_path / "x.pt", tmp_path / "run")
     widened = {name: tensor.astype(np.float32) for name, tensor in state.items()}
-    equal(formats.read(tmp_path / "run").state, widened)
+    equal(read.read(tmp_path / "run").state, widened)
 
 
 def test_our_patches_are_kept_under_names_of_our_own(tmp_path):
     model = small(stem="patch", cnn_channels=128)
     state = random_state(model)
     assert "encoder.embed.weight" in state
-    formats.write_safetensors(tmp_path / "model.safetensors", state, model)
-    found = formats.read(tmp_path)
+    read.write_safetensors(tmp_path / "model.safetensors", state, model)
+    found = read.read(tmp_path)
     equal(found.state, state)
     assert found.config == model and convert.infer_config(state) == model
-    assert models.entries(model)
+    assert tables.entries(model)
 
 
 def test_safetensors_are_those_of_everybody(tmp_path):
@@ -148,10 +141,10 @@ def test_safetensors_are_those_of_everybody(tmp_path):
 
 def test_a_config_of_another_model_is_not_overwritten(tmp_path):
     model = small("prior-B")
-    formats.write_safetensors(tmp_path / "a.safetensors", random_state(model), model)
+    read.write_safetensors(tmp_path / "a.safetensors", random_state(model), model)
     with pytest.raises(CheckpointError, match=r"config\.json belongs to another model"):
         other = small("prior-B", tokens=8)
-        formats.write_safetensors(tmp_path / "b.safetensors", random_state(other), other)
+        read.write_safetensors(tmp_path / "b.safetensors", random_state(other), other)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["a.safetensors", "config.json"]
 
 
@@ -218,15 +211,15 @@ def test_compare_tells_names_and_the_largest_difference(tmp_path, capsys):
     state = random_state(model)
     other = {name: np.array(tensor) for name, tensor in state.items()}
     other["norm.weight"][3] += 0.25
-    formats.write_pt(tmp_path / "a.pt", {"model": state})
-    formats.write_safetensors(tmp_path / "b.safetensors", other, model)
+    read.write_pt(tmp_path / "a.pt", {"model": state})
+    read.write_safetensors(tmp_path / "b.safetensors", other, model)
     assert command("compare", tmp_path / "a.pt", tmp_path / "b.safetensors") == 1
     assert "0.25: norm.weight" in capsys.readouterr().out
     there = (tmp_path / "a.pt", tmp_path / "b.safetensors")
     assert command("compare", *there, "--tolerance=0.3") == 0
     assert "largest difference 0.25, of norm.weight" in capsys.readouterr().out
     other["more"] = other.pop("output.weight")
-    formats.write_pt(tmp_path / "c.pt", {"model": other})
+    read.write_pt(tmp_path / "c.pt", {"model": other})
     assert command("compare", tmp_path / "a.pt", tmp_path / "c.pt", "--tolerance=1") == 1
     told = capsys.readouterr().out
     assert "missing: output.weight" in told and "extra: more" in told
@@ -242,13 +235,13 @@ def test_inspect_tells_what_a_file_is(file, capsys):
 
 def test_overrides_reach_the_config(file, tmp_path):
     command("from_torch", file[0], tmp_path / "x.safetensors", "--set", "rotation=false")
-    assert formats.read(tmp_path / "x.safetensors").config == small(rotation=False)
+    assert read.read(tmp_path / "x.safetensors").config == small(rotation=False)
 
 
 def test_paths_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     state = random_state(small("prior-B"))
-    formats.write_pt("x.pt", {"model": state})
+    read.write_pt("x.pt", {"model": state})
     command("from_torch", "x.pt", "run")
     command("to_torch", "run", "y.pt")
     command("to_torch", "run", "y.safetensors")
@@ -380,5 +373,5 @@ def test_a_run_of_ours_is_read_without_its_optimizer(tmp_path):
     checkpoints = checkpoint.Checkpoints(tmp_path)
     checkpoints.save(3, {"params": params}, {"config": {"model": model.to_dict()}})
     checkpoints.close()
-    equal(formats.read(tmp_path).state, state)
-    assert formats.read(tmp_path).extras["weights"] == "raw"
+    equal(read.read(tmp_path).state, state)
+    assert read.read(tmp_path).extras["weights"] == "raw"

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from test_conversion_files import command, random_state, refused, small
 
-from gigatok_jax import checkpoint
-from gigatok_jax.conversion import discriminator, formats, models, names, recognise, run_state
+from gigatok_jax.conversion import run_state
 from gigatok_jax.errors import CheckpointError
 from gigatok_jax.models import discriminator as modules
+from gigatok_jax.run import checkpoint
 from gigatok_jax.train import ar_step, optim, state
 from gigatok_jax.train.state import Networks, Optimizers
+from gigatok_jax.weights import discriminator_names, names, read, recognise, tables
 
 CONFIG = """
 from configs import common
@@ -34,7 +35,7 @@ def judge_state(kind: str) -> dict[str, np.ndarray]:
     keys = {"params": jax.random.key(0), "augment": jax.random.key(1)}
     images = jnp.zeros((1, 32, 32, 3))
     shapes = jax.eval_shape(lambda: module.init(keys, images, train=True))
-    outlines = names.tensors(models.flatten(shapes), discriminator.entries(kind))
+    outlines = names.tensors(tables.flatten(shapes), discriminator_names.entries(kind))
     rng, made = np.random.default_rng(3), {}
     for name, outline in outlines.items():
         integer = name.endswith("tracked")
@@ -146,7 +147,7 @@ def test_moments_lie_where_their_parameters_do(tmp_path):
     parts = {
         "model": {n: names.Promise(x.shape, x.dtype, lambda x=x: x) for n, x in tensors.items()}
     }
-    order = run_state.parameter_order(tensors, models.entries(model), "prior")
+    order = run_state.parameter_order(tensors, tables.entries(model), "prior")
     states = {
         i: {"step": np.float32(5), "exp_avg": 2 * tensors[name], "exp_avg_sq": tensors[name] ** 2}
         for i, name in enumerate(order)
@@ -163,7 +164,7 @@ def test_moments_lie_where_their_parameters_do(tmp_path):
 
 def described(tree) -> dict:
     """Paths, shapes and types of a state of ours."""
-    flat = models.flatten(tree)
+    flat = tables.flatten(tree)
     key = jax.eval_shape(jax.random.key_data, flat["rng"])
     return {p: (x.shape, np.dtype(x.dtype)) for p, x in (flat | {"rng": key}).items()}
 
@@ -214,7 +215,7 @@ def small_optim(**changes):
 def test_a_file_without_an_optimizer_says_so_and_starts_it_anew(tmp_path, capsys):
     """As the original's trainer for models in shards leaves them."""
     model = small("prior-B")
-    formats.write_pt(tmp_path / "x.pt", {"model": random_state(model), "steps": 9})
+    read.write_pt(tmp_path / "x.pt", {"model": random_state(model), "steps": 9})
     command("from_torch", tmp_path / "x.pt", tmp_path / "run")
     told = capsys.readouterr().out
     assert "optimizer is not there" in told and "starts anew" in told
@@ -239,10 +240,10 @@ def test_an_optimizer_of_another_model_is_refused(tmp_path, capfd):
         groups = [{"lr": 1e-4, "params": numbers}]
         saved["optimizer"] = {"state": dict.fromkeys(numbers, state_of), "param_groups": groups}
         path = tmp_path / f"{count}.pt"
-        formats.write_pt(path, saved)
+        read.write_pt(path, saved)
         assert expected in refused(capfd, "from_torch", path, tmp_path / "run")
     saved["optimizer"] = {"shards": 8}
-    formats.write_pt(tmp_path / "z.pt", saved)
+    read.write_pt(tmp_path / "z.pt", saved)
     message = refused(capfd, "from_torch", tmp_path / "z.pt", tmp_path / "run")
     assert "not the state of an optimizer" in message
     assert not list(tmp_path.glob("run*"))
@@ -262,7 +263,7 @@ def test_a_config_makes_a_workdir_that_the_same_command_resumes(tmp_path, capfd)
     assert extras["config"] == kept and extras["step"] == 40
     # The rate that goes back is the one of the next update.
     command("to_torch", tmp_path / "run", tmp_path / "y.pt")
-    from gigatok_jax.conversion import torch_file
+    from gigatok_jax.weights import torch_file
 
     group = torch_file.load(tmp_path / "y.pt")["optimizer"]["param_groups"][0]
     expected = optim.cosine(39, 1e-4, 0, 100, 1e-5)
@@ -287,18 +288,18 @@ def test_a_prior_remembers_whose_codes_it_learned(tmp_path):
 
     model, prior = small(), small("prior-B")
     weights = random_state(model)
-    formats.write_pt(tmp_path / "tokenizer.pt", {"model": weights})
-    formats.write_pt(tmp_path / "prior.pt", {"model": random_state(prior)})
+    read.write_pt(tmp_path / "tokenizer.pt", {"model": weights})
+    read.write_pt(tmp_path / "prior.pt", {"model": random_state(prior)})
     name = ("--tokenizer", tmp_path / "tokenizer.pt")
     command("from_torch", tmp_path / "prior.pt", tmp_path / "run", *name)
     params = convert.from_torch(weights, model)
     parts = {part: params[part] for part in library.CODE_PARTS}
-    assert formats.read(tmp_path / "run").extras["tokenizer"] == library.fingerprint(parts)
+    assert read.read(tmp_path / "run").extras["tokenizer"] == library.fingerprint(parts)
 
 
 def test_a_discriminator_alone_is_no_model(tmp_path):
     torch_state = judge_state("patchgan")
-    formats.write_pt(tmp_path / "x.pt", torch_state)
+    read.write_pt(tmp_path / "x.pt", torch_state)
     assert recognise.kind_of(torch_state) == "patchgan"
     with pytest.raises(CheckpointError, match="holds a discriminator, expected"):
-        formats.read(tmp_path / "x.pt")
+        read.read(tmp_path / "x.pt")

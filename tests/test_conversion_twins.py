@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from gigatok_jax.conversion import ar as convert_ar
-from gigatok_jax.conversion import discriminator as convert_discriminator
-from gigatok_jax.conversion import models, names
 from gigatok_jax.conversion import tokenizer as convert
 from gigatok_jax.models import ar, cnn, discriminator, layers
+from gigatok_jax.weights import discriminator_names as convert_discriminator
+from gigatok_jax.weights import names, tables
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
@@ -36,7 +36,7 @@ def normal(seed, *shape):
 def pair(module, table, *inputs):
     """Our output, and the random state dict as PyTorch tensors."""
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
-    flat, rng, state = models.flatten(shapes), np.random.default_rng(1), {}
+    flat, rng, state = tables.flatten(shapes), np.random.default_rng(1), {}
     for name, outline in names.tensors(flat, table).items():
         scale = 0.1 if len(outline.shape) == 1 else np.prod(outline.shape[1:]) ** -0.5
         state[name] = (rng.normal(size=outline.shape) * scale).astype(np.float32)
@@ -243,7 +243,7 @@ def test_the_patchgan():
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x, train=False))
     table, rng = convert_discriminator.entries("patchgan"), np.random.default_rng(2)
     state = {}
-    for name, outline in names.tensors(models.flatten(shapes), table).items():
+    for name, outline in names.tensors(tables.flatten(shapes), table).items():
         scale = np.prod(outline.shape[1:]) ** -0.5
         state[name] = (rng.normal(size=outline.shape) * scale).astype(outline.dtype)
         if name.endswith("running_var"):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from configs import demo as config_file
-from gigatok_jax import pictures
+from gigatok_jax.run import pictures
 from gigatok_jax.train import demo
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -18,9 +18,9 @@ from PIL import Image
 from rule import load, pixels, rule_state, shared_path
 
 from gigatok_jax import errors
-from gigatok_jax.conversion import frozen, names, torch_file
 from gigatok_jax.models import dino, perceptual
 from gigatok_jax.ops import image
+from gigatok_jax.weights import frozen, names, torch_file
 
 WIDTH, DEPTH = 16, 2
 

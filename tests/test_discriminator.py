@@ -11,10 +11,10 @@ from PIL import Image
 from rule import block_images, golden_path, load, pixels, rule_state, shared_path
 
 from gigatok_jax import errors
-from gigatok_jax.conversion import discriminator as convert
-from gigatok_jax.conversion import frozen
 from gigatok_jax.models import dino, discriminator
 from gigatok_jax.models.discriminator import BatchNorm, DinoDiscriminator, LocalNorm, PatchGAN
+from gigatok_jax.weights import discriminator_names as convert
+from gigatok_jax.weights import frozen
 
 STATE = {
     "main.0.weight": (64, 3, 4, 4),

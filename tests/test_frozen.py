@@ -12,9 +12,9 @@ import safetensors.numpy
 from rule import rule_state, shared_path
 from test_dino import DEPTH, WIDTH, vit_shapes
 
-from gigatok_jax.conversion import frozen, names, torch_file
 from gigatok_jax.errors import CheckpointError, MissingWeightsError
 from gigatok_jax.models import dino, inception
+from gigatok_jax.weights import frozen, names, torch_file
 
 FILE = "dinov2-small.safetensors"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"

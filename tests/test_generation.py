@@ -16,9 +16,10 @@ import tiny_pair
 from PIL import Image
 
 from configs import generate as generate_config
-from gigatok_jax import checkpoint, library, pictures
+from gigatok_jax import library
 from gigatok_jax.errors import CheckpointError, ConfigError
 from gigatok_jax.evaluation import generation, metrics, pair
+from gigatok_jax.run import checkpoint, pictures
 
 COUNT = 10  # images, which batches of 4 do not divide
 

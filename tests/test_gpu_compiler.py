@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import lowering
 import pytest
 
-from gigatok_jax import hardware, hlo, parallel, plan
+from gigatok_jax import parallel
 from gigatok_jax.benchmarks import plan_gate
 from gigatok_jax.ops import attention, constrain
+from gigatok_jax.planning import hardware, hlo, plan
 
 pytestmark = pytest.mark.gpu_compiler
 

@@ -18,10 +18,10 @@ import tiny
 from jax.experimental import topologies
 from jax.sharding import PartitionSpec as P
 
-from gigatok_jax import dry_run, hlo, hlo_text, plan
-from gigatok_jax.hlo import Collective
 from gigatok_jax.model_config import model_config
-from gigatok_jax.models import ar, tokenizer
+from gigatok_jax.models import ar, parameters, tokenizer
+from gigatok_jax.planning import hlo, hlo_text, plan
+from gigatok_jax.planning.hlo import Collective
 
 ROOT = pathlib.Path(__file__).parents[1]
 F32 = 4  # bytes
@@ -33,7 +33,7 @@ def on_eight_devices(*names) -> list[str]:
     env = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "PYTHONPATH": tiny.PYTHONPATH,
     }
     command = [sys.executable, "-m", "compiled", str(folder), *names]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
@@ -482,7 +482,7 @@ def traced(module, params, *shapes, **options) -> float:
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_tokenizers_cost_what_was_counted_on_the_original(name):
     model = model_config(name, align_block=0)  # only training needs the alignment MLP
-    module, params = tokenizer.make(model), dry_run.abstract_params(model)
+    module, params = tokenizer.make(model), parameters.abstract_params(model)
     images = jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32)
     codes = jax.ShapeDtypeStruct((1, 256), jnp.int32)
     encode = traced(module, params, images, method="encode")
@@ -494,7 +494,7 @@ def test_tokenizers_cost_what_was_counted_on_the_original(name):
 def test_priors_cost_what_was_counted(name):
     model = model_config(name)
     shapes = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1,), (1, 256)))
-    made = traced(ar.make(model), dry_run.abstract_params(model), *shapes)
+    made = traced(ar.make(model), parameters.abstract_params(model), *shapes)
     np.testing.assert_allclose(made, PRIORS[name], rtol=ROUNDED)
 
 
@@ -558,7 +558,7 @@ def test_xlxxl_gathers_one_layer_at_a_time_and_no_tokens(sizes):
     """The published training step with all its losses, compiled but not run."""
     config = compiled.step_config()
     (text,) = on_eight_devices(sizes)
-    check_moves_only_layers(text, dry_run.abstract_params(config.model))
+    check_moves_only_layers(text, parameters.abstract_params(config.model))
     found = hlo.costs(text)
     assert not found.unknown_loops
     # The devices share the work, and none does another's.

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from configs import common
-from gigatok_jax import cluster
+from gigatok_jax.run import cluster
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"

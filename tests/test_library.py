@@ -17,11 +17,12 @@ import tiny_pair
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import gigatok_jax
-from gigatok_jax import checkpoint, library
-from gigatok_jax.conversion import formats
+from gigatok_jax import library
 from gigatok_jax.conversion import tokenizer as convert
 from gigatok_jax.errors import CheckpointError, ConfigError, DataError, ImmutableError
 from gigatok_jax.models import tokenizer as tokenizer_lib
+from gigatok_jax.run import checkpoint
+from gigatok_jax.weights import read
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIZE = 16
@@ -449,7 +450,7 @@ def test_the_originals_file_loads_as_it_is(made, tmp_path):
     model, params = made.config, jax.tree.map(np.asarray, made.params)
     ema = convert.to_torch(jax.tree.map(lambda x: 2 * x, params), model)
     saved = {"model": convert.to_torch(params, model), "ema": ema, "steps": 9}
-    formats.write_pt(tmp_path / "x.pt", saved)
+    read.write_pt(tmp_path / "x.pt", saved)
     found = gigatok_jax.load_tokenizer(tmp_path / "x.pt")
     assert found.config == model and found.step == 9
     same(found.params, jax.tree.map(lambda x: 2 * x, params))

@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
-from gigatok_jax import command_line, dry_run, errors, model_config
+from gigatok_jax import errors, model_config
+from gigatok_jax.models import parameters
+from gigatok_jax.run import command_line
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -73,8 +75,8 @@ def test_dry_run_refuses_a_model_that_cannot_be_built():
 
 
 def test_dry_run_of_a_scanned_stack_is_one_row():
-    params = dry_run.abstract_params(model_config("XL-XXL"))
-    rows = {row.path: row for row in dry_run.rows(params)}
+    params = parameters.abstract_params(model_config("XL-XXL"))
+    rows = {row.path: row for row in parameters.rows(params)}
     row = rows["encoder/blocks/mlp/up/kernel"]
     assert row.shape == (36, 1280, 5120)
     assert row.count == 36 * 1280 * 5120

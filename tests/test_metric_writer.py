@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from tensorboardX.proto import event_pb2
 
-from gigatok_jax import environment, metric_writer, pictures
 from gigatok_jax.errors import GigatokError
+from gigatok_jax.run import environment, metric_writer, pictures
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from test_tokenizer_goldens import rule_shape
 
-from gigatok_jax.conversion import names
 from gigatok_jax.conversion import tokenizer as convert
 from gigatok_jax.errors import CheckpointError, ConfigError
 from gigatok_jax.model_config import num_tokens
 from gigatok_jax.model_config import tokenizer as model_config
 from gigatok_jax.models import cnn, layers, qformer, tokenizer, vit2d
+from gigatok_jax.weights import names
 
 
 @pytest.fixture(autouse=True, scope="module")

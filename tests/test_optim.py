@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import rule
 
-from gigatok_jax import checkpoint
 from gigatok_jax.errors import CheckpointError, ConfigError
+from gigatok_jax.run import checkpoint
 from gigatok_jax.train import optim
 
 GOLDEN = rule.golden_path("lr_schedules.npz")

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import tiny
 
-from gigatok_jax import metric_writer, parallel
+from gigatok_jax import parallel
 from gigatok_jax.errors import ConfigError
+from gigatok_jax.run import metric_writer
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -116,7 +117,11 @@ def test_rows_of_one_process_are_the_whole_array():
 
 def on_devices(count, *arguments) -> subprocess.CompletedProcess:
     flags = f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0"
-    more = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}/tests:{ROOT}"}
+    more = {
+        "XLA_FLAGS": flags,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": tiny.PYTHONPATH,
+    }
     command = [sys.executable, "-c", *map(str, arguments)]
     return subprocess.run(
         command, cwd=ROOT, env=os.environ | more, capture_output=True, text=True, check=False

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from rule import block_images, golden_path, load, lpips_state, pixels
 
-from gigatok_jax.conversion import frozen, names
 from gigatok_jax.models.perceptual import LPIPS, unit_channels
+from gigatok_jax.weights import frozen, names
 
 
 def rule_variables():

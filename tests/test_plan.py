@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import pytest
 from test_main import ROOT, run_main
 
-from gigatok_jax import dry_run, footprint, hardware, hlo, parallel, plan, plan_report
+from gigatok_jax import parallel
 from gigatok_jax.benchmarks import plan as table
 from gigatok_jax.benchmarks import plan_gate
 from gigatok_jax.errors import ConfigError
+from gigatok_jax.models import parameters
 from gigatok_jax.ops import implementation
+from gigatok_jax.planning import hardware, hlo, plan, report, shapes
 from gigatok_jax.train import fit
 
 MIB = 2**20
@@ -120,7 +122,7 @@ def test_a_mesh_to_compile_for_decides_which_kernels_are_taken(platform, kind, i
 
 def peak(function, *shapes):
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return footprint.peak(jax.make_jaxpr(function)(*shapes)) / MIB
+    return shapes.peak(jax.make_jaxpr(function)(*shapes)) / MIB
 
 
 SQUARE = (512, 512)  # a MiB
@@ -174,7 +176,7 @@ def test_an_unrolled_loop_counts_as_its_turns_written_out(remat, reverse):
     x, layers = jnp.zeros((512, 64)), jnp.zeros((turns, 64, 64))
 
     def counted(loss, layers):
-        return footprint.peak(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, layers))
+        return shapes.peak(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, layers))
 
     expected = counted(written, list(layers))
     unrolled = counted(lambda *given: looped(*given, unroll=turns), layers)
@@ -190,7 +192,7 @@ def test_what_a_cpu_needs_is_near_what_is_counted():
     program = plan.program_of(config, mesh := parallel.make_mesh(config.mesh))
     needed = fit.memory_of(plan.program_lib.lower(program, mesh).compile())["temporaries"]
     traced = plan.trace(config, "cpu")
-    counted = traced.activations * 64 + 4 * dry_run.count(program.abstract.params)
+    counted = traced.activations * 64 + 4 * parameters.count(program.abstract.params)
     assert 0.5 < counted / needed < 2
 
 
@@ -316,7 +318,7 @@ def test_a_plan_that_does_not_fit_says_so(xlxxl):
     _, traced = xlxxl
     made = plan.analyse(get("xlxxl"), traced, hardware.parse("v5e:4x4"))
     assert not made.fits and made.micro_batches == 16  # one image at a time
-    lines = plan_report.lines(made)
+    lines = report.lines(made)
     assert all(line.startswith("shape analysis for v5e:4x4: ") for line in lines)
     assert "of 15.75 GiB per device" in lines[0] and "does not fit" in lines[0]
 
@@ -388,6 +390,6 @@ def test_a_dry_run_plans_for_hardware_that_is_not_there():
 
 
 def test_a_dry_run_compiles_a_small_step_for_this_machine(capsys):
-    plan_report.show(get("ar", "size=b,smoke"))
+    report.show(get("ar", "size=b,smoke"))
     text = capsys.readouterr().out
     assert "shape analysis for cpux1: " in text and "compiled for cpux1: " in text

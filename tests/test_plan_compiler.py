@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import lowering
 import pytest
 
-from gigatok_jax import hardware, hlo, library, parallel, plan
+from gigatok_jax import library, parallel
 from gigatok_jax.benchmarks import plan_gate
 from gigatok_jax.models import tokenizer
 from gigatok_jax.ops import implementation
+from gigatok_jax.planning import hardware, hlo, plan
 
 pytestmark = pytest.mark.tpu_compiler
 KEPT = pathlib.Path(__file__).parent / "golden" / "plans.json"

@@ -11,7 +11,7 @@ import rule
 
 from gigatok_jax.models.quantizer import VectorQuantizer
 from gigatok_jax.ops import codebook_search, quantize
-from gigatok_jax.train import objective, step
+from gigatok_jax.train import objective, tokenizer_step
 
 CASES = [
     f"N{rows}_l2{l2}_rot{rot}" for rows in (512, 16384) for l2, rot in ((1, 1), (1, 0), (0, 0))
@@ -107,7 +107,7 @@ def test_gradients_are_the_originals(case):
 def test_usage_counts_a_history_that_starts_with_code_zero(case):
     _, figures, quantized, _, _, _ = golden_run(case)
     history = jnp.concatenate([jnp.zeros(65536 - 128), quantized.codes.reshape(-1)])
-    scalars = step.codebook_scalars(history, int(_numbers(case)[0]))
+    scalars = tokenizer_step.codebook_scalars(history, int(_numbers(case)[0]))
     np.testing.assert_allclose(scalars["codebook_usage"], figures["usage"], rtol=1e-5)
 
 

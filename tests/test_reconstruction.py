@@ -11,10 +11,10 @@ import tiny
 from PIL import Image
 
 from configs import reconstruct as reconstruct_config
-from gigatok_jax import checkpoint
 from gigatok_jax.data import pipeline, sources
 from gigatok_jax.errors import CheckpointError, ConfigError, DataError
 from gigatok_jax.evaluation import metrics, reconstruction
+from gigatok_jax.run import checkpoint
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -12,10 +12,13 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+import tiny
 
-from gigatok_jax import checkpoint, dry_run, model_config, parallel
+from gigatok_jax import model_config, parallel
 from gigatok_jax.errors import ConfigError
+from gigatok_jax.models import parameters
 from gigatok_jax.ops.constrain import BATCH, constrain
+from gigatok_jax.run import checkpoint
 from gigatok_jax.train import ar_step
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -48,8 +51,8 @@ def test_every_rule_names_something(kind):
     paths = []
     for name, fields in MODELS.items():
         if name.startswith("prior") == (kind == "prior"):
-            params = dry_run.abstract_params(model_config(name, **fields))
-            paths += [row.path for row in dry_run.rows(params)]
+            params = parameters.abstract_params(model_config(name, **fields))
+            paths += [row.path for row in parameters.rows(params)]
     for rule in parallel.RULES[kind]:
         assert any(re.search(rf"(^|/){rule.pattern}$", path) for path in paths), rule
 
@@ -59,11 +62,11 @@ def test_every_rule_names_something(kind):
 def test_large_models_are_divided(name, axis):
     """Eight parts: what is left whole is a small share (tensor leaves the convolutions whole)."""
     model = model_config(name)
-    params = dry_run.abstract_params(model)
+    params = parameters.abstract_params(model)
     rules = parallel.rules_of(config_of(model))
     total = parallel.bytes_per_device(placed(params, abstract_mesh(), rules))
     divided = placed(params, abstract_mesh(**{axis: 8}), rules)
-    assert total == 4 * dry_run.count(params)
+    assert total == 4 * parameters.count(params)
     assert parallel.bytes_per_device(divided) < total * (0.13 if axis == "fsdp" else 0.17)
     lines = parallel.placement(divided)
     assert len(lines) > 4 and any(axis in line for line in lines)
@@ -81,7 +84,7 @@ def test_moments_and_averages_lie_as_their_parameter():
 def test_a_rule_of_the_config_comes_first():
     model = model_config("prior-B", layers=2)
     rules = parallel.rules_of(config_of(model, "attention/qkv/kernel=-,fsdp; head/kernel=-,-"))
-    places = parallel.shardings(dry_run.abstract_params(model), abstract_mesh(fsdp=4), rules)
+    places = parallel.shardings(parameters.abstract_params(model), abstract_mesh(fsdp=4), rules)
     spec = places["blocks"]["attention"]["qkv"]["kernel"].spec
     assert tuple(spec) == (None, None, "fsdp")
     assert not any(places["head"]["kernel"].spec)
@@ -100,7 +103,7 @@ def test_a_rule_of_the_config_comes_first():
 )
 def test_rules_that_cannot_be_are_refused(rules, sizes, words):
     model = model_config("prior-B", layers=2)
-    params = dry_run.abstract_params(model)
+    params = parameters.abstract_params(model)
     with pytest.raises(ConfigError, match=words):
         parallel.shardings(
             params, abstract_mesh(**sizes), parallel.rules_of(config_of(model, rules))
@@ -257,7 +260,7 @@ def run_updates(*arguments, **more):
     env = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "PYTHONPATH": tiny.PYTHONPATH,
         **more,
     }
     command = [sys.executable, "-c", UPDATE, *arguments]

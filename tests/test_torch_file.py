@@ -11,9 +11,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gigatok_jax.conversion import torch_file
-from gigatok_jax.conversion.names import Promise
 from gigatok_jax.errors import CheckpointError
+from gigatok_jax.weights import torch_file
+from gigatok_jax.weights.names import Promise
 
 SAVED = {
     "model": {

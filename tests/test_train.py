@@ -17,7 +17,6 @@ import pytest
 import tiny
 from PIL import Image
 
-from gigatok_jax import checkpoint, metric_writer
 from gigatok_jax.data import sources
 from gigatok_jax.errors import (
     CheckpointError,
@@ -26,6 +25,7 @@ from gigatok_jax.errors import (
     MissingWeightsError,
     NonFiniteError,
 )
+from gigatok_jax.run import checkpoint, metric_writer
 from gigatok_jax.train import fit, loop, networks
 from gigatok_jax.train import tokenizer as training
 
@@ -234,7 +234,7 @@ def wait_for_rows(process, workdir, step):
 
 
 def environment(**more) -> dict:
-    return os.environ | {"PYTHONPATH": f"{ROOT}/tests:{ROOT}", "JAX_PLATFORMS": "cpu"} | more
+    return os.environ | {"PYTHONPATH": tiny.PYTHONPATH, "JAX_PLATFORMS": "cpu"} | more
 
 
 def test_a_run_killed_at_random_moments_ends_the_same(whole, tmp_path):

@@ -21,10 +21,11 @@ from PIL import Image
 
 from configs import common
 from configs import extract_codes as extract_config
-from gigatok_jax import checkpoint, library
+from gigatok_jax import library
 from gigatok_jax.data import codes, sources
 from gigatok_jax.errors import CheckpointError, ConfigError, DataError
 from gigatok_jax.models import ar
+from gigatok_jax.run import checkpoint
 from gigatok_jax.train import ar as training
 from gigatok_jax.train import ar_step, extract_codes, optim
 

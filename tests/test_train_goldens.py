@@ -16,11 +16,11 @@ import rule
 from test_tokenizer_goldens import model_of, rule_params
 
 from configs import common
-from gigatok_jax.conversion import discriminator as convert_discriminator
-from gigatok_jax.conversion import frozen, names
 from gigatok_jax.conversion import tokenizer as convert
 from gigatok_jax.models import discriminator, perceptual, tokenizer
-from gigatok_jax.train import objective, optim, state, step
+from gigatok_jax.train import objective, optim, state, tokenizer_step
+from gigatok_jax.weights import discriminator_names as convert_discriminator
+from gigatok_jax.weights import frozen, names
 
 ALL_ON = objective.Phase(shortcut=True, adversarial=True, entropy=True)
 TERMS = {  # ours to the original's, as it logs them
@@ -98,7 +98,7 @@ def compiled_gradients():
     def gradients(first, images, fixed, adversarial):
         loss = types.SimpleNamespace(**config.loss.to_dict() | {"adversarial": adversarial})
         weighted = types.SimpleNamespace(loss=loss)
-        return step.gradients(first, images, fixed, ALL_ON, networks, weighted, groups=1)
+        return tokenizer_step.gradients(first, images, fixed, ALL_ON, networks, weighted, groups=1)
 
     return gradients
 
@@ -113,7 +113,7 @@ def gradients(adversarial: float):
 def updated():
     """State after the step with every term on."""
     _, optimizers, config, first, _ = run()
-    update = jax.jit(lambda s, g: step._update(s, g, optimizers, config, ALL_ON)[0])
+    update = jax.jit(lambda s, g: tokenizer_step._update(s, g, optimizers, config, ALL_ON)[0])
     return update(first, gradients(0.5))
 
 

@@ -12,7 +12,7 @@ import importlib
 import jax
 import numpy as np
 
-from gigatok_jax.benchmarks import compare
+from gigatok_jax.benchmarks import kernels
 from gigatok_jax.ops import implementation
 from gigatok_jax.ops.codebook_search import nearest
 
@@ -21,44 +21,44 @@ _CHECKED = 4096
 
 def main() -> None:
     """Prints a table; writes it and a picture with `--out`."""
-    given = compare.arguments(__doc__.splitlines()[0])
+    given = kernels.arguments(__doc__.splitlines()[0])
     results = []
-    for case in compare.cases(given):
+    for case in kernels.cases(given):
         for impl in implementations(case):
             results.append(measure(case, impl, given.repeats))
             print(*results[-1], flush=True)
-        if given.torch and compare.torch_is_here() and compare.fits_peer(case):
+        if given.torch and kernels.torch_is_here() and kernels.fits_peer(case):
             for name, search in torch_searches().items():
-                ms, peak = compare.time_torch(search, case, given.repeats)
+                ms, peak = kernels.time_torch(search, case, given.repeats)
                 results.append(result(case, name, ms, peak, ""))
                 print(*results[-1], flush=True)
-    compare.finish("codebook_search", given, results)
+    kernels.finish("codebook_search", given, results)
 
 
-def implementations(case: compare.Case) -> list[str]:
+def implementations(case: kernels.Case) -> list[str]:
     """XLA and what the device has besides."""
     widths = range(1, 65)
     return [name for name in implementation.NAMES
             if implementation.obstacle(name, case.width, widths) is None]  # fmt: skip
 
 
-def measure(case: compare.Case, impl: str, repeats: int) -> compare.Result:
+def measure(case: kernels.Case, impl: str, repeats: int) -> kernels.Result:
     """One implementation at one size, checked before it is timed."""
 
     def search(z, codebook):
         return nearest(z, codebook, impl=impl)
 
-    z, codebook = compare.inputs(case, 1)[0]
+    z, codebook = kernels.inputs(case, 1)[0]
     wrong = count_wrong(z, codebook, np.asarray(jax.jit(search)(z, codebook)))
     assert not wrong, f"{wrong} codes of {impl} are wrong at {case}"
-    ms, peak = compare.time_jax(search, case, repeats)
+    ms, peak = kernels.time_jax(search, case, repeats)
     return result(case, impl, ms, peak, "0 wrong")
 
 
-def result(case, name, ms, peak, error) -> compare.Result:
+def result(case, name, ms, peak, error) -> kernels.Result:
     packed = max(16, 1 << (3 * case.width + 2).bit_length())
-    part = compare.share("products", 2 * packed * case.tokens * case.rows, ms)
-    return compare.Result(case.tokens, case.rows, name, ms, part, peak, error)
+    part = kernels.share("products", 2 * packed * case.tokens * case.rows, ms)
+    return kernels.Result(case.tokens, case.rows, name, ms, part, peak, error)
 
 
 def count_wrong(z: np.ndarray, codebook: np.ndarray, codes: np.ndarray) -> int:

@@ -11,7 +11,7 @@ import importlib
 import jax
 import numpy as np
 
-from gigatok_jax.benchmarks import compare
+from gigatok_jax.benchmarks import kernels
 from gigatok_jax.benchmarks.codebook_search import implementations
 from gigatok_jax.ops.entropy import EPSILON, entropy_loss
 
@@ -22,20 +22,20 @@ _LARGEST = 2**32  # tokens x rows; beyond, XLA and PyTorch take minutes
 
 def main() -> None:
     """Prints a table; writes it and a picture with `--out`."""
-    given = compare.arguments(__doc__.splitlines()[0])
+    given = kernels.arguments(__doc__.splitlines()[0])
     results = []
-    for case in compare.cases(given):
+    for case in kernels.cases(given):
         for impl in implementations(case):
             if impl == "xla" and case.tokens * case.rows > _LARGEST:
                 continue
             results.append(measure(case, impl, given.repeats))
             print(*results[-1], flush=True)
-        if given.torch and compare.torch_is_here() and case.tokens * case.rows <= 2**30:
+        if given.torch and kernels.torch_is_here() and case.tokens * case.rows <= 2**30:
             for name, loss in torch_losses().items():
-                ms, peak = compare.time_torch(loss, case, given.repeats)
+                ms, peak = kernels.time_torch(loss, case, given.repeats)
                 results.append(result(case, name, ms, peak, ""))
                 print(*results[-1], flush=True)
-    compare.finish("entropy", given, results)
+    kernels.finish("entropy", given, results)
 
 
 def gradients(impl: str):
@@ -47,24 +47,24 @@ def gradients(impl: str):
     return jax.value_and_grad(loss, argnums=(0, 1))
 
 
-def measure(case: compare.Case, impl: str, repeats: int) -> compare.Result:
+def measure(case: kernels.Case, impl: str, repeats: int) -> kernels.Result:
     """One implementation at one size, checked before it is timed."""
     error = largest_error(case, impl)
     assert error < 2e-4, f"gradients of {impl} are off by {error} at {case}"
-    ms, peak = compare.time_jax(gradients(impl), case, repeats)
+    ms, peak = kernels.time_jax(gradients(impl), case, repeats)
     return result(case, impl, ms, peak, f"{error:.1e}")
 
 
-def result(case, name, ms, peak, error) -> compare.Result:
-    part = compare.share("exponentials", 4 * case.tokens * case.rows, ms)
-    return compare.Result(case.tokens, case.rows, name, ms, part, peak, error)
+def result(case, name, ms, peak, error) -> kernels.Result:
+    part = kernels.share("exponentials", 4 * case.tokens * case.rows, ms)
+    return kernels.Result(case.tokens, case.rows, name, ms, part, peak, error)
 
 
-def largest_error(case: compare.Case, impl: str) -> float:
+def largest_error(case: kernels.Case, impl: str) -> float:
     """Relative error of both gradients against float64, by norm."""
-    codebook = compare.unit_vectors(1, min(case.rows, 2**14), case.width)
-    near = compare.unit_vectors(2, 16, case.width)[np.arange(_CHECKED) % 16]
-    z = near + 0.05 * compare.unit_vectors(3, _CHECKED, case.width)
+    codebook = kernels.unit_vectors(1, min(case.rows, 2**14), case.width)
+    near = kernels.unit_vectors(2, 16, case.width)[np.arange(_CHECKED) % 16]
+    z = near + 0.05 * kernels.unit_vectors(3, _CHECKED, case.width)
     z /= np.linalg.norm(z, axis=1, keepdims=True)
     _, ours = jax.jit(gradients(impl))(z, codebook)
     exact = float64_gradients(z.astype(np.float64), codebook.astype(np.float64))

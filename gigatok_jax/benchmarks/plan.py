@@ -17,9 +17,10 @@ from collections.abc import Iterator
 
 import jax
 
-from gigatok_jax import command_line, hardware, plan
 from gigatok_jax.benchmarks import plan_gate
 from gigatok_jax.errors import ConfigError
+from gigatok_jax.planning import hardware, plan
+from gigatok_jax.run import command_line
 
 CONFIGS = (
     "ss sb sl bl bl_dinodisc bl_simple xlxxl ss_2d sb_2d bl_2d"

@@ -13,9 +13,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gigatok_jax import command_line, hardware, hlo, parallel, plan
+from gigatok_jax import parallel
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.models import tokenizer
+from gigatok_jax.planning import hardware, hlo, plan
+from gigatok_jax.run import command_line
 from gigatok_jax.train import fit
 from gigatok_jax.train import program as program_lib
 

@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gigatok_jax import command_line, metric_writer
 from gigatok_jax.library import Prior
 from gigatok_jax.model_config import model_config
 from gigatok_jax.models import ar
+from gigatok_jax.run import command_line, metric_writer
 
 SCALE = 1.75
 

@@ -28,22 +28,14 @@ from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
-from gigatok_jax import (
-    checkpoint,
-    cluster,
-    command_line,
-    environment,
-    files,
-    load,
-    metric_writer,
-    parallel,
-    plan,
-    processes,
-)
+from gigatok_jax import files, parallel
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.models import layers
+from gigatok_jax.planning import plan
+from gigatok_jax.run import checkpoint, cluster, command_line, environment, metric_writer, processes
 from gigatok_jax.train import fit
 from gigatok_jax.train import program as program_lib
+from gigatok_jax.weights import load
 
 MEASURED = "gigatok_jax_measured"  # folder of a checkpoint that is only timed
 LOSSES = 5  # first updates, whose losses are kept

@@ -17,7 +17,7 @@ ours, its checkpoints/ or one step in it. The name of OUT says what is made:
 import argparse
 import sys
 
-from gigatok_jax import command_line
+from gigatok_jax.run import command_line
 
 
 def main(arguments: list[str] | None = None) -> int:

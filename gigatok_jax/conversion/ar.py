@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gigatok_jax.conversion import names, recognise
-from gigatok_jax.conversion.names import Entry, layer_pair, norm_pair, under
+from gigatok_jax.weights import names, recognise
+from gigatok_jax.weights.names import Entry, layer_pair, norm_pair, under
 
 _QK_NORM = [
     *norm_pair("attention/query_norm", "attention.q_norm"),

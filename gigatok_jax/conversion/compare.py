@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gigatok_jax.conversion import formats, recognise
-from gigatok_jax.conversion.formats import Checkpoint
-from gigatok_jax.conversion.names import Promise
 from gigatok_jax.conversion.progress import Progress
+from gigatok_jax.weights import read, recognise
+from gigatok_jax.weights.names import Promise
+from gigatok_jax.weights.read import Checkpoint
 
 SHOWN = 20  # lines of a kind
 PARTS = {"auto": ("model", "ema", "discriminator"), "ema": ("ema",), "raw": ("model",)}
@@ -26,7 +26,7 @@ def compare(first: str, second: str, tolerance: float = 0.0, weights: str = "aut
     Returns:
         Whether they have the same names, and no difference is above the tolerance.
     """
-    a, b = formats.load(first), formats.load(second)
+    a, b = read.load(first), read.load(second)
     same = [_compare_part(a, b, one, other, tolerance) for one, other in _pairs(a, b, weights)]
     return all(same)
 
@@ -37,7 +37,7 @@ def _pairs(a: Checkpoint, b: Checkpoint, weights: str) -> list[tuple[str, str]]:
     common = [part for part in wanted if part in a.parts and part in b.parts]
     if common:
         return [(part, part) for part in common]
-    return [(formats.choose(a, weights), formats.choose(b, weights))]
+    return [(read.choose(a, weights), read.choose(b, weights))]
 
 
 def _compare_part(a: Checkpoint, b: Checkpoint, one: str, other: str, tolerance: float) -> bool:
@@ -89,7 +89,7 @@ def _difference(left: Promise, right: Promise) -> float:
 
 def inspect(path: str) -> None:
     """Prints what a checkpoint holds; reads names, shapes and the config alone."""
-    found = formats.load(path)
+    found = read.load(path)
     print(f"{path}: {found.kind}" + ("" if found.step is None else f" at step {found.step}"))
     for name, part in found.parts.items():
         kinds = collections.Counter(np.dtype(tensor.dtype).name for tensor in part.values())
@@ -101,16 +101,16 @@ def inspect(path: str) -> None:
     for name, optimizer in found.optimizers.items():
         states, groups = (len(optimizer.get(key, ())) for key in ("state", "param_groups"))
         print(f"  {name}: moments of {states} parameters, {groups} groups")
-    if found.kind in formats.INFER:
+    if found.kind in read.INFER:
         _inspect_model(found)
 
 
 def _inspect_model(found: Checkpoint) -> None:
-    model = formats.config_of(found)
+    model = read.config_of(found)
     print(f"  {recognise.published_name(model) or 'no published model'}: it has")
     print("    " + ", ".join(f"{key}={value!r}" for key, value in model.items()))
     part = "model" if "model" in found.parts else "ema"
-    formats.checked(found, part, model)
+    read.checked(found, part, model)
 
 
 def _by_module(part: Mapping[str, Promise]) -> dict[str, int]:

@@ -8,14 +8,16 @@ from typing import Any
 import ml_collections
 from etils import epath
 
-from gigatok_jax import command_line, files, library
-from gigatok_jax.conversion import formats, orbax_file, recognise, run_state, tokenizer
-from gigatok_jax.conversion.names import Promise
+from gigatok_jax import files, library
+from gigatok_jax.conversion import run_state, tokenizer
 from gigatok_jax.conversion.progress import Progress
 from gigatok_jax.errors import CheckpointError, ConfigError
 from gigatok_jax.model_config import family
+from gigatok_jax.run import command_line
 from gigatok_jax.train import loop, optim
 from gigatok_jax.train import tokenizer as tokenizer_run
+from gigatok_jax.weights import orbax_file, read, recognise
+from gigatok_jax.weights.names import Promise
 
 # What PyTorch's AdamW keeps with each group of parameters beside its own settings.
 GROUP = {
@@ -47,7 +49,7 @@ def from_torch(
     Args:
         source: of any format.
         out: ends in `.safetensors`, or is the folder of a run.
-        weights: for `.safetensors`, see `formats.read`.
+        weights: for `.safetensors`, see `read.read`.
         overrides: fields of the model's config in the place of what is recognised.
         config: the run's config file, with its arguments after a colon; for a workdir.
         tokenizer_path: whose codes a prior learned; for a workdir.
@@ -57,9 +59,9 @@ def from_torch(
     """
     target = epath.Path(out).expanduser().absolute()  # Orbax wants it so
     _check_free(target)
-    found = formats.load(source)
+    found = read.load(source)
     if target.suffix == ".safetensors":
-        _weights_only(formats.read(source, weights, **overrides or {}), target)
+        _weights_only(read.read(source, weights, **overrides or {}), target)
         return
     if target.suffix in OTHER_FILES:
         raise ConfigError(f"{out}: from_torch writes .safetensors or a workdir without a suffix")
@@ -76,9 +78,9 @@ def to_torch(source: str, out: str, *, weights: str = "auto", **overrides) -> No
     target = epath.Path(out).expanduser().absolute()  # Orbax wants it so
     _check_free(target)
     if target.suffix == ".safetensors":
-        _weights_only(formats.read(source, weights, **overrides), target)
+        _weights_only(read.read(source, weights, **overrides), target)
     elif target.suffix == ".pt":
-        _to_pt(formats.load(source), target, weights, overrides)
+        _to_pt(read.load(source), target, weights, overrides)
     else:
         raise ConfigError(f"{out}: to_torch writes .pt or .safetensors")
 
@@ -88,11 +90,11 @@ def _check_free(target: epath.Path) -> None:
         raise CheckpointError(f"{target} is there already: remove it or choose another name")
 
 
-def _weights_only(found: formats.Weights, target: epath.Path) -> None:
+def _weights_only(found: read.Weights, target: epath.Path) -> None:
     state = found.state.promises
     progress = Progress(nbytes(state.values()), target.name)
     extras = {name: found.extras[name] for name in ("step", "weights", "tokenizer")}
-    formats.write_safetensors(target, state, found.config, progress, **extras)
+    read.write_safetensors(target, state, found.config, progress, **extras)
     print(f"{target}: {describe(found.config)}, {found.extras['weights']} weights")
 
 
@@ -117,13 +119,13 @@ def describe(model) -> str:
 def _to_workdir(found, target: epath.Path, overrides, config_path: str, tokenizer_path: str):
     run = command_line.load_config(config_path) if config_path else None
     told = {name: run.model[name] for name in HIDDEN if name in run.model} if run else {}
-    model = formats.config_of(found, **told | overrides)
+    model = read.config_of(found, **told | overrides)
     if run is not None:
         _check_same(model, run.model, found.path)
     parts = dict(found.parts)
     for part in run_state.COPIES:
         if part in parts:
-            parts[part] = formats.checked(found, part, model)
+            parts[part] = read.checked(found, part, model)
     fallback = run.loss.discriminator if run and "loss" in run else "patchgan"
     arrays = run_state.to_ours(
         parts, found.optimizers, found.step or 0, model,
@@ -138,7 +140,7 @@ def _to_workdir(found, target: epath.Path, overrides, config_path: str, tokenize
     if model.kind == "prior":
         extras |= _prior_extras(found, tokenizer_path)
     progress = Progress(nbytes(arrays.values()), target.name)
-    with formats.draft(target) as draft:
+    with read.draft(target) as draft:
         orbax_file.write(draft, found.step or 0, arrays, extras, progress)
         if run:
             files.write_json(draft / "config.json", run.to_dict())
@@ -156,7 +158,7 @@ def _check_same(found, run, path: str) -> None:
 def _prior_extras(found, tokenizer_path: str) -> dict[str, Any]:
     fingerprint = found.extras.get("tokenizer", "")
     if tokenizer_path:
-        weights = formats.read(tokenizer_path)
+        weights = read.read(tokenizer_path)
         params = tokenizer.from_torch(weights.state, weights.config)
         fingerprint = library.fingerprint({name: params[name] for name in library.CODE_PARTS})
     elif not fingerprint:
@@ -185,11 +187,11 @@ def _settings(optimizers: Mapping[str, dict]) -> dict[str, list[dict]]:
 
 
 def _to_pt(found, target: epath.Path, weights: str, overrides) -> None:
-    model = formats.config_of(found, **overrides)
+    model = read.config_of(found, **overrides)
     copies = [part for part in run_state.COPIES if part in found.parts]
     if weights != "auto" or not found.optimizers:
-        copies = [formats.choose(found, weights)]
-    saved = {part: formats.checked(found, part, model) for part in copies}
+        copies = [read.choose(found, weights)]
+    saved = {part: read.checked(found, part, model) for part in copies}
     if len(copies) == 1:
         saved = {"model": saved[copies[0]]}
     if weights == "auto":
@@ -197,7 +199,7 @@ def _to_pt(found, target: epath.Path, weights: str, overrides) -> None:
     if found.step is not None:
         saved["steps"] = found.step
     progress = Progress(nbytes(_tensors(saved)), target.name)
-    formats.write_pt(target, saved, progress)
+    read.write_pt(target, saved, progress)
     print(f"{target}: {describe(model)}, {', '.join(saved)}")
 
 

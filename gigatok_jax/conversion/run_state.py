@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gigatok_jax.conversion import discriminator, models, names, recognise
-from gigatok_jax.conversion.names import Entry, Promise, value_of
 from gigatok_jax.errors import CheckpointError
 from gigatok_jax.models import discriminator as discriminator_modules
+from gigatok_jax.weights import discriminator_names, names, recognise, tables
+from gigatok_jax.weights.names import Entry, Promise, value_of
 
 ADAM = "opt_state/1/"  # of the three links of `optim.make_optimizer`, the one that has a state
 MOMENTS = {"mu": "exp_avg", "nu": "exp_avg_sq"}
@@ -83,13 +83,13 @@ def to_ours(
     Raises:
         CheckpointError: an optimizer of other parameters.
     """
-    entries = models.entries(model)
+    entries = tables.entries(model)
     trained, average = (
         parts.get(one) or parts[other] for one, other in (("model", "ema"), ("ema", "model"))
     )
     params, ema = names.leaves(trained, entries), names.leaves(average, entries)
-    used = params.pop(models.USED, None)
-    ema.pop(models.USED, None)
+    used = params.pop(tables.USED, None)
+    ema.pop(tables.USED, None)
     if "ema" not in parts or "model" not in parts:
         print("one copy of the parameters is there: the trained one and the average start equal")
     order = parameter_order(trained, entries, model.kind)
@@ -175,15 +175,15 @@ def _discriminator_to_ours(part: Tensors | None, optimizers, fallback: str) -> d
         kind, variables, optimizers = fallback, _new_discriminator(fallback), {}
     else:
         kind = recognise.kind_of(part)
-        variables = discriminator.from_torch({n: p.read() for n, p in part.items()}, kind)
-    entries = discriminator.entries(kind)
+        variables = discriminator_names.from_torch({n: p.read() for n, p in part.items()}, kind)
+    entries = discriminator_names.entries(kind)
     tensors = names.to_torch(variables, entries)
     table = [e._replace(path=e.path.removeprefix("params/")) for e in parameter_table(entries)]
     order = parameter_order(tensors, table, kind)
     adam = _adam_to_ours(optimizers, "optimizer_disc", order, tensors, table)
     return {
-        **above("discriminator/", models.flatten(variables.pop("params"))),
-        **above("discriminator_stats/", models.flatten(variables)),
+        **above("discriminator/", tables.flatten(variables.pop("params"))),
+        **above("discriminator_stats/", tables.flatten(variables)),
         **above("discriminator_", adam),
     }
 
@@ -213,7 +213,7 @@ def to_theirs(arrays: Mapping[str, Promise], model) -> tuple[dict[str, Tensors],
         "model", "ema", "discriminator" as far as they are there, and "optimizer",
         "optimizer_disc", whose groups have no settings yet.
     """
-    entries, parts, optimizers = models.entries(model), {}, {}
+    entries, parts, optimizers = tables.entries(model), {}, {}
     for part, prefix in COPIES.items():
         if copy := below(arrays, prefix):
             parts[part] = names.tensors(copy | _history(arrays, model, part), entries)
@@ -234,9 +234,9 @@ def _history(arrays: Mapping[str, Promise], model, part: str) -> Tensors:
     if model.kind == "prior":
         return {}
     if part == "model" and "codebook_used" in arrays:
-        return {models.USED: arrays["codebook_used"]}
-    shape = (models.HISTORY,)
-    return {models.USED: Promise(shape, np.dtype("f4"), lambda: np.zeros(shape, np.float32))}
+        return {tables.USED: arrays["codebook_used"]}
+    shape = (tables.HISTORY,)
+    return {tables.USED: Promise(shape, np.dtype("f4"), lambda: np.zeros(shape, np.float32))}
 
 
 def _adam_to_theirs(arrays, order: list[str], entries, kind: str, tensors) -> dict[str, Any]:
@@ -262,7 +262,7 @@ def _widened(moments: Mapping[str, Promise]) -> Tensors:
 
 
 def _discriminator_to_theirs(arrays, variables: Tensors, kind: str) -> tuple[Tensors, dict]:
-    entries = discriminator.entries(kind)
+    entries = discriminator_names.entries(kind)
     part = names.tensors(variables, entries)
     counts = {n: _counter(p) for n, p in part.items() if n.endswith("num_batches_tracked")}
     table = [e._replace(path=e.path.removeprefix("params/")) for e in parameter_table(entries)]

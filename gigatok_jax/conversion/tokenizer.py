@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gigatok_jax.conversion import names, recognise
-from gigatok_jax.conversion.names import Entry, layer_pair, norm_pair, under
 from gigatok_jax.model_config import SIZES
 from gigatok_jax.models.cnn import channels
+from gigatok_jax.weights import names, recognise
+from gigatok_jax.weights.names import Entry, layer_pair, norm_pair, under
 
 HISTORY = 65536  # latest codes, which the original keeps too
 _QKV = ("query", "key", "value")

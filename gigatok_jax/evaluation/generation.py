@@ -17,19 +17,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from gigatok_jax import (
-    checkpoint,
-    environment,
-    files,
-    library,
-    metric_writer,
-    pictures,
-    report,
-    sampling,
-)
-from gigatok_jax.data import classes, transforms
+from gigatok_jax import files, library, sampling
+from gigatok_jax.data import transforms
 from gigatok_jax.errors import ConfigError
-from gigatok_jax.evaluation import metrics, pair
+from gigatok_jax.evaluation import classes, metrics, pair
+from gigatok_jax.run import checkpoint, environment, metric_writer, page, pictures
 from gigatok_jax.train.loop import Interrupts
 
 RECORD, SAMPLES = "generation.json", "samples.npz"
@@ -93,14 +85,14 @@ def generate(config, workdir: epath.PathLike) -> None:
     with Interrupts() as interrupts:
         left, speed = make(job, missing, interrupts)
     if left:
-        report.write(job.workdir)
+        page.write(job.workdir)
         total = len(job.image_ids)
         print(f"stopped with {total - left} of {total} images; the same command goes on")
         raise SystemExit(128 + interrupts.received)
     if missing or not is_finished(job):
         seconds = time.perf_counter() - start
         finish(job, {"made": len(missing), "seconds": seconds, "images_per_second": speed})
-    print(f"images: {len(job.image_ids)}; page: {report.write(job.workdir)}", flush=True)
+    print(f"images: {len(job.image_ids)}; page: {page.write(job.workdir)}", flush=True)
 
 
 def check(config) -> None:

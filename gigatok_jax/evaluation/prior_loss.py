@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from gigatok_jax import files, library, parallel, processes
+from gigatok_jax import files, library, parallel
 from gigatok_jax.data import codes as codes_lib
 from gigatok_jax.data import pipeline, sources
 from gigatok_jax.errors import ConfigError, DataError
 from gigatok_jax.evaluation import pair
 from gigatok_jax.models import ar
+from gigatok_jax.run import processes
 
 
 def make_losses(prior: ar.Prior) -> Callable[..., jax.Array]:

@@ -12,13 +12,14 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from gigatok_jax import files, library, pictures, processes
+from gigatok_jax import files, library
 from gigatok_jax.data import sources, transforms
 from gigatok_jax.errors import ConfigError, DataError
 from gigatok_jax.evaluation import metrics
-from gigatok_jax.load import available, load_frozen
 from gigatok_jax.models import perceptual, tokenizer
 from gigatok_jax.ops.image import to_pixels
+from gigatok_jax.run import pictures, processes
+from gigatok_jax.weights.load import available, load_frozen
 
 SHOWN = 16  # images of a comparison picture
 

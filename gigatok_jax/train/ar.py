@@ -16,16 +16,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from gigatok_jax import (
-    checkpoint,
-    cluster,
-    files,
-    library,
-    parallel,
-    pictures,
-    processes,
-    sampling,
-)
+from gigatok_jax import files, library, parallel, sampling
 from gigatok_jax.data import codes as codes_lib
 from gigatok_jax.data import pipeline, sources
 from gigatok_jax.errors import CheckpointError, ConfigError, DataError
@@ -34,6 +25,7 @@ from gigatok_jax.model_config import model_config, validate
 from gigatok_jax.models import ar
 from gigatok_jax.models import tokenizer as tokenizer_lib
 from gigatok_jax.models.layers import make_loop
+from gigatok_jax.run import checkpoint, cluster, pictures, processes
 from gigatok_jax.train import ar_step, optim
 from gigatok_jax.train import program as program_lib
 from gigatok_jax.train.loop import (

@@ -11,10 +11,11 @@ import numpy as np
 from etils import epath
 from sklearn import linear_model
 
-from gigatok_jax import files, report
+from gigatok_jax import files
 from gigatok_jax.data import sources, transforms
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.evaluation import generation
+from gigatok_jax.run import page
 from gigatok_jax.train import ar, extract_codes, tokenizer
 
 STAGES = ("codes", "prior", "samples")
@@ -73,7 +74,7 @@ def summarise(config, workdir: epath.Path, seconds: float) -> None:
     real, made = (f"{results[name]:.1%}" for name in ("recognised_real", "recognised_generated"))
     print(
         f"a classifier of real digits recognises {made} of the generated ones, and {real} of real"
-        f" ones that nothing was trained on; page: {report.write(workdir)}",
+        f" ones that nothing was trained on; page: {page.write(workdir)}",
         flush=True,
     )
 

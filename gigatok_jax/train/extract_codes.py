@@ -13,10 +13,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from gigatok_jax import files, library, metric_writer, parallel
+from gigatok_jax import files, library, parallel
 from gigatok_jax.data import codes, pipeline, sources
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.evaluation import metrics
+from gigatok_jax.run import metric_writer
 from gigatok_jax.train.loop import Interrupts, claim
 
 PROGRESS_SECONDS = 5.0  # between two lines

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import jax
 from absl import logging
 
-from gigatok_jax import parallel, processes
+from gigatok_jax import parallel
 from gigatok_jax.errors import ConfigError
+from gigatok_jax.run import processes
 
 
 class FittedStep:

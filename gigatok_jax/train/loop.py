@@ -14,17 +14,9 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from gigatok_jax import (
-    checkpoint,
-    cluster,
-    environment,
-    files,
-    metric_writer,
-    parallel,
-    processes,
-    report,
-)
+from gigatok_jax import files, parallel
 from gigatok_jax.errors import CheckpointError, ConfigError, NonFiniteError
+from gigatok_jax.run import checkpoint, cluster, environment, metric_writer, page, processes
 from gigatok_jax.train.fit import FittedStep
 from gigatok_jax.train.program import Program
 
@@ -295,7 +287,7 @@ def show(run: Run, state, done: int) -> None:
         with run.timer.measure("evaluate"):
             run.draw(state, done)
             if processes.is_first():
-                report.write(run.workdir)
+                page.write(run.workdir)
 
 
 def has_results(workdir: epath.Path, step: int) -> bool:
@@ -326,8 +318,8 @@ def write_results(run: Run, done: int) -> None:
         results = {name.removeprefix("eval/"): value for name, value in figures.items()}
         results |= {"step": done, "seconds": seconds, "useful_share": share}
         files.write_json(run.workdir / "results.json", results)
-    page = report.write(run.workdir)
-    print(f"{share:.0%} of {metric_writer.duration(seconds)} spent computing; page: {page}")
+    written = page.write(run.workdir)
+    print(f"{share:.0%} of {metric_writer.duration(seconds)} spent computing; page: {written}")
 
 
 class Interrupts:

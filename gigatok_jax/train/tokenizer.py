@@ -10,17 +10,18 @@ import jax
 import numpy as np
 from etils import epath
 
-from gigatok_jax import cluster, parallel, pictures, processes
+from gigatok_jax import parallel
 from gigatok_jax.data import pipeline, sources
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.evaluation import reconstruction
 from gigatok_jax.model_config import validate
 from gigatok_jax.models import tokenizer
+from gigatok_jax.run import cluster, pictures, processes
 from gigatok_jax.train import networks as networks_lib
 from gigatok_jax.train import objective, optim
 from gigatok_jax.train import program as program_lib
 from gigatok_jax.train import state as state_lib
-from gigatok_jax.train import step as step_lib
+from gigatok_jax.train import tokenizer_step as step_lib
 from gigatok_jax.train.loop import (
     Interrupts,
     Run,

@@ -13,7 +13,7 @@ import tiny
 from gigatok_jax.conversion import tokenizer as convert
 from gigatok_jax.model_config import model_config
 from gigatok_jax.models import dino, discriminator
-from gigatok_jax.train import objective, optim, step
+from gigatok_jax.train import objective, optim, tokenizer_step
 from gigatok_jax.train import tokenizer as loop
 from gigatok_jax.train.objective import Phase
 
@@ -33,7 +33,7 @@ def compile_fast():
 def gradients(parts, config, images, phase, groups=1, micro_batches=1):
     """Gradients of the first state, on the host."""
     run = jax.jit(
-        lambda s, x: step.gradients(s, x, {}, phase, parts, config, groups, micro_batches)
+        lambda s, x: tokenizer_step.gradients(s, x, {}, phase, parts, config, groups, micro_batches)
     )
     return jax.device_get(run(tiny.first_state(parts, config), images))
 
@@ -133,7 +133,7 @@ class Compiled:
             lambda s: jnp.where(s == 8, 0.0, 1e-3),
         )
         self.optimizers = tiny.optimizers(self.config, *rates)
-        self.step = step.make(self.parts, self.optimizers, self.config, groups=1)
+        self.step = tokenizer_step.make(self.parts, self.optimizers, self.config, groups=1)
         self.phases = set()
 
     def first(self, at=0):
@@ -219,7 +219,7 @@ def test_scalars_say_what_was_done(compiled):
 def test_lecam_averages_start_late(compiled):
     """Until 1000 updates after the discriminator's start they hold the latest batch."""
     start = compiled.config.loss.discriminator_start
-    first = compiled.first(at=start + step.LECAM_DELAY - 1)
+    first = compiled.first(at=start + tokenizer_step.LECAM_DELAY - 1)
     _, after, scalars = compiled(first)
     assert after.lecam["real"] == scalars["logits_real"]
     held = float(after.lecam["real"])
@@ -237,7 +237,7 @@ def test_the_history_of_codes_moves_on(compiled):
 def test_half_precision_keeps_float32_state_and_losses(compiled):
     config = compiled.config
     half = tiny.networks(dtype=jnp.bfloat16)
-    made = step.make(half, tiny.optimizers(config), config, groups=1)
+    made = tokenizer_step.make(half, tiny.optimizers(config), config, groups=1)
     after, scalars = made(tiny.first_state(half, config), tiny.images(), {}, LATE)
     for tree in (after.params, after.ema_params, after.discriminator, after.discriminator_stats):
         kinds = {leaf.dtype for leaf in jax.tree.leaves(tree)}
@@ -298,7 +298,7 @@ def test_adversarial_losses_can_be_chosen(kind):
     config = tiny.config(adversarial_type=kind)
     parts = tiny.networks(judge=tiny.PlainJudge())
     first = tiny.first_state(parts, config)
-    pixels = step.to_pixels(jnp.asarray(tiny.images(2)))
+    pixels = tokenizer_step.to_pixels(jnp.asarray(tiny.images(2)))
     key = jax.random.key(0)
     fields = {"networks": parts, "loss": config.loss}
     phase = LATE._replace(quantize=False)
@@ -352,7 +352,7 @@ def test_the_dino_discriminator_learns_and_its_trunk_does_not():
     first = tiny.first_state(parts, config)
     trunk = dino.DINO(16, 2, 1, (0,)).init(jax.random.key(1), jnp.zeros((1, 32, 32, 3)))["params"]
     frozen = {"dino": jax.tree.map(jnp.asarray, trunk)}
-    made = step.make(parts, tiny.optimizers(config), config, groups=1)
+    made = tokenizer_step.make(parts, tiny.optimizers(config), config, groups=1)
     before = jax.device_get(first.discriminator)
     after, scalars = made(first, tiny.images(2), frozen, LATE)
     assert all(np.isfinite(value) for value in scalars.values())
@@ -387,7 +387,7 @@ def revived(done, used, latents, values):
         codebook_used=jnp.asarray(used, jnp.float32),
     )  # fmt: skip
     before.replace = lambda **new: types.SimpleNamespace(**{**vars(before), **new})
-    after = step._revive_codebook(before, jnp.asarray(latents), cure(**values))
+    after = tokenizer_step._revive_codebook(before, jnp.asarray(latents), cure(**values))
     assert after.params["other"] is params["other"]
     return table, *(
         np.asarray(x["quantizer"]["codebook"]) for x in (after.params, after.ema_params)
@@ -431,7 +431,7 @@ def test_rows_are_left_alone_between_resets(done, warmup):
 
 def test_published_recipes_never_touch_the_codebook():
     first = object()
-    assert step._revive_codebook(first, None, cure()) is first
+    assert tokenizer_step._revive_codebook(first, None, cure()) is first
 
 
 def test_decay_follows_the_mask_and_the_schedule_reaches_the_update():

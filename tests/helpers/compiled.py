@@ -13,8 +13,9 @@ import ml_collections
 from jax.sharding import PartitionSpec
 
 from configs import xlxxl
-from gigatok_jax import parallel, plan
+from gigatok_jax import parallel
 from gigatok_jax.models import cnn, layers, qformer
+from gigatok_jax.planning import plan
 from gigatok_jax.train import program as program_lib
 
 P = PartitionSpec

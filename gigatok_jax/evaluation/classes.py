@@ -20,7 +20,11 @@ def imagenet() -> tuple[tuple[str, ...], ...]:
 
     Source: WordNet 3.0, as in `imagenet_classes.txt`.
     """
-    text = resources.files("gigatok_jax.data").joinpath("imagenet_classes.txt").read_text("utf-8")
+    text = (
+        resources.files("gigatok_jax.evaluation")
+        .joinpath("imagenet_classes.txt")
+        .read_text("utf-8")
+    )
     lines = (line.split(" ", 1) for line in text.splitlines())
     return tuple((*names.split(", "), synset) for synset, names in lines)
 

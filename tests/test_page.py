@@ -8,7 +8,8 @@ import re
 import numpy as np
 import pytest
 
-from gigatok_jax import files, pictures, report
+from gigatok_jax import files
+from gigatok_jax.run import page, pictures
 
 
 class Page(html.parser.HTMLParser):
@@ -41,7 +42,7 @@ class Page(html.parser.HTMLParser):
 
 
 def load(workdir):
-    return Page(report.write(workdir).read_text())
+    return Page(page.write(workdir).read_text())
 
 
 def write_rows(workdir, rows):
@@ -65,16 +66,16 @@ def run(tmp_path):
 
 
 def test_page_shows_status_figures_config_and_every_curve(run):
-    page = load(run)
+    shown = load(run)
     for words in ("demo <&>", "finished at step 400", "20.12", "train.steps", "odd one"):
-        assert words in page.text
-    titles = [a["aria-label"] for a in page.all("svg")]
+        assert words in shown.text
+    titles = [a["aria-label"] for a in shown.all("svg")]
     assert titles == ["psnr", "loss", "share", "gap", "odd_one"]
 
 
 def test_page_needs_no_network_and_its_pictures_are_there(run):
-    page = load(run)
-    for _, attributes in page.tags:
+    shown = load(run)
+    for _, attributes in shown.tags:
         for name in ("src", "href"):
             if name in attributes:
                 assert (run / attributes[name]).is_file()
@@ -101,8 +102,8 @@ def test_a_curve_passes_through_its_points(tmp_path):
     # Affine in step and in value: the drawing keeps every ratio of distances, y pointing down.
     assert np.corrcoef(x, steps)[0, 1] > 1 - 1e-5
     assert np.corrcoef(y, values)[0, 1] < -1 + 1e-5
-    assert x.min() >= report.LEFT and x.max() <= report.WIDTH - report.RIGHT + 0.05
-    assert y.min() >= report.TOP and y.max() <= report.HEIGHT - report.BOTTOM
+    assert x.min() >= page.LEFT and x.max() <= page.WIDTH - page.RIGHT + 0.05
+    assert y.min() >= page.TOP and y.max() <= page.HEIGHT - page.BOTTOM
 
 
 def test_a_value_that_was_not_finite_leaves_a_gap(tmp_path):
@@ -112,15 +113,15 @@ def test_a_value_that_was_not_finite_leaves_a_gap(tmp_path):
 
 def test_long_runs_are_thinned_without_losing_their_mean():
     values = np.random.default_rng(0).normal(size=12_000)
-    thin = report._thin(list(enumerate(values)))
-    assert len(thin) <= report.POINTS
+    thin = page._thin(list(enumerate(values)))
+    assert len(thin) <= page.POINTS
     assert np.mean([y for _, y in thin]) == pytest.approx(values.mean())
     assert thin[-1][0] == 11_999
 
 
 @pytest.mark.parametrize("low, high, log", [(0, 1, False), (-3, 17, False), (2.1, 2.2, False)])
 def test_ticks_are_round_and_inside(low, high, log):
-    ticks = list(report._ticks(low, high, log))
+    ticks = list(page._ticks(low, high, log))
     assert 3 <= len(ticks) <= 6
     assert min(ticks) >= low - 1e-9 and max(ticks) <= high + 1e-9
     assert all(len(f"{t:.6g}".lstrip("-").replace(".", "").strip("0")) <= 3 for t in ticks)
@@ -168,32 +169,32 @@ def make_prior(workdir):
 
 def test_generated_classes_stand_in_their_order_beside_their_names(tmp_path):
     make_samples(tmp_path, 20)
-    page = load(tmp_path)
-    assert "not finished" in page.text and "133 house cat 19" in page.text
-    assert [a["src"] for a in page.all("img")][:3] == [
+    shown = load(tmp_path)
+    assert "not finished" in shown.text and "133 house cat 19" in shown.text
+    assert [a["src"] for a in shown.all("img")][:3] == [
         "pictures/class_0000_house_cat_0.png",
         "pictures/class_0007_house_cat_1.png",
         "pictures/class_0014_house_cat_2.png",
     ]
-    assert f"{20 - report.SHOWN} more classes" in page.text
+    assert f"{20 - page.SHOWN} more classes" in shown.text
     files.write_json(tmp_path / "results.json", {"images": 1234, "classes": 20, "cfg_scale": 1.5})
-    page = load(tmp_path)
-    assert "1,234 images of 20 classes" in page.text and "finished" in page.text
+    shown = load(tmp_path)
+    assert "1,234 images of 20 classes" in shown.text and "finished" in shown.text
     words = "Guidance scale 1.5, schedule step, 0.25 to 1 of the sequence, temperature 1."
-    assert words in page.text
+    assert words in shown.text
 
 
 def test_a_prior_shows_both_losses_in_one_chart_and_its_samples(tmp_path):
     make_prior(tmp_path)
-    page = load(tmp_path)
-    assert [a["aria-label"] for a in page.all("svg")] == ["loss", "perplexity"]
-    assert set(json.loads(page.all("svg")[0]["data-chart"])["lines"]) == {"train", "eval"}
-    assert [a["src"] for a in page.all("img")] == [
+    shown = load(tmp_path)
+    assert [a["aria-label"] for a in shown.all("svg")] == ["loss", "perplexity"]
+    assert set(json.loads(shown.all("svg")[0]["data-chart"])["lines"]) == {"train", "eval"}
+    assert [a["src"] for a in shown.all("img")] == [
         "pictures/samples_00000009.png",
         "pictures/samples_00000005.png",
     ]
-    assert "Guidance scale 1, schedule linear, top-k 9." in page.text  # which has no window
-    assert "Codebook" not in page.text
+    assert "Guidance scale 1, schedule linear, top-k 9." in shown.text  # which has no window
+    assert "Codebook" not in shown.text
     config = files.read_json(tmp_path / "config.json")
     config["sample"] |= {"cfg_schedule": "step", "cfg_start": 0.18}
     files.write_json(tmp_path / "config.json", config)
@@ -202,22 +203,22 @@ def test_a_prior_shows_both_losses_in_one_chart_and_its_samples(tmp_path):
 
 def test_runs_inside_a_run_have_their_part_of_its_page(run):
     make_prior(run / "prior")
-    report.write(run / "prior")
-    page = load(run)
-    assert "prior stopped at step 9 of 9" in page.text
+    page.write(run / "prior")
+    shown = load(run)
+    assert "prior stopped at step 9 of 9" in shown.text
     files.write_json(run / "prior" / "results.json", {"step": 9, "loss": 1.25})
     make_samples(run / "samples")
     assert "samples not finished" in load(run).text
     files.write_json(run / "samples" / "results.json", {"images": 4, "classes": 3, "cfg_scale": 1})
     results = {"step": 400, "recognised_generated": 0.875, "prior/loss": 1.25}
     files.write_json(run / "results.json", results)
-    page = load(run)
-    places = [page.text.index(f"{word} ") for word in ("demo <&>", "Samples", "Prior")]
-    assert places == sorted(places) and page.text.index("Tokenizer") > places[-1]
-    assert page.text.count("1.250") == 1 and "88%" in page.text
-    assert "finished at step 400" in page.text
-    sources = [a["src"] for a in page.all("img")]
+    shown = load(run)
+    places = [shown.text.index(f"{word} ") for word in ("demo <&>", "Samples", "Prior")]
+    assert places == sorted(places) and shown.text.index("Tokenizer") > places[-1]
+    assert shown.text.count("1.250") == 1 and "88%" in shown.text
+    assert "finished at step 400" in shown.text
+    sources = [a["src"] for a in shown.all("img")]
     assert sources[0] == "samples/pictures/class_0000_house_cat_0.png"
     assert sources[-1] == "pictures/reconstruction_00000200.png"
-    for source in [*sources, *(a["href"] for a in page.all("a"))]:
+    for source in [*sources, *(a["href"] for a in shown.all("a"))]:
         assert (run / source).is_file()

@@ -216,12 +216,12 @@ def _made(make, fields, assumed, overrides) -> ml_collections.ConfigDict:
 @functools.lru_cache(maxsize=4)
 def _tensor_shapes(model: ml_collections.FrozenConfigDict) -> dict[str, tuple[int, ...]]:
     # Imported here: what is above needs no jax.
-    from gigatok_jax.conversion import models, names
+    from gigatok_jax.weights import names, tables
 
-    shapes = models.shapes(model)
+    shapes = tables.shapes(model)
     return {
         name: promise.shape
-        for name, promise in names.tensors(shapes, models.entries(model)).items()
+        for name, promise in names.tensors(shapes, tables.entries(model)).items()
     }
 
 

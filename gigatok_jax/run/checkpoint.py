@@ -23,8 +23,9 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from gigatok_jax import files, processes
+from gigatok_jax import files
 from gigatok_jax.errors import CheckpointError, ConfigError
+from gigatok_jax.run import processes
 
 FOLDER, STATE, EXTRAS, CHECKSUMS = "checkpoints", "state", "extras.json", "CHECKSUMS.json"
 READERS = 8  # threads that read files for their checksums

@@ -18,11 +18,12 @@ import jax.numpy as jnp
 from absl import logging
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from gigatok_jax import footprint, hardware, hlo, parallel
-from gigatok_jax import load as load_lib
+from gigatok_jax import parallel
+from gigatok_jax.planning import hardware, hlo, shapes
 from gigatok_jax.train import ar, fit, networks, tokenizer
 from gigatok_jax.train import program as program_lib
 from gigatok_jax.train.program import Program
+from gigatok_jax.weights import load as load_lib
 
 COMPILED, ANALYSED = "compiled for", "shape analysis for"
 UTILISATION = 0.5  # of a chip's peak: an assumption of every estimated time
@@ -129,7 +130,7 @@ def trace(config, platform: str) -> Traced:
         step = program.make_step(1).trace(
             program.abstract, program.batch, program.frozen, *program.phase
         )
-    flops, peak = hlo.flops_of(step.jaxpr), footprint.peak(step.jaxpr)
+    flops, peak = hlo.flops_of(step.jaxpr), shapes.peak(step.jaxpr)
     if platform == "tpu" and config.model.get("stem") == "cnn":
         peak *= CNN_ON_TPU
     return Traced(program.abstract, program.frozen, flops / TRACED_BATCH, peak / TRACED_BATCH)

@@ -12,9 +12,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import type_handlers
 
-from gigatok_jax import checkpoint, files
-from gigatok_jax.conversion.models import flatten
-from gigatok_jax.conversion.names import Promise, set_path, value_of
+from gigatok_jax import files
+from gigatok_jax.run import checkpoint
+from gigatok_jax.weights.names import Promise, set_path, value_of
+from gigatok_jax.weights.tables import flatten
 
 GROUP = 1 << 28  # bytes; Orbax takes as long for one small array as for many at once
 

@@ -21,8 +21,8 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from gigatok_jax.conversion.names import Promise, value_of
 from gigatok_jax.errors import CheckpointError
+from gigatok_jax.weights.names import Promise, value_of
 
 _DTYPES = {
     "DoubleStorage": np.float64,

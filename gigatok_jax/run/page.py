@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from gigatok_jax import files, metric_writer
+from gigatok_jax import files
+from gigatok_jax.run import metric_writer
 
 POINTS = 300  # drawn per line; longer runs are averaged
-COLORS = 5  # that report.html defines
+COLORS = 5  # that page.html defines
 WIDTH, HEIGHT = 420, 220  # of a chart, in units of its SVG
 LEFT, RIGHT, TOP, BOTTOM = 52, 20, 12, 26  # margins of the plot inside the chart
 
@@ -119,7 +120,7 @@ def write(workdir: epath.PathLike) -> epath.Path:
     if stages:
         parts.append('<h2 class="stage">Tokenizer</h2>')
     parts += [*_run(workdir), _table("Environment", _flat(environment))]
-    page = resources.files("gigatok_jax").joinpath("report.html").read_text(encoding="utf-8")
+    page = resources.files("gigatok_jax.run").joinpath("page.html").read_text(encoding="utf-8")
     page = page.replace("{{title}}", html.escape(_title(config)))
     path = workdir / "index.html"
     files.write_bytes(path, page.replace("{{body}}", "\n".join(filter(None, parts))).encode())

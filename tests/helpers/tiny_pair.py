@@ -6,9 +6,10 @@ import numpy as np
 import tiny
 
 from configs import generate as generate_config
-from gigatok_jax import checkpoint, library, model_config
+from gigatok_jax import library, model_config
 from gigatok_jax.evaluation import generation
 from gigatok_jax.models import ar
+from gigatok_jax.run import checkpoint
 
 TOKENS, CLASSES = (tiny.SIZE // tiny.PATCH) ** 2, 3
 PRIOR = {"layers": 1, "heads": 2, "width": 16, "classes": CLASSES}

@@ -53,7 +53,7 @@ def software() -> dict[str, Any]:
 
 def commit() -> str | None:
     """Commit of the checkout that holds this package, "+changes" when files differ from it."""
-    root = pathlib.Path(__file__).resolve().parents[1]
+    root = pathlib.Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():  # installed, or inside somebody else's repository
         return None
     head = _git(root, "rev-parse", "HEAD")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.extend import core
 
-from gigatok_jax.hlo_text import Computation, Instruction, Module, Shape, groups, parse
+from gigatok_jax.planning.hlo_text import Computation, Instruction, Module, Shape, groups, parse
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 

@@ -8,11 +8,12 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from gigatok_jax import checkpoint, files, model_card
-from gigatok_jax.conversion import formats, models, names, recognise
-from gigatok_jax.conversion.frozen import available, frozen_shapes, load_frozen
+from gigatok_jax import files
 from gigatok_jax.errors import CheckpointError, ConfigError
 from gigatok_jax.model_config import family
+from gigatok_jax.run import checkpoint
+from gigatok_jax.weights import card, names, read, recognise, tables
+from gigatok_jax.weights.frozen import available, frozen_shapes, load_frozen
 
 __all__ = ["Loaded", "available", "frozen_shapes", "load_frozen", "load_model", "save_model"]
 
@@ -56,7 +57,7 @@ def load_model(
         )
     where = epath.Path(path).expanduser()
     in_file = where.suffix in (".pt", ".safetensors") or where.is_file()
-    if in_file or (where / formats.SAFETENSORS).exists():
+    if in_file or (where / read.SAFETENSORS).exists():
         return _load_state(where, kind, weights, dtype, sharding)
     return _load_run(where, kind, weights, dtype, sharding)
 
@@ -80,7 +81,7 @@ def _load_run(path: epath.Path, kind: str, weights: str, dtype, sharding) -> Loa
         tree = _moved(tree)
     run = {key: value for key, value in extras["config"].items() if key != "model"}
     training = {"weights": "ema" if name == "ema_params" else "raw"}
-    training |= {"config": model_card.without_places(run)} if run else {}
+    training |= {"config": card.without_places(run)} if run else {}
     if "data" in extras:
         training["data"] = extras["data"]
     return Loaded(tree, config, _about(extras) | {"training": training})
@@ -96,13 +97,13 @@ def _moved(tree: dict) -> dict:
 
 def _load_state(path: epath.Path, kind: str, weights: str, dtype, sharding) -> Loaded:
     """From a state dict under the original's names, which is mapped rather than read."""
-    found = formats.read(path, weights)
+    found = read.read(path, weights)
     _check_kind(path, found.kind, kind)
-    leaves = names.leaves(found.state.promises, models.entries(found.config))
+    leaves = names.leaves(found.state.promises, tables.entries(found.config))
     params: dict[str, Any] = {}
     for name, leaf in leaves.items():
         names.set_path(params, name, _placed(name, leaf.read(), dtype(name), sharding))
-    beside = path / formats.CONFIG if path.is_dir() else path.parent / formats.CONFIG
+    beside = path / read.CONFIG if path.is_dir() else path.parent / read.CONFIG
     is_ours = path.suffix != ".pt" and beside.exists()
     about = _about(files.read_json(beside) if is_ours else {})
     known = {name: found.extras[name] for name in ("step", "tokenizer")}
@@ -156,17 +157,17 @@ def save_model(
         CheckpointError: the folder holds another model, or cannot be written.
     """
     folder, config = epath.Path(folder).expanduser(), ml_collections.ConfigDict(config)
-    flat = models.flatten(params)
-    if config.kind != "prior" and models.USED not in flat:
-        flat[models.USED] = np.zeros(models.HISTORY, np.float32)  # what the original starts from
-    entries = models.entries(config)
+    flat = tables.flatten(params)
+    if config.kind != "prior" and tables.USED not in flat:
+        flat[tables.USED] = np.zeros(tables.HISTORY, np.float32)  # what the original starts from
+    entries = tables.entries(config)
     if missing := [entry.path for entry in entries if entry.path not in flat]:
         raise CheckpointError(f"the parameters have no {missing[0]}, which their config demands")
     extras = {name: value for name, value in about.items() if value not in (None, "", (), {})}
-    card = model_card.text(config, params, extras, recognise.published_name(config), licence)
+    readme = card.text(config, params, extras, recognise.published_name(config), licence)
     state = names.tensors(flat, entries)
     try:
-        formats.write_safetensors(folder / formats.SAFETENSORS, state, config, **extras)
-        files.write_bytes(folder / CARD, card.encode())
+        read.write_safetensors(folder / read.SAFETENSORS, state, config, **extras)
+        files.write_bytes(folder / CARD, readme.encode())
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from None

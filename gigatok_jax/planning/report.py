@@ -2,7 +2,9 @@
 
 import jax
 
-from gigatok_jax import dry_run, hardware, parallel, plan
+from gigatok_jax import parallel
+from gigatok_jax.models import parameters
+from gigatok_jax.planning import hardware, plan
 
 SMALL = 1e10  # FLOPs of a step that a CPU compiles in seconds
 WITHOUT_GPU = "XLA's attention in the place of cuDNN's, whose working memory only a GPU tells"
@@ -23,12 +25,12 @@ def show(config) -> None:
         ConfigError: model, mesh, batch or topology cannot be.
     """
     if "topology" not in config.get("mesh", {}):
-        print(dry_run.report(config))
+        print(parameters.report(config))
         return
-    topology, parameters = _topology(config.mesh), dry_run.report(config)
+    topology, table = _topology(config.mesh), parameters.report(config)
     traced = plan.trace(config, topology.chip.platform)
     analysed = plan.analyse(config, traced, topology)  # what is wrong is said before all else
-    print(parameters, *_placement(config, traced, topology), *lines(analysed), sep="\n", flush=True)
+    print(table, *_placement(config, traced, topology), *lines(analysed), sep="\n", flush=True)
     devices, reason = _compiler(topology, analysed.flops, bool(config.mesh.topology))
     if devices is None:
         print(reason)

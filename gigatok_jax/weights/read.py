@@ -14,19 +14,12 @@ import numpy as np
 from etils import epath
 
 from gigatok_jax import files
-from gigatok_jax.conversion import (
-    ar,
-    orbax_file,
-    recognise,
-    run_state,
-    safetensors_file,
-    tokenizer,
-    torch_file,
-)
-from gigatok_jax.conversion.names import Promise, value_of
+from gigatok_jax.conversion import ar, run_state, tokenizer
 from gigatok_jax.errors import CheckpointError, ConfigError
 from gigatok_jax.model_config import prior as prior_config
 from gigatok_jax.model_config import tokenizer as tokenizer_config
+from gigatok_jax.weights import orbax_file, recognise, safetensors_file, torch_file
+from gigatok_jax.weights.names import Promise, value_of
 
 SAFETENSORS, CONFIG = "model.safetensors", "config.json"
 WEIGHTS = {"auto": None, "ema": "ema", "raw": "model"}

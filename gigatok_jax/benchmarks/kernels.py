@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw
 
-from gigatok_jax import command_line
+from gigatok_jax.run import command_line
 
 # Of a device: multiply-adds of bfloat16 (measured, twice a multiply-add) and exponentials a second
 # (16 a clock and multiprocessor).

@@ -29,8 +29,8 @@ from typing import Any
 import jax
 from etils import epath
 
-from gigatok_jax import command_line, environment, processes
 from gigatok_jax.errors import ClusterError, GigatokError
+from gigatok_jax.run import command_line, environment, processes
 
 LOST = 75  # exit status when another process is gone or stuck: the same command may help
 PORT = 8476  # of the coordinator, where the launcher names none

@@ -22,11 +22,11 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from gigatok_jax.conversion import names, safetensors_file, torch_file
-from gigatok_jax.conversion.names import Entry
 from gigatok_jax.errors import CheckpointError, ConfigError, MissingWeightsError
 from gigatok_jax.models import dino, inception, perceptual
 from gigatok_jax.ops import image
+from gigatok_jax.weights import names, safetensors_file, torch_file
+from gigatok_jax.weights.names import Entry
 
 DEFAULT_FOLDER = "~/.cache/gigatok_jax"
 CONVERTED = "converted"

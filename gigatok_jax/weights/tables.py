@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from gigatok_jax import dry_run
 from gigatok_jax.conversion import ar, tokenizer
-from gigatok_jax.conversion.names import Entry
+from gigatok_jax.models import parameters
+from gigatok_jax.weights.names import Entry
 
 USED, HISTORY = "buffers/codebook_used", tokenizer.HISTORY
 
@@ -17,7 +17,7 @@ def entries(model) -> list[Entry]:
 
 def shapes(model) -> dict[str, jax.ShapeDtypeStruct]:
     """Every parameter and buffer of a config by path; nothing is computed."""
-    flat = flatten(dry_run.abstract_params(model))
+    flat = flatten(parameters.abstract_params(model))
     if model.kind != "prior":
         flat[USED] = jax.ShapeDtypeStruct((HISTORY,), jnp.float32)
     return flat

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gigatok_jax.conversion import names
-from gigatok_jax.conversion.names import Entry
 from gigatok_jax.errors import ConfigError
+from gigatok_jax.weights import names
+from gigatok_jax.weights.names import Entry
 
 _COUNTER = "num_batches_tracked"  # batches that a norm has seen: integers, in old files absent
 

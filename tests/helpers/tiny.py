@@ -17,6 +17,8 @@ from gigatok_jax.models import cnn, discriminator, qformer, quantizer, tokenizer
 from gigatok_jax.train import optim, state
 from gigatok_jax.train import tokenizer as loop
 
+ROOT = pathlib.Path(__file__).parents[2]
+PYTHONPATH = f"{ROOT}/tests:{ROOT}/tests/helpers:{ROOT}"  # of processes that tests start
 SIZE, PATCH, ROWS = 32, 8, 32  # pixels a side, pixels per token, codebook rows
 
 

@@ -1,0 +1,1 @@
+"""Files of weights to parameters and back; knows no run."""
