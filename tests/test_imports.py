@@ -24,7 +24,7 @@ ALLOWED = {
     "data": BASE,
     "sampling": BASE | {"ops", "models"},
     "parallel": BASE | {"ops"},
-    "processes": set(),
+    "run": BASE | {"parallel"},
     "checkpoint": BASE | {"parallel", "processes"},
     "metric_writer": BASE | {"parallel"},
     "model_card": BASE,

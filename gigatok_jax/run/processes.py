@@ -15,6 +15,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gigatok_jax.errors import ConfigError
+
 
 def is_first() -> bool:
     """Whether this is process 0, which alone writes files that are not arrays."""
@@ -24,6 +26,20 @@ def is_first() -> bool:
 def name() -> str:
     """This process for people: "process 1 of 4 on host b"."""
     return f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"
+
+
+def alone(task: str, instead: str) -> None:
+    """Refuses to go on where a run has several processes.
+
+    Args:
+        task: the work that one process does, such as "generate".
+        instead: what to do, for people.
+
+    Raises:
+        ConfigError: this process is one of several.
+    """
+    if jax.process_count() > 1:
+        raise ConfigError(f"{task} runs in one process, here are {jax.process_count()}: {instead}")
 
 
 def gather(data: bytes) -> list[bytes]:
