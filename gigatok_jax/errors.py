@@ -63,5 +63,7 @@ def near(word: Any, known: Iterable[Any], *, count: int = 1, cutoff: float = 0.6
         count: largest number of suggestions.
         cutoff: smallest similarity of a suggestion, in [0, 1].
     """
-    similar = difflib.get_close_matches(str(word), map(str, known), count, cutoff)
+    if not isinstance(word, str):
+        return ""
+    similar = difflib.get_close_matches(word, list(map(str, known)), count, cutoff)
     return f"; did you mean {' or '.join(map(repr, similar))}?" if similar else ""

@@ -1,6 +1,6 @@
 """Scalar losses of arrays, float32 whatever the input. Nothing here knows a model or a weight.
 
-Axes: b batch, t tokens or positions, c features, n latent tokens, e codebook width.
+Axes: b batch, t tokens or positions, c features, n latent tokens, e codebook width, v codes.
 """
 
 import jax
@@ -168,6 +168,24 @@ def lecam(
 def lecam_average(mean: jax.Array, logits: jax.Array, decay: float = 0.99) -> jax.Array:
     """The next moving average of the logits for `lecam`; decay 0 (re)starts it at this batch."""
     return decay * mean + (1.0 - decay) * jax.lax.stop_gradient(jnp.mean(_float32(logits)))
+
+
+def cross_entropy(logits: jax.Array, codes: jax.Array) -> jax.Array:
+    """Negative log-probability of each code, in nats.
+
+    The code is chosen by comparison, not by index: the gradient then is one pass over the logits,
+    without a scatter.
+
+    Args:
+        logits: float[b n v].
+        codes: int[b n] in [0, v).
+
+    Returns:
+        f32[b n], >= 0.
+    """
+    logits = _float32(logits)
+    chosen = codes[..., None] == jnp.arange(logits.shape[-1])
+    return jax.nn.logsumexp(logits, -1) - jnp.sum(logits, -1, where=chosen)
 
 
 def _unit(x: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ from configs import common
 from gigatok_jax.conversion import ar as convert
 from gigatok_jax.model_config import model_config
 from gigatok_jax.models import ar
+from gigatok_jax.train import ar as training
 from gigatok_jax.train import optim
 
 SMALL = ["default", "adaLN", "simple_adaLN", "qknorm", "gqa"]
@@ -102,7 +103,7 @@ def step(params, grads, meta):
     config = common.tokenizer("golden", "S-S").optim
     config.update(beta1=meta["betas"][0], beta2=meta["betas"][1], clip=meta["max_grad_norm"])
     config.update(weight_decay=meta["weight_decay"], decay_mask="matrices")
-    optimizer = optim.make_optimizer(config, ar.decayed)
+    optimizer = optim.make_optimizer(config, training.is_decayed)
 
     @jax.jit
     def update(params, grads):

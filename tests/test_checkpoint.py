@@ -302,7 +302,7 @@ def test_a_truly_full_disk_is_one_line_and_the_last_step_stays(tmp_path):
 KILLED = """
 import os, random, signal, sys, time
 import jax, jax.numpy as jnp, numpy as np
-from gigatok_jax import checkpoint
+from gigatok_jax.run import checkpoint
 
 def values(step):
     return np.random.default_rng(step).normal(size=(500, 1000)).astype(np.float32)

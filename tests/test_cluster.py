@@ -30,7 +30,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 MEMBER = """
 import os, sys, time, jax, numpy as np, tiny
 from jax.sharding import NamedSharding, PartitionSpec
-from gigatok_jax import cluster, command_line, library
+from gigatok_jax import library
+from gigatok_jax.run import cluster, command_line
 from gigatok_jax.train import tokenizer
 
 cache, workdir, address, processes, process, number, minutes = sys.argv[1:]
@@ -366,7 +367,7 @@ def test_one_process_hears_itself():
 
 STUCK = """
 import threading, time
-from gigatok_jax import cluster
+from gigatok_jax.run import cluster
 
 def a_step_that_never_ends():
     time.sleep(60)

@@ -13,6 +13,7 @@ from gigatok_jax.conversion import ar as convert
 from gigatok_jax.errors import CheckpointError
 from gigatok_jax.model_config import PRIORS, model_config
 from gigatok_jax.models import ar
+from gigatok_jax.train import ar as training
 from gigatok_jax.weights import names
 
 OPTIONS = {
@@ -92,7 +93,7 @@ def test_what_is_decayed_has_two_axes_in_the_original(name):
     content, model = manifest(name)
     for entry in convert.entries(model):
         matrix = len(content["state_dict"][entry.name]) >= 2
-        assert ar.decayed(entry.path) == matrix, entry
+        assert training.is_decayed(entry.path) == matrix, entry
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -25,7 +25,8 @@ import numpy as np
 
 import tiny
 from gigatok_jax import parallel
-from gigatok_jax.train import objective, step
+from gigatok_jax.train import objective
+from gigatok_jax.train import tokenizer_step as step
 
 PHASE = objective.Phase(shortcut=False, adversarial=True, entropy=True)
 gradients = jax.jit(step.gradients, static_argnums=(3, 4, 5, 6))

@@ -167,7 +167,9 @@ import tiny
 from configs import common
 from gigatok_jax import parallel
 from gigatok_jax.models import ar, discriminator, tokenizer
-from gigatok_jax.train import ar_step, objective, optim, state, step
+from gigatok_jax.train import ar as training
+from gigatok_jax.train import ar_step, objective, optim, state
+from gigatok_jax.train import tokenizer_step as step
 
 STEM, MESHES = sys.argv[1], [tuple(map(int, text.split("x"))) for text in sys.argv[2:]]
 RATE = 1e-3
@@ -187,7 +189,7 @@ prior_config = common.prior("tiny", "prior-B")
 small = {"layers": 2, "heads": 4, "kv_heads": 4, "width": 64, "vocab": 64, "tokens": 16}
 prior_config.model.update(small, classes=10)
 prior = ar.make(prior_config.model, dropouts=ar.Dropouts())
-optimizer = optim.make_optimizer(prior_config.optim, ar.decayed)
+optimizer = optim.make_optimizer(prior_config.optim, training.is_decayed)
 learned = ar_step.create(ar.make(prior_config.model), optimizer, 0)
 noise = lambda x: x + 0.05 * jax.random.normal(jax.random.key(3), x.shape)
 learned = learned.replace(params=jax.tree.map(noise, learned.params))

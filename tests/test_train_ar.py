@@ -185,7 +185,7 @@ def mesh():
 def state_and_batch(made, seed=0):
     """A state of random parameters, and a batch."""
     rng = np.random.default_rng(seed)
-    optimizer = optim.make_optimizer(made.optim, ar.decayed)
+    optimizer = optim.make_optimizer(made.optim, training.is_decayed)
     plain = ar.make(made.model)
     shapes = jax.eval_shape(lambda: ar_step.create(plain, optimizer, 0))
 

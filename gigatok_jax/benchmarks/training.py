@@ -30,10 +30,9 @@ from ml_collections import config_flags
 
 from gigatok_jax import files, parallel
 from gigatok_jax.errors import ConfigError
-from gigatok_jax.models import layers
 from gigatok_jax.planning import plan
 from gigatok_jax.run import checkpoint, cluster, command_line, environment, metric_writer, processes
-from gigatok_jax.train import fit
+from gigatok_jax.train import fit, settings
 from gigatok_jax.train import program as program_lib
 from gigatok_jax.weights import load
 
@@ -150,7 +149,7 @@ def describe(config, mesh) -> dict[str, Any]:
         "global_batch": config.train.global_batch,
         "dtype": config.train.dtype,
         "remat": config.train.remat,
-        "unrolled": layers.make_loop(config.train).unrolled,
+        "unrolled": settings.make_loop(config.train).unrolled,
         "micro_batches": config.train.micro_batches,
         "commit": software["commit"],
         "jax": jax.__version__,

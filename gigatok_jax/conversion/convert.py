@@ -14,7 +14,7 @@ from gigatok_jax.conversion.progress import Progress
 from gigatok_jax.errors import CheckpointError, ConfigError
 from gigatok_jax.model_config import family
 from gigatok_jax.run import command_line
-from gigatok_jax.train import loop, optim
+from gigatok_jax.train import optim, settings
 from gigatok_jax.train import tokenizer as tokenizer_run
 from gigatok_jax.weights import orbax_file, read, recognise
 from gigatok_jax.weights.names import Promise
@@ -244,7 +244,7 @@ def _rates(found, kind: str) -> dict[str, float]:
         made = tokenizer_run.make_optimizers(config)
         rates = {"optimizer": made.rate, "optimizer_disc": made.discriminator_rate}
     else:
-        total, epoch = loop.total_steps(config), loop.steps_per_epoch(config)
+        total, epoch = settings.total_steps(config), settings.steps_per_epoch(config)
         start = found.extras.get("decay_from")
         rates = {"optimizer": optim.learning_rate(config.optim, total, epoch, decay_from=start)}
     return {name: float(rate(found.step)) for name, rate in rates.items()}

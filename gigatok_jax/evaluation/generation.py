@@ -22,7 +22,7 @@ from gigatok_jax.data import transforms
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.evaluation import classes, metrics, pair
 from gigatok_jax.run import checkpoint, environment, metric_writer, page, pictures
-from gigatok_jax.train.loop import Interrupts
+from gigatok_jax.run.signals import Interrupts
 
 RECORD, SAMPLES = "generation.json", "samples.npz"
 EACH = 8  # images of a class, unless told

@@ -31,7 +31,7 @@ def make_losses(prior: ar.Prior) -> Callable[..., jax.Array]:
     def losses(params, class_ids, codes):
         class_ids, codes = jnp.where(class_ids < 0, prior.classes, class_ids), codes.astype(int)
         logits = prior.apply({"params": params}, class_ids, codes)  # [b n v]
-        return ar.cross_entropy(logits, codes).mean(-1)
+        return losses.cross_entropy(logits, codes).mean(-1)
 
     return losses
 

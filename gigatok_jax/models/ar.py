@@ -330,16 +330,6 @@ def _exact_backward(dimensions, precision, kept, gradient):
 _exact.defvjp(_exact_forward, _exact_backward)
 
 
-def cross_entropy(logits: jax.Array, codes: jax.Array) -> jax.Array:
-    """f32[b n v], i32[b n] -> f32[b n], nats of each code.
-
-    Chosen by comparing, not by index: its gradient then is one pass over the logits, without a
-    scatter.
-    """
-    chosen = codes[..., None] == jnp.arange(logits.shape[-1])
-    return jax.nn.logsumexp(logits, -1) - jnp.sum(logits, -1, where=chosen)
-
-
 def block_fields(prior: Prior) -> dict[str, Any]:
     """Fields of one block of a prior."""
     names = ("heads", "kv_heads", "qk_norm", "adaln", "dropouts", "dtype")
@@ -369,15 +359,6 @@ def make(
     """
     fields = {name: value for name, value in model.items() if name != "kind"}
     return Prior(**fields, dtype=dtype, loop=loop, dropouts=dropouts)
-
-
-def decayed(path: str) -> bool:
-    """Whether weight decay applies to the parameter at `path`: to all but norms and biases.
-
-    For `optim.decay_mask = "matrices"`. The axes of an array do not tell: the layers' vectors are
-    stacked, and the original's own offsets of shared modulation, [1 1 6 c], are decayed.
-    """
-    return path.rpartition("/")[2] not in ("scale", "bias")
 
 
 def unstack(blocks: Any) -> tuple[Any, ...]:

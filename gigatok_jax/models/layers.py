@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gigatok_jax.errors import ConfigError
 from gigatok_jax.ops import activation, attention, implementation
 from gigatok_jax.ops.constrain import BATCH, SPLIT, constrain, stream
 
@@ -20,7 +19,6 @@ REMAT = {
     "blocks": jax.checkpoint_policies.nothing_saveable,  # keep only what enters a block
     "full": jax.checkpoint_policies.nothing_saveable,  # the same for the levels of the CNNs
 }
-PLATFORMS = ("cpu", "gpu", "tpu")
 
 
 class Loop(NamedTuple):
@@ -36,23 +34,6 @@ class Loop(NamedTuple):
 
 
 SCANNED = Loop()
-
-
-def make_loop(train) -> Loop:
-    """That of the `train` part of a config.
-
-    Raises:
-        ConfigError: `train.remat` is none of `REMAT`, `train.unroll` names other than platforms.
-    """
-    if train.remat not in REMAT:
-        raise ConfigError(f"train.remat is {train.remat!r}, expected one of {', '.join(REMAT)}")
-    names = tuple(filter(None, train.unroll.split(",")))
-    if set(names) - set(PLATFORMS):
-        raise ConfigError(
-            f"train.unroll is {train.unroll!r}, expected some of {', '.join(PLATFORMS)} with commas"
-            " between them, or nothing"
-        )
-    return Loop(train.remat, names)
 
 
 def in_proj_init(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:

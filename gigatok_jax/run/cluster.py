@@ -500,7 +500,7 @@ def joined(config, workdir: epath.PathLike) -> Iterator[None]:
 
 def start(place: Place, flags) -> None:
     """Starts jax in its place."""
-    # It would take the signal that ends a run, see `train.loop.Interrupts`.
+    # It would take the signal that ends a run, see `signals.Interrupts`.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(

@@ -24,24 +24,21 @@ from gigatok_jax.evaluation import metrics, prior_loss
 from gigatok_jax.model_config import model_config, validate
 from gigatok_jax.models import ar
 from gigatok_jax.models import tokenizer as tokenizer_lib
-from gigatok_jax.models.layers import make_loop
 from gigatok_jax.run import checkpoint, cluster, pictures, processes
+from gigatok_jax.run.signals import Interrupts
 from gigatok_jax.train import ar_step, optim
 from gigatok_jax.train import program as program_lib
 from gigatok_jax.train.loop import (
-    Interrupts,
     Run,
-    check_values,
     claim,
     common_parts,
     finish,
     has_results,
     loop,
     restore,
-    steps_per_epoch,
     tell_placement,
-    total_steps,
 )
+from gigatok_jax.train.settings import check_values, make_loop, steps_per_epoch, total_steps
 
 DTYPES = ("bfloat16", "float32")
 UNTRAINED = "untrained"  # in the place of a tokenizer's checkpoint
@@ -284,7 +281,7 @@ def make_program(
     dtype, train = np.dtype(config.train.dtype), config.train
     dropouts = ar.Dropouts(train.token_dropout, train.dropout, train.class_dropout, train.drop_path)
     prior = ar.make(config.model, dtype, loop=make_loop(train), dropouts=dropouts)
-    optimizer = optim.make_optimizer(config.optim, ar.decayed)
+    optimizer = optim.make_optimizer(config.optim, is_decayed)
     rate = optim.learning_rate(
         config.optim, total_steps(config), steps_per_epoch(config), decay_from=decay_from
     )
@@ -300,6 +297,15 @@ def make_program(
     create = functools.partial(ar_step.create, plain, optimizer, config.seed)
     batch = batch_shapes(config, tokenizer)
     return program_lib.make(config, mesh, create, make_step, frozen=frozen, batch=batch)
+
+
+def is_decayed(path: str) -> bool:
+    """Whether weight decay applies to the parameter at `path`: to all but norms and biases.
+
+    For `optim.decay_mask = "matrices"`. The axes of an array do not tell: the layers' vectors are
+    stacked, and the original's own offsets of shared modulation, [1 1 6 c], are decayed.
+    """
+    return path.rpartition("/")[2] not in ("scale", "bias")
 
 
 def batch_shapes(config, tokenizer: library.Tokenizer | None) -> dict[str, jax.ShapeDtypeStruct]:

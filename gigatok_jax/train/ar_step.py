@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gigatok_jax import losses
 from gigatok_jax.models import ar
 from gigatok_jax.train import optim
 
@@ -125,4 +126,4 @@ def loss(params, prior: ar.Prior, class_ids: jax.Array, codes: jax.Array, rng: j
     """
     codes = codes.astype(jnp.int32)
     logits = prior.apply({"params": params}, class_ids, codes, rngs={"dropout": rng})
-    return ar.cross_entropy(logits, codes).mean()
+    return losses.cross_entropy(logits, codes).mean()

@@ -18,7 +18,8 @@ from gigatok_jax.data import codes, pipeline, sources
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.evaluation import metrics
 from gigatok_jax.run import metric_writer
-from gigatok_jax.train.loop import Interrupts, claim
+from gigatok_jax.run.signals import Interrupts
+from gigatok_jax.train.loop import claim
 
 PROGRESS_SECONDS = 5.0  # between two lines
 

@@ -4,7 +4,6 @@ A kind of run brings its own `Run`, with the three methods that set it apart.
 """
 
 import dataclasses
-import signal
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
@@ -17,25 +16,11 @@ from etils import epath
 from gigatok_jax import files, parallel
 from gigatok_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from gigatok_jax.run import checkpoint, cluster, environment, metric_writer, page, processes
+from gigatok_jax.run.signals import Interrupts
 from gigatok_jax.train.fit import FittedStep
 from gigatok_jax.train.program import Program
+from gigatok_jax.train.settings import total_steps
 
-NO_END = float("inf")
-AT_LEAST_1 = ("train.global_batch", "train.micro_batches", "train.epoch_images", "eval.batch")
-SHARES = ("optim.beta1", "optim.beta2", "optim.ema")
-NOT_NEGATIVE = (
-    *("train.steps", "train.epochs", "optim.warmup_steps", "optim.warmup_epochs"),
-    *("optim.learning_rate", "optim.discriminator_learning_rate", "optim.end_learning_rate"),
-    *("optim.weight_decay", "codebook.reset_every", "codebook.warmup_steps"),
-    *("eval.every", "save.every", "save.milestone_every", "log.every", "log.pictures_every"),
-    *("data.workers", "data.max_unreadable", "data.eval_images", "data.min_size"),
-)
-RANGES = {  # both ends included
-    "seed": (0, 2**32 - 1),  # what a key of jax.random holds
-    **dict.fromkeys(AT_LEAST_1, (1, NO_END)),
-    **dict.fromkeys(SHARES, (0, 1)),
-    **dict.fromkeys(NOT_NEGATIVE, (0, NO_END)),
-}
 PLACEMENT = "placement.txt"  # of the arrays of a state on several devices
 
 
@@ -106,32 +91,6 @@ def common_parts(config, workdir: epath.Path, mesh, program: Program) -> dict[st
     }
 
 
-def check_values(config) -> None:
-    """Refuses numbers that no run can have, before anything is read.
-
-    Raises:
-        ConfigError: with the range of the first that is outside it.
-    """
-    for name, (low, high) in RANGES.items():
-        part, _, key = name.rpartition(".")
-        values = config.get(part, {}) if part else config
-        if key in values and not low <= values[key] <= high:
-            to = f" to {high}" if high < NO_END else " or more"
-            raise ConfigError(f"{name} is {values[key]}, expected {low}{to}")
-    if total_steps(config) < 1:
-        raise ConfigError("a run of no steps: set train.steps or train.epochs above 0")
-
-
-def total_steps(config) -> int:
-    """Updates of the whole run: `train.steps`, or else `train.epochs` worth of them."""
-    return config.train.steps or round(config.train.epochs * steps_per_epoch(config))
-
-
-def steps_per_epoch(config) -> float:
-    """An epoch is `train.epoch_images` images whatever the data holds."""
-    return config.train.epoch_images / config.train.global_batch
-
-
 def claim(workdir: epath.Path, config) -> None:
     """Writes what a run is and runs on, once all that its config names has been found.
 
@@ -192,7 +151,7 @@ def restore(run: Run) -> tuple[Any, int]:
 
 
 def loop(
-    run: Run, state, start: int, batches: AbstractContextManager, interrupts: "Interrupts"
+    run: Run, state, start: int, batches: AbstractContextManager, interrupts: Interrupts
 ) -> int:
     """Steps from `start` to the end or a signal; returns the updates done.
 
@@ -296,7 +255,7 @@ def has_results(workdir: epath.Path, step: int) -> bool:
     return processes.from_first(lambda: path.exists() and files.read_json(path).get("step") == step)
 
 
-def finish(run: Run, done: int, interrupts: "Interrupts") -> None:
+def finish(run: Run, done: int, interrupts: Interrupts) -> None:
     """Waits for the last save; writes the page, and the results of a run that is complete."""
     with run.timer.measure("save"):
         run.checkpoints.wait()
@@ -320,48 +279,6 @@ def write_results(run: Run, done: int) -> None:
         files.write_json(run.workdir / "results.json", results)
     written = page.write(run.workdir)
     print(f"{share:.0%} of {metric_writer.duration(seconds)} spent computing; page: {written}")
-
-
-class Interrupts:
-    """Notes Ctrl-C and SIGTERM, so that the loop can end between two steps.
-
-    A second signal of the same kind acts at once, as if nobody had asked for the first. Of several
-    processes each tells the others with every step, and hears them one step late: so all end after
-    the same step, whoever got the signal.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self):
-        self.received: int | None = None
-        self._before = {}
-        self._told: jax.Array | None = None  # with the step before
-
-    def __enter__(self) -> "Interrupts":
-        for number in self.SIGNALS:
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def agreed(self) -> bool:
-        """Whether all processes end after this step; called once in each."""
-        if jax.process_count() == 1:
-            return bool(self.received)
-        before, self._told = self._told, processes.largest(self.received or 0)
-        if before is not None and int(before):
-            self.received = int(before)
-            return True
-        return False
-
-    def _note(self, number, frame) -> None:
-        del frame
-        self.received = number
-        signal.signal(number, self._before[number])
-        name = signal.Signals(number).name
-        logging.warning("%s: the run ends after this step, with its state saved", name)
 
 
 class LateScalars:

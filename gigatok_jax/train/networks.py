@@ -11,7 +11,7 @@ from gigatok_jax import losses
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.model_config import grid_size
 from gigatok_jax.models import dino, discriminator, perceptual, tokenizer
-from gigatok_jax.models.layers import make_loop
+from gigatok_jax.train.settings import make_loop
 from gigatok_jax.train.state import Networks
 from gigatok_jax.weights.load import available, load_frozen
 

@@ -17,25 +17,23 @@ from gigatok_jax.evaluation import reconstruction
 from gigatok_jax.model_config import validate
 from gigatok_jax.models import tokenizer
 from gigatok_jax.run import cluster, pictures, processes
+from gigatok_jax.run.signals import Interrupts
 from gigatok_jax.train import networks as networks_lib
 from gigatok_jax.train import objective, optim
 from gigatok_jax.train import program as program_lib
 from gigatok_jax.train import state as state_lib
 from gigatok_jax.train import tokenizer_step as step_lib
 from gigatok_jax.train.loop import (
-    Interrupts,
     Run,
-    check_values,
     claim,
     common_parts,
     finish,
     has_results,
     loop,
     restore,
-    steps_per_epoch,
     tell_placement,
-    total_steps,
 )
+from gigatok_jax.train.settings import check_values, steps_per_epoch, total_steps
 
 SHOWN = ("loss", "reconstruction", "perceptual", "alignment", "adversarial", "codebook_usage")
 
