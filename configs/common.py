@@ -105,15 +105,11 @@ def prior(name: str, size: str) -> ml_collections.ConfigDict:
     del config.optim.discriminator_learning_rate
     config.optim.update(schedule="wsd", warmup_epochs=1.0, weight_decay=0.05, clip=1.0)
     config.optim.decay_mask = "matrices"
+    config.cfg = cfg_config()
     config.sample = ml_collections.ConfigDict(
         {  # pictures along the way
             "classes": 8,
             "images": 4,  # of each class
-            "cfg_scale": 1.75,
-            "cfg_schedule": "step",
-            "cfg_start": 0.18,
-            "cfg_end": 1.0,
-            "cfg_interval": -1,
             "temperature": 1.0,
             "top_k": 0,
             "top_p": 1.0,
@@ -135,6 +131,19 @@ def _keeping(config):
     config.mesh.cpu_devices = 1  # parts of a host without accelerator; 0 is one per core
     config.cluster = cluster_config()
     return config
+
+
+def cfg_config():
+    """Guidance of samples without a class against those with it."""
+    return ml_collections.ConfigDict(
+        {
+            "scale": 1.75,  # 1 is no guidance
+            "schedule": "step",
+            "start": 0.18,  # shares of the sequence
+            "end": 1.0,
+            "interval": -1,  # codes after which guidance ends; -1 is never
+        }
+    )
 
 
 def cluster_config():

@@ -27,13 +27,7 @@ def get_config(arg=None):
             "num_images": 0,  # images 0 to num_images - 1; 0 is eight of each class
             "image_ids": "",  # these instead, such as "0-63, 100"; the same id is the same image
             "seed": 0,
-            "cfg": {
-                "scale": 1.75,  # 1 is no guidance
-                "schedule": "step",
-                "start": 0.18,  # shares of the sequence
-                "end": 1.0,
-                "interval": -1,  # codes after which guidance ends; -1 is never
-            },
+            "cfg": common.cfg_config(),
             "temperature": 1.0,  # 0 takes the most likely code
             "top_k": 0,  # 0 keeps all codes
             "top_p": 1.0,  # 1 keeps all codes

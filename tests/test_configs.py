@@ -128,11 +128,11 @@ PRIORS = {
 
 @pytest.mark.parametrize("size", PRIORS)
 def test_prior_recipe_is_the_published_one(size):
-    config, (parameters, batch) = get("ar", f"size={size}"), PRIORS[size]
+    config, (count, batch) = get("ar", f"size={size}"), PRIORS[size]
     train, optim = config.train, config.optim
     assert config.name == f"ar_{size}"  # its own workdir
     assert config.model == model_config(f"prior-{size.upper()}")
-    assert parameters.count(parameters.abstract_params(config.model)) == parameters
+    assert parameters.count(parameters.abstract_params(config.model)) == count
     assert (train.epochs, train.epoch_images, train.global_batch) == (300, 1_280_000, batch)
     dropouts = (train.dropout, train.token_dropout, train.class_dropout, train.drop_path)
     assert dropouts == (0.1, 0.1, 0.1, 0)
@@ -140,8 +140,7 @@ def test_prior_recipe_is_the_published_one(size):
     assert rate == ("wsd", 1e-4, 1, 0.2)
     adam = (optim.beta1, optim.beta2, optim.weight_decay, optim.decay_mask, optim.clip, optim.ema)
     assert adam == (0.9, 0.95, 0.05, "matrices", 1, 0.9999)
-    sample = config.sample
-    assert (sample.cfg_scale, sample.cfg_schedule, sample.cfg_start) == (1.75, "step", 0.18)
+    assert (config.cfg.scale, config.cfg.schedule, config.cfg.start) == (1.75, "step", 0.18)
 
 
 @pytest.mark.parametrize("arg", ["smoke", "smoke_full"])

@@ -13,8 +13,9 @@ from gigatok_jax.conversion import run_state
 from gigatok_jax.errors import CheckpointError
 from gigatok_jax.models import discriminator as modules
 from gigatok_jax.run import checkpoint
-from gigatok_jax.train import ar_step, optim, state
-from gigatok_jax.train.state import Networks, Optimizers
+from gigatok_jax.train import ar_step, optim, tokenizer_step
+from gigatok_jax.train.networks import Networks
+from gigatok_jax.train.tokenizer_step import Optimizers
 from gigatok_jax.weights import discriminator_names, names, read, recognise, tables
 
 CONFIG = """
@@ -186,7 +187,8 @@ def test_a_tokenizers_run_gets_exactly_the_state_that_it_restores(kind):
     arrays = run_state.to_ours(parts, {}, 0, model, fallback="none")
     adam = optim.make_optimizer(small_optim())
     networks = Networks(tokenizer.make(model), modules.PatchGAN(4) if kind == "patchgan" else None)
-    create = functools.partial(state.create, networks, Optimizers(adam, adam, None, None), 16, 0)
+    optimizers = Optimizers(adam, adam, None, None)
+    create = functools.partial(tokenizer_step.create, networks, optimizers, 16, 0)
     expected = described(jax.eval_shape(create))
     assert {p: (tuple(x.shape), np.dtype(x.dtype)) for p, x in arrays.items()} == expected
 

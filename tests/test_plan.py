@@ -16,7 +16,7 @@ from gigatok_jax.errors import ConfigError
 from gigatok_jax.models import parameters
 from gigatok_jax.ops import implementation
 from gigatok_jax.planning import hardware, hlo, plan, report, shapes
-from gigatok_jax.train import fit
+from gigatok_jax.train import program as program_lib
 
 MIB = 2**20
 
@@ -189,8 +189,8 @@ def test_what_a_cpu_needs_is_near_what_is_counted():
     config = get("ar", "smoke")
     config.model.update(layers=4, width=128)
     config.train.global_batch = 64
-    program = plan.program_of(config, mesh := parallel.make_mesh(config.mesh))
-    needed = fit.memory_of(plan.program_lib.lower(program, mesh).compile())["temporaries"]
+    program = plan.program_of(config, parallel.make_mesh(config.mesh))
+    needed = program_lib.memory_of(program.lower().compile())["temporaries"]
     traced = plan.trace(config, "cpu")
     counted = traced.activations * 64 + 4 * parameters.count(program.abstract.params)
     assert 0.5 < counted / needed < 2

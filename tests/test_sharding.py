@@ -168,7 +168,7 @@ from configs import common
 from gigatok_jax import parallel
 from gigatok_jax.models import ar, discriminator, tokenizer
 from gigatok_jax.train import ar as training
-from gigatok_jax.train import ar_step, objective, optim, state
+from gigatok_jax.train import ar_step, networks, objective, optim
 from gigatok_jax.train import tokenizer_step as step
 
 STEM, MESHES = sys.argv[1], [tuple(map(int, text.split("x"))) for text in sys.argv[2:]]
@@ -176,7 +176,7 @@ RATE = 1e-3
 config = tiny.config()
 config.model.update(stem=STEM, patch_size=8 if STEM == "patch" else 4, cnn_channels=32)
 config.model.update(latent_tokens=16, codebook_size=64, query_init="mean")
-parts = state.Networks(tokenizer.make(config.model), discriminator.PatchGAN(8))
+parts = networks.Networks(tokenizer.make(config.model), discriminator.PatchGAN(8))
 first = tiny.first_state(parts, config)
 wide = lambda x: x * 5 * np.prod(x.shape[x.ndim == 3 : -1]) ** -0.5 if x.ndim > 1 else x
 first = first.replace(

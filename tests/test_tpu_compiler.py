@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gigatok_jax import parallel
 from gigatok_jax.ops import codebook_search_tpu, entropy_tpu
-from gigatok_jax.train import fit, optim
+from gigatok_jax.train import optim
+from gigatok_jax.train import program as program_lib
 
 pytestmark = pytest.mark.tpu_compiler
 TOPOLOGIES = ["v5e:2x4", "v5p:2x2x1"]
@@ -75,7 +76,9 @@ def test_an_average_on_the_host_spares_memory_of_the_chip():
         places["ema"] = jax.tree.map(lambda _: here.with_memory_kind(kind), shapes["ema"])
         x = jax.ShapeDtypeStruct((1024, width), jnp.float32, sharding=here)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=places)
-        return fit.memory_needed(jitted.lower(parallel.with_shardings(shapes, places), x).compile())
+        return program_lib.memory_needed(
+            jitted.lower(parallel.with_shardings(shapes, places), x).compile()
+        )
 
     size = 4 * layers * width**2
     assert needed("device") - needed("pinned_host") > 0.7 * size

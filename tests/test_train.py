@@ -26,7 +26,7 @@ from gigatok_jax.errors import (
     NonFiniteError,
 )
 from gigatok_jax.run import checkpoint, metric_writer
-from gigatok_jax.train import fit, loop, networks
+from gigatok_jax.train import loop, networks, program
 from gigatok_jax.train import tokenizer as training
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -271,8 +271,8 @@ def spoiled_step(monkeypatch, at, spoil):
             return original(self, before, *rest)
         return spoil(before, lambda s: original(self, s, *rest))
 
-    original = fit.FittedStep.__call__
-    monkeypatch.setattr(fit.FittedStep, "__call__", call)
+    original = program.Program.__call__
+    monkeypatch.setattr(program.Program, "__call__", call)
 
 
 def stopped_run(workdir) -> str:
@@ -345,9 +345,9 @@ def test_a_run_that_left_nothing_does_not_bind_its_workdir(tmp_path, monkeypatch
     made = tiny.run_config()
     made.optim.clip = 5.0
     with monkeypatch.context() as patched, pytest.raises(OSError, match="no images"):
-        patched.setattr(training, "restore", mock.Mock(side_effect=OSError("no images")))
+        patched.setattr(loop, "restore", mock.Mock(side_effect=OSError("no images")))
         tiny.train(tmp_path, made)
-    monkeypatch.setattr(training, "restore", mock.Mock(side_effect=OSError("at last")))
+    monkeypatch.setattr(loop, "restore", mock.Mock(side_effect=OSError("at last")))
     with pytest.raises(OSError, match="at last"):
         tiny.train(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["optim"]["clip"] != 5.0
@@ -425,7 +425,7 @@ def test_a_checkpoint_of_another_model_lists_what_differs(whole, tmp_path, monke
     ],
 )
 def test_values_that_cannot_work_are_refused(tmp_path, values, message, monkeypatch):
-    monkeypatch.setattr(training, "restore", None)  # before anything is compiled
+    monkeypatch.setattr(loop, "restore", None)  # before anything is compiled
     assert message in refused(ConfigError, tmp_path, **values)
 
 

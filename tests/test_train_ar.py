@@ -27,7 +27,8 @@ from gigatok_jax.errors import CheckpointError, ConfigError, DataError
 from gigatok_jax.models import ar
 from gigatok_jax.run import checkpoint
 from gigatok_jax.train import ar as training
-from gigatok_jax.train import ar_step, extract_codes, optim
+from gigatok_jax.train import ar_step, extract_codes, optim, program
+from gigatok_jax.train import cooldown as branching
 
 STEPS = 8
 
@@ -286,14 +287,14 @@ def test_a_finished_run_has_nothing_to_do(whole, tmp_path, capsys):
 
 
 def test_a_signal_saves_and_the_run_resumes(whole, tmp_path, monkeypatch, capsys):
-    workdir, advance = cut(whole, tmp_path / "run", 4), training.PriorRun.advance
+    workdir, call = cut(whole, tmp_path / "run", 4), program.Program.__call__
 
-    def interrupted(self, state, batch, done):
-        if done == 5:
+    def interrupted(self, state, batch):
+        if int(state.step) == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        return advance(self, state, batch, done)
+        return call(self, state, batch)
 
-    monkeypatch.setattr(training.PriorRun, "advance", interrupted)
+    monkeypatch.setattr(program.Program, "__call__", interrupted)
     with pytest.raises(SystemExit) as ended:
         training.train(config(), workdir)
     assert ended.value.code == 128 + signal.SIGTERM
@@ -420,7 +421,7 @@ def test_a_cool_down_resumes(tmp_path, left):
 
 
 def test_the_newest_checkpoint_is_meant_when_none_is_named(tmp_path):
-    found = training.find_branch(cooldown(source=""), tmp_path, fingerprint())
+    found = branching.find_branch(cooldown(source=""), tmp_path, fingerprint())
     assert found == {"checkpoint": str(constant_run() / "checkpoints/6"), "step": 6}
 
 
@@ -437,7 +438,7 @@ def test_cool_downs_that_cannot_be_are_refused(tmp_path):
     assert not (tmp_path / "run").exists()  # so that the values can be put right
     # The planned run before its decay is as good as a constant one.
     before = cooldown(cooldown_from=str(planned_run() / "checkpoints/4"))
-    assert training.find_branch(before, tmp_path, fingerprint())["step"] == 4
+    assert branching.find_branch(before, tmp_path, fingerprint())["step"] == 4
 
 
 def fingerprint() -> str:
@@ -470,10 +471,10 @@ def refused(error, workdir, made=None, **changes) -> str:
         ({"model__vocab": 64}, f"model.vocab is 64, the codes have {tiny.ROWS}: set"),
         ({"model__tokens": 4}, "model.tokens is 4, the codes have 16: set --config.model.tokens"),
         ({"model__classes": 9}, "labels up to 9: set --config.model.classes=10"),
-        ({"optim__schedule": "some"}, "optim.schedule 'some' is unknown"),
+        ({"optim__schedule": "some"}, "optim.schedule is 'some'"),
         ({"seed": -1}, "seed is -1"),
         ({"mesh__data": 3}, "does not cover"),
-        ({"sample__cfg_scale": 0.5}, "guidance scale is 0.5"),
+        ({"cfg__scale": 0.5}, "guidance scale is 0.5"),
         ({"sample__top_p": 2.0}, "top_p is 2.0"),
         ({"sample__images": 0}, "sample.images is 0"),
     ],

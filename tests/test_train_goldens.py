@@ -18,7 +18,8 @@ from test_tokenizer_goldens import model_of, rule_params
 from configs import common
 from gigatok_jax.conversion import tokenizer as convert
 from gigatok_jax.models import discriminator, perceptual, tokenizer
-from gigatok_jax.train import objective, optim, state, tokenizer_step
+from gigatok_jax.train import networks as networks_lib
+from gigatok_jax.train import objective, optim, tokenizer_step
 from gigatok_jax.weights import discriminator_names as convert_discriminator
 from gigatok_jax.weights import frozen, names
 
@@ -48,15 +49,15 @@ def run():
     config = common.tokenizer("golden", "S-S")
     config.model.update(model_of({"name": "tiny_a", **meta}))
     config.loss.entropy, config.optim.schedule = 0.005, "constant"
-    networks = state.Networks(
+    networks = networks_lib.Networks(
         tokenizer.make(config.model), discriminator.PatchGAN(), perceptual.LPIPS(), FixedTeacher()
     )
     rate = optim.learning_rate(config.optim, 10, 1)
     optimizer = optim.make_optimizer(config.optim)
-    optimizers = state.Optimizers(optimizer, optimizer, rate, rate)
+    optimizers = tokenizer_step.Optimizers(optimizer, optimizer, rate, rate)
     judge = convert_discriminator.from_torch(patchgan_state(), "patchgan")
     params = jax.tree.map(jnp.asarray, rule_params(config.model))
-    first = state.TokenizerState(
+    first = tokenizer_step.TokenizerState(
         step=jnp.zeros((), jnp.int32),
         rng=jax.random.key(0),
         params=params,
@@ -65,7 +66,7 @@ def run():
         discriminator=judge["params"],
         discriminator_stats={"batch_stats": judge["batch_stats"]},
         discriminator_opt_state=optimizer.init(judge["params"]),
-        codebook_used=jnp.zeros(state.HISTORY),
+        codebook_used=jnp.zeros(tokenizer_step.HISTORY),
         lecam={"real": jnp.zeros(()), "fake": jnp.zeros(())},
     )
     teacher = np.random.RandomState(21).standard_normal((2, 256, 768)).astype(np.float32)

@@ -18,7 +18,6 @@ from gigatok_jax.errors import ConfigError
 from gigatok_jax.models import tokenizer
 from gigatok_jax.planning import hardware, hlo, plan
 from gigatok_jax.run import command_line
-from gigatok_jax.train import fit
 from gigatok_jax.train import program as program_lib
 
 TOLERANCE = 0.02  # of a figure
@@ -102,7 +101,7 @@ def measure(case: Case) -> dict[str, int]:
     costs = hlo.costs(compiled.as_text())
     assert not costs.unknown_loops, costs.unknown_loops
     sent = {f"{kind} bytes": one.bytes for kind, one in costs.collectives.items()}
-    held = {f"{name} bytes": size for name, size in fit.memory_of(compiled).items()}
+    held = {f"{name} bytes": size for name, size in program_lib.memory_of(compiled).items()}
     return held | {"flops": costs.flops} | sent
 
 

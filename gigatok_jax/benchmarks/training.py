@@ -32,8 +32,8 @@ from gigatok_jax import files, parallel
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.planning import plan
 from gigatok_jax.run import checkpoint, cluster, command_line, environment, metric_writer, processes
-from gigatok_jax.train import fit, settings
 from gigatok_jax.train import program as program_lib
+from gigatok_jax.train import settings
 from gigatok_jax.weights import load
 
 MEASURED = "gigatok_jax_measured"  # folder of a checkpoint that is only timed
@@ -110,7 +110,7 @@ class Running:
         self.program = plan.program_of(config, mesh, random_frozen)
         with futures.ThreadPoolExecutor() as pool:  # two programs are compiled at once
             create = pool.submit(self.program.create.lower().compile)
-            lowered = program_lib.lower(self.program, mesh, config.train.micro_batches)
+            lowered = self.program.lower(config.train.micro_batches)
             self._step = lowered.compile()
             most = limits(config)
             self._batches = [random_batch(self.program.batch, most, i) for i in range(LOSSES)]
@@ -119,7 +119,7 @@ class Running:
     @property
     def needed_gib(self) -> float:
         """Memory of a device that a step takes, by the compiler; 0 where it does not say."""
-        return (fit.memory_needed(self._step) or 0) / 2**30
+        return (program_lib.memory_needed(self._step) or 0) / 2**30
 
     def create(self) -> None:
         self.state = jax.block_until_ready(self._create())

@@ -15,7 +15,7 @@ import jax
 from jax.experimental import topologies
 
 from gigatok_jax.errors import ConfigError
-from gigatok_jax.train import fit
+from gigatok_jax.train import program as program_lib
 
 GIB = 2**30
 GPUS_PER_HOST = 8
@@ -171,7 +171,7 @@ def here() -> Topology:
     kind, count = jax.devices()[0].device_kind, jax.device_count()
     words = kind.lower().split()
     name = _KINDS.get(kind) or next((name for name in CHIPS if name in words), None)
-    limit = (fit.memory_limit() or 0) / GIB
+    limit = (program_lib.memory_limit() or 0) / GIB
     chip = CHIPS[name] if name else Chip(kind, jax.default_backend(), 0, 0, 0, 0)
     return Topology(chip._replace(memory=limit), (count,), 1)
 

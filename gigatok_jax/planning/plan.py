@@ -20,7 +20,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from gigatok_jax import parallel
 from gigatok_jax.planning import hardware, hlo, shapes
-from gigatok_jax.train import ar, fit, networks, tokenizer
+from gigatok_jax.train import ar, networks, settings, tokenizer
 from gigatok_jax.train import program as program_lib
 from gigatok_jax.train.program import Program
 from gigatok_jax.weights import load as load_lib
@@ -95,6 +95,7 @@ def program_of(config, mesh: jax.sharding.Mesh, load: Callable = load_lib.frozen
     Raises:
         GigatokError: what `networks.build` and `program.make` refuse.
     """
+    settings.check(config)
     if config.model.kind == "prior":
         return ar.make_program(config, mesh)
     parts = networks.build(config, tokenizer.statistics_groups(config, mesh), load)
@@ -269,7 +270,7 @@ def _fitted(config, mesh, limit: int | None, what: str):
     most = parts * _power_of_two(batch // parallel.batch_shards(mesh) // parts)
     while True:
         with ticking(f"compiling {what}, micro-batches {parts}"):
-            memory, text = _compile(program_lib.lower(program, mesh, parts), mesh)
+            memory, text = _compile(program.lower(parts), mesh)
         if _fits(memory, limit, COMPILED) or parts == most:
             return parts, memory, text
         needed = sum(memory.values())
@@ -299,7 +300,7 @@ def _compile(lowered: jax.stages.Lowered, mesh) -> tuple[dict[str, int], str | N
             unit = {"K": 2**10, "M": 2**20, "G": 2**30}[found[2]]
             return {"at least, which the compiler refused": int(float(found[1]) * unit)}, None
         raise
-    return fit.memory_of(compiled), compiled.as_text()
+    return program_lib.memory_of(compiled), compiled.as_text()
 
 
 def _traffic(transfers: tuple[hlo.Transfer, ...], neighbours: int) -> tuple[Traffic, ...]:

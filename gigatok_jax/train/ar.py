@@ -5,9 +5,7 @@ tokenizer. The same command again resumes.
 """
 
 import contextlib
-import dataclasses
 import functools
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,35 +14,52 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from gigatok_jax import files, library, parallel, sampling
+from gigatok_jax import library, parallel, sampling
 from gigatok_jax.data import codes as codes_lib
 from gigatok_jax.data import pipeline, sources
-from gigatok_jax.errors import CheckpointError, ConfigError, DataError
+from gigatok_jax.errors import ConfigError, DataError
 from gigatok_jax.evaluation import metrics, prior_loss
-from gigatok_jax.model_config import model_config, validate
+from gigatok_jax.model_config import model_config
 from gigatok_jax.models import ar
 from gigatok_jax.models import tokenizer as tokenizer_lib
-from gigatok_jax.run import checkpoint, cluster, pictures, processes
-from gigatok_jax.run.signals import Interrupts
-from gigatok_jax.train import ar_step, optim
+from gigatok_jax.run import cluster, pictures, processes
+from gigatok_jax.train import ar_step, cooldown, loop, optim, settings
 from gigatok_jax.train import program as program_lib
-from gigatok_jax.train.loop import (
-    Run,
-    claim,
-    common_parts,
-    finish,
-    has_results,
-    loop,
-    restore,
-    tell_placement,
-)
-from gigatok_jax.train.settings import check_values, make_loop, steps_per_epoch, total_steps
 
-DTYPES = ("bfloat16", "float32")
+SHOWN = ("loss", "gradient_norm")
 UNTRAINED = "untrained"  # in the place of a tokenizer's checkpoint
-GUIDANCE = ("cfg_scale", "cfg_schedule", "cfg_start", "cfg_end", "cfg_interval")
-SAMPLING = (*GUIDANCE, "temperature", "top_k", "top_p")  # of `config.sample` and `Prior.generate`
-COOLDOWN = "cooldown.json"  # where a cool-down branched off
+GUIDANCE = ("scale", "schedule", "start", "end", "interval")  # of `config.cfg`
+DRAW = ("temperature", "top_k", "top_p")  # of `config.sample`
+
+
+def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
+    """Trains `config.model` and leaves checkpoints, metrics, pictures, results and a page.
+
+    Args:
+        config: of a run that trains a prior, see `configs/common.py`.
+        workdir: folder of the run; one that holds a checkpoint is resumed.
+
+    Raises:
+        GigatokError: whatever the user can change: config, codes, data, disk, a checkpoint.
+        SystemExit: after a signal, once the state is saved; status 128 + the signal's number.
+    """
+    check(config)
+    mesh = parallel.make_mesh(config.mesh)
+    parallel.check_batch(mesh, config.train.global_batch, config.train.micro_batches)
+    prior_loss.check_batch(config.eval.batch, mesh)
+    tokenizer = load_tokenizer(config, mesh)
+    data = Data(config, tokenizer, parallel.share(mesh))
+    extras = check_data(config, data, tokenizer)
+    branch = cooldown.find_branch(config, epath.Path(workdir), extras["tokenizer"])
+    extras["decay_from"] = branch and branch["step"]
+    program = make_program(config, mesh, None if data.codes else tokenizer, extras["decay_from"])
+    held_out = HeldOut(config, data, tokenizer, mesh)
+    begin = branch and functools.partial(cooldown.begin, branch=branch)
+    with loop.open_run(config, workdir, program, held_out, extras, shown=SHOWN, begin=begin) as run:
+        for batch in run.batches(data.train_batches(run.done)):
+            with run.timer.measure("compute"):
+                run.state, scalars = program(run.state, batch)
+            run.after(scalars)
 
 
 class Data:
@@ -89,76 +104,14 @@ class Data:
         return prior_loss.image_codes(self.held_out, self._tokenizer, batch, most)
 
 
-@dataclasses.dataclass
-class PriorRun(Run):
-    """A run that trains a prior."""
-
-    held_out: "HeldOut"
-    tokenizer: library.Tokenizer | None
-    inputs: tuple[str, ...]
-
-    shown = ("loss", "gradient_norm")
-
-    def advance(self, state, batch, done):
-        return self.step(state, batch, self.frozen)
-
-    def figures(self, state):
-        return self.held_out.figures(state, self.watchdog)
-
-    def draw(self, state, done):
-        """Samples of a few classes, a row for each; none without a tokenizer."""
-        if self.tokenizer is None:
-            return
-        picture = sample(self.config, state.params, self.tokenizer)
-        if processes.is_first():
-            pictures.save(self.workdir, "samples", done, picture)
-            self.writer.picture(done, "samples", picture)
-
-
-def train(config, workdir: epath.PathLike) -> None:
-    """Trains `config.model` and leaves checkpoints, metrics, pictures, results and a page.
-
-    Args:
-        config: of a run that trains a prior, see `configs/common.py`.
-        workdir: folder of the run; one that holds a checkpoint is resumed.
+def check(config: ml_collections.ConfigDict) -> None:
+    """Refuses values that cannot work, before anything is loaded.
 
     Raises:
-        GigatokError: whatever the user can change: config, codes, data, disk, a checkpoint.
-        SystemExit: after a signal, once the state is saved; status 128 + the signal's number.
+        ConfigError: the first such value, and what could be.
     """
-    workdir = epath.Path(workdir)
-    check_config(config)
-    mesh = parallel.make_mesh(config.mesh)
-    parallel.check_batch(mesh, config.train.global_batch, config.train.micro_batches)
-    prior_loss.check_batch(config.eval.batch, mesh)
-    tokenizer = load_tokenizer(config, mesh)
-    data = Data(config, tokenizer, parallel.share(mesh))
-    extras = check_data(config, data, tokenizer)
-    branch = find_branch(config, workdir, extras["tokenizer"])
-    extras["decay_from"] = branch and branch["step"]
-    run = make_run(config, workdir, mesh, tokenizer, data, extras)
-    with contextlib.closing(run), Interrupts() as interrupts:
-        claim(run.workdir, config)
-        tell_placement(run)
-        state, done = begin(run, branch)
-        if done < run.total_steps or not has_results(run.workdir, done):
-            batches = data.train_batches(done)
-            finish(run, loop(run, state, done, batches, interrupts), interrupts)
-
-
-def check_config(config) -> None:
-    """Refuses values that cannot work, before anything is loaded."""
-    validate(config.model)
-    check_values(config)
-    make_loop(config.train)
-    if config.train.dtype not in DTYPES:
-        raise ConfigError(
-            f"train.dtype is {config.train.dtype!r}, expected one of {', '.join(DTYPES)}"
-        )
-    for name in ("dropout", "token_dropout", "class_dropout", "drop_path"):
-        if not 0 <= config.train[name] < 1:
-            raise ConfigError(f"train.{name} is {config.train[name]}, expected 0 to below 1")
-    check_sample(config.sample)
+    settings.check(config)
+    check_sample(config)
     if not config.codes and not config.tokenizer:
         raise ConfigError(
             "nothing to learn from: name codes with --config.codes=DIR, or a tokenizer that makes"
@@ -166,13 +119,13 @@ def check_config(config) -> None:
         )
 
 
-def check_sample(settings) -> None:
+def check_sample(config: ml_collections.ConfigDict) -> None:
     """Refuses settings that no picture can be drawn with, hours before it would be."""
     for name in ("classes", "images"):
-        if settings[name] < 1:
-            raise ConfigError(f"sample.{name} is {settings[name]}, expected at least 1")
-    sampling.weights(2, *(settings[name] for name in GUIDANCE))
-    sampling.make_draw(settings.temperature, settings.top_k, settings.top_p)
+        if config.sample[name] < 1:
+            raise ConfigError(f"sample.{name} is {config.sample[name]}, expected at least 1")
+    sampling.weights(2, *(config.cfg[name] for name in GUIDANCE))
+    sampling.make_draw(*(config.sample[name] for name in DRAW))
 
 
 def load_tokenizer(config, mesh) -> library.Tokenizer | None:
@@ -254,19 +207,6 @@ def check_labels(classes: int, data: Data) -> None:
         )
 
 
-def make_run(config, workdir, mesh, tokenizer, data: Data, extras) -> PriorRun:
-    """Puts a run together; nothing is computed yet."""
-    online = None if data.codes else tokenizer
-    program = make_program(config, mesh, online, extras["decay_from"])
-    return PriorRun(
-        **common_parts(config, workdir, mesh, program),
-        extras=extras,
-        held_out=HeldOut(ar.make(config.model, np.dtype(config.train.dtype)), data, mesh),
-        tokenizer=tokenizer,
-        inputs=data.inputs,
-    )
-
-
 def make_program(
     config, mesh, tokenizer: library.Tokenizer | None = None, decay_from: int | None = None
 ) -> program_lib.Program:
@@ -280,10 +220,13 @@ def make_program(
     """
     dtype, train = np.dtype(config.train.dtype), config.train
     dropouts = ar.Dropouts(train.token_dropout, train.dropout, train.class_dropout, train.drop_path)
-    prior = ar.make(config.model, dtype, loop=make_loop(train), dropouts=dropouts)
+    prior = ar.make(config.model, dtype, loop=settings.make_loop(train), dropouts=dropouts)
     optimizer = optim.make_optimizer(config.optim, is_decayed)
     rate = optim.learning_rate(
-        config.optim, total_steps(config), steps_per_epoch(config), decay_from=decay_from
+        config.optim,
+        settings.total_steps(config),
+        settings.steps_per_epoch(config),
+        decay_from=decay_from,
     )
     encode, frozen = None, {}
     if tokenizer:
@@ -320,97 +263,59 @@ def batch_shapes(config, tokenizer: library.Tokenizer | None) -> dict[str, jax.S
 
 
 class HeldOut:
-    """Loss over held-out images, each counted once, of the trained and the averaged parameters."""
+    """Loss over held-out images, each counted once, and samples of a few classes."""
 
-    def __init__(self, prior: ar.Prior, data: Data, mesh):
-        self._losses, self._data = prior_loss.make_losses(prior), data
-        self._mesh, self._batches = mesh, []
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        data: Data,
+        tokenizer: library.Tokenizer | None,
+        mesh: jax.sharding.Mesh,
+    ):
+        """Prepares the measurements of a run; nothing is computed yet.
+
+        Args:
+            config: of the run.
+            data: with the held-out codes or images.
+            tokenizer: decodes samples; None draws none.
+            mesh: devices of the run.
+        """
+        prior = ar.make(config.model, np.dtype(config.train.dtype))
+        self._losses, self._data, self._mesh = prior_loss.make_losses(prior), data, mesh
+        self._config, self._tokenizer = config, tokenizer
+        self._batches: list[dict[str, np.ndarray]] = []
 
     def figures(self, state: ar_step.PriorState, watchdog: cluster.Watchdog) -> dict[str, float]:
-        """Nats per code, and the number of images."""
+        """Nats per code of the trained and the averaged parameters, and the number of images."""
         self._batches = self._batches or [  # kept: a tokenizer has to make them but once
-            {name: one[name] for name in ("codes", "label", "mask")}
-            for one in watchdog.hears(self._data.held_out_codes())
+            {name: batch[name] for name in ("codes", "label", "mask")}
+            for batch in watchdog.hears(self._data.held_out_codes())
         ]
         trained = self._mean(state.params)
         averaged = self._mean(parallel.to_device(state.ema_params))
         return {"loss": trained["loss"], "loss_ema": averaged["loss"], "images": trained["images"]}
 
-    def _mean(self, params) -> dict[str, float]:
+    def _mean(self, params: Any) -> dict[str, float]:
         placed = prior_loss.place(self._batches, self._mesh)
         return prior_loss.mean_loss(self._losses, params, placed)
 
+    def pictures(self, state: ar_step.PriorState) -> dict[str, np.ndarray]:
+        """Samples of a few classes, a row for each; nothing without a tokenizer."""
+        if self._tokenizer is None:
+            return {}
+        return {"samples": sample(self._config, state.params, self._tokenizer)}
 
-def sample(config, params, tokenizer: library.Tokenizer) -> np.ndarray:
-    """Picture uint8[H W 3] of a few images of a few classes, evenly chosen; a row per class."""
+
+def sample(
+    config: ml_collections.ConfigDict, params: Any, tokenizer: library.Tokenizer
+) -> np.ndarray:
+    """Picture uint8[h w 3] of a few images of a few classes, evenly chosen; a row per class."""
     classes = config.model.classes
     rows, columns = min(config.sample.classes, classes), config.sample.images
-    chosen = np.repeat(np.arange(rows) * classes // rows, columns)
+    class_ids = np.repeat(np.arange(rows) * classes // rows, columns)
     prior = library.Prior(params, config.model, np.dtype(config.train.dtype))
-    settings = {name: config.sample[name] for name in SAMPLING}
-    codes = processes.whole(prior.generate(chosen, config.seed, **settings))
+    guidance = {f"cfg_{name}": config.cfg[name] for name in GUIDANCE}
+    draw = {name: config.sample[name] for name in DRAW}
+    codes = processes.whole(prior.generate(class_ids, config.seed, **guidance, **draw))
     images = metrics.to_uint8(processes.whole(tokenizer.decode(codes)))
     return pictures.grid(images, columns)
-
-
-# Cool-down.
-
-
-def find_branch(config, workdir: epath.Path, tokenizer: str) -> dict[str, Any] | None:
-    """Where a cool-down branches off: the "checkpoint", and its "step"; None for other runs.
-
-    A workdir that has begun to cool down knows it, so the other run may go on or disappear.
-
-    Raises:
-        CheckpointError: the checkpoint is of another model or tokenizer, or its rate has begun to
-            fall already.
-        ConfigError: the run would end before it begins.
-    """
-    if not config.cooldown_from:
-        return None
-    if (workdir / COOLDOWN).exists():
-        return files.read_json(workdir / COOLDOWN)
-    _, extras = checkpoint.load_params(config.cooldown_from, ())
-    check_branch(config, extras, tokenizer)
-    root, _ = checkpoint.find(config.cooldown_from)
-    return {"checkpoint": str(root / str(extras["step"])), "step": extras["step"]}
-
-
-def check_branch(config, extras: dict[str, Any], tokenizer: str) -> None:
-    """Refuses a checkpoint that no cool-down of this config can start from; see `find_branch`."""
-    there, step, what = extras["config"], extras["step"], f"checkpoint {config.cooldown_from}"
-    ours = config.model.to_dict()
-    if there["model"] != ours:
-        names = sorted(k for k in ours | there["model"] if ours.get(k) != there["model"].get(k))
-        differ = ", ".join(f"{k} {there['model'].get(k)!r} not {ours.get(k)!r}" for k in names)
-        raise CheckpointError(f"{what} is of another model: {differ}")
-    if extras["tokenizer"] != tokenizer:
-        raise CheckpointError(
-            f"{what} learned codes of tokenizer {extras['tokenizer']}, these are of {tokenizer}"
-        )
-    there = ml_collections.ConfigDict(there)
-    rate = optim.learning_rate(
-        there.optim, total_steps(there), steps_per_epoch(there), decay_from=extras["decay_from"]
-    )
-    if not math.isclose(rate(step), there.optim.learning_rate):
-        raise CheckpointError(
-            f"{what} is not in a constant phase: its learning rate is {rate(step):.3g} and the base"
-            f" {there.optim.learning_rate:.3g}; choose an earlier step, or one after the warm-up"
-        )
-    if total_steps(config) <= step:
-        raise ConfigError(
-            f"train.steps is {total_steps(config)}, {what} is at step {step} already: set it beyond"
-        )
-
-
-def begin(run: PriorRun, branch: dict[str, Any] | None) -> tuple[ar_step.PriorState, int]:
-    """The state to go on from and the updates done; a new cool-down takes its first state along."""
-    if branch is None or run.checkpoints.latest() is not None or run.checkpoints.damaged():
-        return restore(run)
-    state, _ = checkpoint.restore_from(branch["checkpoint"], run.abstract)
-    if processes.is_first():
-        files.write_json(run.workdir / COOLDOWN, branch)
-    run.writer.truncate_after(branch["step"])
-    print(f"the rate falls from step {branch['step']} to {run.total_steps}", flush=True)
-    run.checkpoints.save(branch["step"], state, run.extras)
-    return state, branch["step"]

@@ -1,4 +1,4 @@
-"""One update of a prior. Axes: b batch, k micro-batches, h w pixels, n codes of an image."""
+"""One update of a prior. Axes: b batch, h w pixels, n codes of an image."""
 
 import functools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import optax
 
 from gigatok_jax import losses
 from gigatok_jax.models import ar
-from gigatok_jax.train import optim
+from gigatok_jax.train import optim, program
 
 
 @flax.struct.dataclass
@@ -50,7 +50,7 @@ def make(
     optimizer: optax.GradientTransformation,
     rate: optim.Schedule,
     ema: float,
-    encode: Callable,
+    encode: Callable | None,
     micro_batches: int = 1,
     sharding=None,
 ) -> Callable:
@@ -60,7 +60,7 @@ def make(
         prior: made with the dropouts of training.
         optimizer, rate: of the run.
         ema: decay of the averaged parameters.
-        encode: frozen parameters and uint8 images [b h w 3] to codes i32[b n].
+        encode: frozen parameters and uint8 images [b h w 3] -> codes i32[b n]; None learns codes.
         micro_batches: parts of the batch that go through the networks one after the other.
         sharding: of the state that comes out; None leaves it to XLA.
 
@@ -86,32 +86,30 @@ def make(
     return step
 
 
-def gradients(state, batch, frozen, prior, encode, micro_batches=1) -> tuple[jax.Array, Any]:
-    """Loss, and gradients of the parameters, averaged over the micro-batches."""
-    rng = jax.random.fold_in(state.rng, state.step)
+def gradients(
+    state: PriorState,
+    batch: dict[str, jax.Array],
+    frozen: Any,
+    prior: ar.Prior,
+    encode: Callable | None,
+    micro_batches: int = 1,
+) -> tuple[jax.Array, Any]:
+    """Loss f32[], and gradients of the parameters, averaged over the micro-batches.
 
-    def one(part, rng):
-        codes = encode(frozen, part["image"]) if "image" in part else part["codes"]
+    Args:
+        state: before the update.
+        batch, frozen: as the step takes them, see `make`.
+        prior, encode, micro_batches: as for `make`.
+    """
+
+    def of_micro_batch(batch, rng):
         # The frozen tokenizer is outside of what is differentiated.
-        return jax.value_and_grad(loss)(state.params, prior, part["label"], codes, rng)
+        codes = encode(frozen, batch["image"]) if "image" in batch else batch["codes"]
+        return jax.value_and_grad(loss)(state.params, prior, batch["label"], codes, rng), ()
 
-    if micro_batches == 1:
-        return one(batch, rng)
-
-    # Every device keeps its share of each micro-batch: example i goes to micro-batch i % k.
-    def split(x):
-        return x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1)  # [k b/k ...]
-
-    inputs = jax.tree.map(split, batch), jax.random.split(rng, micro_batches)
-
-    def add(total, part):
-        return jax.tree.map(jnp.add, total, one(*part)), None
-
-    # From zeros, not from the first micro-batch: its program is compiled once, inside the scan.
-    shapes = jax.eval_shape(one, *jax.tree.map(lambda x: x[0], inputs))
-    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    total, _ = jax.lax.scan(add, start, inputs)
-    return jax.tree.map(lambda x: x / micro_batches, total)
+    rng = jax.random.fold_in(state.rng, state.step)
+    averaged, _ = program.accumulate(of_micro_batch, batch, rng, micro_batches)
+    return averaged
 
 
 def loss(params, prior: ar.Prior, class_ids: jax.Array, codes: jax.Array, rng: jax.Array):

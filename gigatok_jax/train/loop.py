@@ -1,94 +1,176 @@
-"""What every training run goes through: steps, signals, numbers that arrive one step late, saves.
+"""What happens between two updates of a training run: numbers, checkpoints, evaluations, signals.
 
-A kind of run brings its own `Run`, with the three methods that set it apart.
+The loops themselves stand in `tokenizer.train` and `ar.train`.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import Any, Protocol
 
 import jax
+import ml_collections
 import numpy as np
 from absl import logging
 from etils import epath
 
 from gigatok_jax import files, parallel
 from gigatok_jax.errors import CheckpointError, ConfigError, NonFiniteError
-from gigatok_jax.run import checkpoint, cluster, environment, metric_writer, page, processes
+from gigatok_jax.run import (
+    checkpoint,
+    cluster,
+    environment,
+    metric_writer,
+    page,
+    pictures,
+    processes,
+)
 from gigatok_jax.run.signals import Interrupts
-from gigatok_jax.train.fit import FittedStep
 from gigatok_jax.train.program import Program
 from gigatok_jax.train.settings import total_steps
 
 PLACEMENT = "placement.txt"  # of the arrays of a state on several devices
 
 
+class HeldOut(Protocol):
+    """Measures a model on data that it is not trained on; all processes call it together."""
+
+    def figures(self, state: Any, watchdog: cluster.Watchdog) -> dict[str, float]:
+        """Named figures of a state; the watchdog hears of every batch."""
+
+    def pictures(self, state: Any) -> dict[str, np.ndarray]:
+        """Named pictures uint8[h w 3] of what a state makes."""
+
+
 @dataclasses.dataclass
 class Run:
-    """Everything that one training run holds on to."""
+    """A training run from one update to the next; `open_run` makes it.
 
-    config: Any
+    Attributes:
+        config: of the run.
+        workdir: folder of the run.
+        program: training step.
+        held_out: what is measured and drawn along the way.
+        extras: JSON values saved beside each state.
+        shown: names of the metrics in the progress line.
+        interrupts: signals that end the run between two updates.
+        state: after `done` updates.
+        done: updates so far.
+        over: whether the run and its results were complete when it was opened.
+    """
+
+    config: ml_collections.ConfigDict
     workdir: epath.Path
-    total_steps: int
-    mesh: jax.sharding.Mesh
-    abstract: Any  # shapes and shardings of the state
-    create: Callable  # makes the first state in place
-    step: FittedStep
-    frozen: Any  # parameters of the frozen networks, on the devices
-    checkpoints: checkpoint.Checkpoints
-    writer: metric_writer.MetricWriter
-    timer: metric_writer.StepTimer
-    watchdog: cluster.Watchdog
-    extras: dict[str, Any]  # saved beside each state
+    program: Program
+    held_out: HeldOut
+    extras: dict[str, Any]
+    shown: tuple[str, ...]
+    interrupts: Interrupts = dataclasses.field(default_factory=Interrupts)
+    state: Any = None
+    done: int = 0
+    over: bool = False
 
-    shown: ClassVar[tuple[str, ...]]  # metrics of the progress line
-    inputs: ClassVar[tuple[str, ...]]  # what a step takes of a batch
+    def __post_init__(self):
+        config, self.total_steps = self.config, total_steps(self.config)
+        keep, milestone_every = config.save.keep, config.save.milestone_every
+        self.checkpoints = checkpoint.Checkpoints(self.workdir, keep, milestone_every)
+        self.writer = metric_writer.MetricWriter(
+            self.workdir, self.total_steps, config.train.global_batch
+        )
+        self.timer = metric_writer.StepTimer()
+        self.watchdog = cluster.Watchdog(config.cluster.hang_minutes)
+        self._profile = Profile(config.profile, self.workdir)
+        self._late, self._stopping = LateScalars(), False
+        self._inside = contextlib.ExitStack()  # closed when the loop ends, whatever ends it
 
-    def advance(self, state, batch: dict[str, jax.Array], done: int):
-        """The state after update `done`, counted from 1, and its scalars."""
-        raise NotImplementedError
+    def batches(self, stream: AbstractContextManager[Iterator[Mapping]]) -> Iterator[Any]:
+        """Global batches on the devices, until the last update is done or a signal has come.
 
-    def figures(self, state) -> dict[str, float]:
-        """What is measured on held-out data."""
-        raise NotImplementedError
+        Args:
+            stream: batches of numpy arrays by name, the first for update `done + 1`.
 
-    def draw(self, state, done: int) -> None:
-        """Writes the pictures of a step."""
-        raise NotImplementedError
+        Yields:
+            The arrays that `program.batch` names; without names the images.
+        """
+        if self.over:
+            return
+        stream = self._inside.enter_context(stream)
+        self._inside.enter_context(self._profile)
+        self._inside.enter_context(self.watchdog)
+        catch_up(self)
+        while self.done < self.total_steps and not self._stopping:
+            with self.timer.measure("data"):
+                batch = self._place(next(stream))
+            self.done += 1
+            self._profile.at(self.done)
+            yield batch
+        self._inside.close()
+
+    def _place(self, batch: Mapping[str, np.ndarray]) -> Any:
+        split = parallel.split_batch(self.program.mesh)
+        if not isinstance(self.program.batch, dict):
+            return parallel.global_array(batch["image"], split)
+        return {name: parallel.global_array(batch[name], split) for name in self.program.batch}
+
+    def after(self, scalars: Mapping[str, jax.Array]) -> None:
+        """Ends update `done`: writes the metrics of the one before, saves, evaluates, draws.
+
+        Raises:
+            NonFiniteError: a loss is no longer a number.
+            GigatokError: a file cannot be written.
+        """
+        with self.timer.measure("compute"):
+            ready = self._late.push(self.done, scalars)
+        report_scalars(self, ready)
+        self._stopping = self.interrupts.agreed()
+        if is_due(self) or self._stopping:
+            with self.timer.measure("compute"):
+                ready = self._late.pop()
+            report_scalars(self, ready)
+        record(self, self._stopping)
+        self.watchdog.beat()
 
     def close(self) -> None:
-        """Waits for the save in progress, and closes the files."""
+        """Ends the loop's threads and processes, waits for the save in progress, closes files."""
+        self._inside.close()
         self.writer.close()
         self.checkpoints.close()
 
 
-def common_parts(config, workdir: epath.Path, mesh, program: Program) -> dict[str, Any]:
-    """Fields of `Run` that every kind makes alike.
+@contextlib.contextmanager
+def open_run(
+    config: ml_collections.ConfigDict,
+    workdir: epath.PathLike,
+    program: Program,
+    held_out: HeldOut,
+    extras: dict[str, Any],
+    *,
+    shown: tuple[str, ...],
+    begin: Callable[[Run], tuple[Any, int]] | None = None,
+) -> Iterator[Run]:
+    """A run with its newest state, whose results are written when the block ends.
 
     Args:
         config: of the run.
-        workdir: of the run.
-        mesh: devices of the run.
-        program: of the run, on that mesh.
+        workdir: folder of the run; one that holds a checkpoint is resumed.
+        program, held_out, extras, shown: see `Run`.
+        begin: makes the first state and the updates it has behind it; None starts from nothing.
+
+    Raises:
+        ConfigError: the workdir belongs to a run of another config.
+        CheckpointError: all checkpoints are damaged, or the newest is of another model.
+        SystemExit: after a signal, once the state is saved; status 128 + the signal's number.
     """
-    total = total_steps(config)
-    return {
-        "config": config,
-        "workdir": workdir,
-        "total_steps": total,
-        "mesh": mesh,
-        "abstract": program.abstract,
-        "create": program.create,
-        "step": FittedStep(program.make_step, mesh, config.train.micro_batches),
-        "frozen": program.frozen,
-        "checkpoints": checkpoint.Checkpoints(
-            workdir, config.save.keep, config.save.milestone_every
-        ),
-        "writer": metric_writer.MetricWriter(workdir, total, config.train.global_batch),
-        "timer": metric_writer.StepTimer(),
-        "watchdog": cluster.Watchdog(config.cluster.hang_minutes),
-    }
+    run = Run(config, epath.Path(workdir), program, held_out, extras, shown)
+    with contextlib.closing(run), run.interrupts:
+        claim(run.workdir, config)
+        tell_placement(run)
+        run.state, run.done = restore(run, begin or first_state)
+        run.over = run.done >= run.total_steps and has_results(run.workdir, run.done)
+        yield run
+        if not run.over:
+            finish(run)
 
 
 def claim(workdir: epath.Path, config) -> None:
@@ -111,17 +193,24 @@ def _has_begun(workdir: epath.Path) -> bool:
 
 def tell_placement(run: Run) -> None:
     """Where the arrays of the state lie: a line on the screen, `placement.txt` for each of them."""
-    if run.mesh.size == 1 or not processes.is_first():
+    mesh, abstract = run.program.mesh, run.program.abstract
+    if mesh.size == 1 or not processes.is_first():
         return
-    sizes = ", ".join(f"{axis}={size}" for axis, size in run.mesh.shape.items())
-    held = parallel.bytes_per_device(run.abstract) / 2**30
-    lines = [f"mesh {sizes}: {held:.2f} GiB of the state on each of {run.mesh.size} devices"]
-    print(f"{lines[0]}; {PLACEMENT}", flush=True)
-    (run.workdir / PLACEMENT).write_text("\n".join([*lines, *parallel.placement(run.abstract), ""]))
+    sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    held = parallel.bytes_per_device(abstract) / 2**30
+    line = f"mesh {sizes}: {held:.2f} GiB of the state on each of {mesh.size} devices"
+    print(f"{line}; {PLACEMENT}", flush=True)
+    (run.workdir / PLACEMENT).write_text("\n".join([line, *parallel.placement(abstract), ""]))
 
 
-def restore(run: Run) -> tuple[Any, int]:
-    """The newest whole checkpoint or a first state, and the updates done.
+def first_state(run: Run) -> tuple[Any, int]:
+    """A new state, with no update behind it."""
+    run.writer.truncate_after(0)
+    return run.program.create(), 0
+
+
+def restore(run: Run, begin: Callable[[Run], tuple[Any, int]]) -> tuple[Any, int]:
+    """The state of the newest whole checkpoint, or a first one from `begin`; the updates done.
 
     Raises:
         CheckpointError: all are damaged, or the newest is of another model or tokenizer.
@@ -133,65 +222,32 @@ def restore(run: Run) -> tuple[Any, int]:
                 f"no whole checkpoint is left in {run.checkpoints.root}, {', '.join(damaged)} are"
                 " damaged: remove that folder to begin anew, or choose another --workdir"
             )
-        run.writer.truncate_after(0)
-        return run.create(), 0
-    state, extras = run.checkpoints.restore(run.abstract, step)
-    before, now = (one.get("tokenizer") for one in (extras, run.extras))
-    if before and before != now:  # a converted prior may not know
-        raise CheckpointError(
-            f"{run.workdir} learned codes of tokenizer {before}, these are of {now}: name the same"
-            " codes and tokenizer"
-        )
-    if extras["data"]["fingerprint"] != run.extras["data"]["fingerprint"]:
-        logging.warning("the images are not those of the checkpoint: other names or another count")
+        return begin(run)
+    state, extras = run.checkpoints.restore(run.program.abstract, step)
+    check_extras(run, extras)
     run.writer.truncate_after(step)
     if processes.is_first():
         print(f"resuming at step {step} of {run.total_steps}", flush=True)
     return state, step
 
 
-def loop(
-    run: Run, state, start: int, batches: AbstractContextManager, interrupts: Interrupts
-) -> int:
-    """Steps from `start` to the end or a signal; returns the updates done.
-
-    Args:
-        run: of any kind.
-        state: after `start` updates.
-        start: updates done.
-        batches: gives an iterator of batches of numpy arrays, from that of update `start + 1` on.
-        interrupts: what to stop for.
-    """
-    late, split = LateScalars(), parallel.split_batch(run.mesh)
-    profile, done = Profile(run.config.profile, run.workdir), start
-    with batches as stream, profile, run.watchdog:
-        catch_up(run, state, start)
-        for done in range(start + 1, run.total_steps + 1):
-            with run.timer.measure("data"):
-                given = next(stream)
-                batch = {name: parallel.global_array(given[name], split) for name in run.inputs}
-            profile.at(done)
-            with run.timer.measure("compute"):
-                state, scalars = run.advance(state, batch, done)
-                ready = late.push(done, scalars)
-            report_scalars(run, ready)
-            stopping = interrupts.agreed()
-            if is_due(run, done) or stopping:
-                with run.timer.measure("compute"):
-                    ready = late.pop()
-                report_scalars(run, ready)
-            record(run, state, done, stopping)
-            run.watchdog.beat()
-            if stopping:
-                break
-    return done
+def check_extras(run: Run, saved: Mapping[str, Any]) -> None:
+    """Refuses to go on with codes of another tokenizer; warns of other images."""
+    before, now = saved.get("tokenizer"), run.extras.get("tokenizer")
+    if before and before != now:  # a converted prior may not know
+        raise CheckpointError(
+            f"{run.workdir} learned codes of tokenizer {before}, these are of {now}: name the same"
+            " codes and tokenizer"
+        )
+    if saved["data"]["fingerprint"] != run.extras["data"]["fingerprint"]:
+        logging.warning("the images are not those of the checkpoint: other names or another count")
 
 
-def is_due(run: Run, done: int) -> bool:
-    """Whether something is kept of this step, which its metrics have to precede."""
+def is_due(run: Run) -> bool:
+    """Whether something is kept of this update, which its metrics have to precede."""
     config = run.config
     periods = (config.save.every, config.eval.every, config.log.pictures_every)
-    return done == run.total_steps or any(is_at(done, n) for n in periods)
+    return run.done == run.total_steps or any(is_at(run.done, period) for period in periods)
 
 
 def is_at(step: int, period: int) -> bool:
@@ -200,7 +256,7 @@ def is_at(step: int, period: int) -> bool:
 
 
 def report_scalars(run: Run, ready: tuple[int, dict[str, float]] | None) -> None:
-    """Writes the metrics of a step when its turn has come."""
+    """Writes the metrics of an update that has been waited for, if its turn has come."""
     if ready is None:
         return
     step, values = ready
@@ -210,43 +266,52 @@ def report_scalars(run: Run, ready: tuple[int, dict[str, float]] | None) -> None
         run.writer.progress(step, shown, run.timer)
 
 
-def record(run: Run, state, done: int, stopping: bool) -> None:
+def record(run: Run, stopping: bool) -> None:
     """A checkpoint, then held-out figures and pictures, each at its own steps.
 
-    In this order: who takes the machine away does not wait for an evaluation. A run that resumes
+    The checkpoint comes first: a preemption does not wait for an evaluation. A run that resumes
     makes up for it, see `catch_up`.
     """
-    last = done == run.total_steps
-    if last or stopping or is_at(done, run.config.save.every):
+    last = run.done == run.total_steps
+    if last or stopping or is_at(run.done, run.config.save.every):
         with run.timer.measure("save"):
-            run.checkpoints.save(done, state, run.extras)
+            run.checkpoints.save(run.done, run.state, run.extras)
     if last or not stopping:
-        show(run, state, done)
+        show(run)
 
 
-def catch_up(run: Run, state, done: int) -> None:
-    """Figures and pictures of the step that a run resumes at, where it was stopped before them."""
+def catch_up(run: Run) -> None:
+    """Figures and pictures of the update that a run resumes at, if it was stopped before them."""
 
     def owes() -> bool:
         rows = metric_writer.read(run.workdir)  # none of a run that branches off another one
-        here = (name for row in rows if row["step"] == done for name in row)
+        here = (name for row in rows if row["step"] == run.done for name in row)
         return bool(rows) and not any(name.startswith("eval/") for name in here)
 
     if processes.from_first(owes):
-        show(run, state, done)
+        show(run)
 
 
-def show(run: Run, state, done: int) -> None:
+def show(run: Run) -> None:
     """Held-out figures and pictures, each at its own steps."""
-    config, last = run.config, done == run.total_steps
-    if last or is_at(done, config.eval.every):
+    config, last = run.config, run.done == run.total_steps
+    if last or is_at(run.done, config.eval.every):
         with run.timer.measure("evaluate"):
-            run.writer.write(done, run.figures(state), "eval")
-    if last or is_at(done, config.log.pictures_every):
+            figures = run.held_out.figures(run.state, run.watchdog)
+            run.writer.write(run.done, figures, "eval")
+    if last or is_at(run.done, config.log.pictures_every):
         with run.timer.measure("evaluate"):
-            run.draw(state, done)
+            drawn = run.held_out.pictures(run.state)
             if processes.is_first():
-                page.write(run.workdir)
+                keep_pictures(run, drawn)
+
+
+def keep_pictures(run: Run, drawn: Mapping[str, np.ndarray]) -> None:
+    """Writes pictures as PNG and TensorBoard events, and the page that shows them."""
+    for name, picture in drawn.items():
+        pictures.save(run.workdir, name, run.done, picture)
+        run.writer.picture(run.done, name, picture)
+    page.write(run.workdir)
 
 
 def has_results(workdir: epath.Path, step: int) -> bool:
@@ -255,27 +320,27 @@ def has_results(workdir: epath.Path, step: int) -> bool:
     return processes.from_first(lambda: path.exists() and files.read_json(path).get("step") == step)
 
 
-def finish(run: Run, done: int, interrupts: Interrupts) -> None:
+def finish(run: Run) -> None:
     """Waits for the last save; writes the page, and the results of a run that is complete."""
     with run.timer.measure("save"):
         run.checkpoints.wait()
     if processes.is_first():
-        write_results(run, done)
-    if done < run.total_steps:
+        write_results(run)
+    if run.done < run.total_steps:
         if processes.is_first():
-            print(f"stopped at step {done} of {run.total_steps}; the same command resumes")
-        raise SystemExit(128 + interrupts.received)
+            print(f"stopped at step {run.done} of {run.total_steps}; the same command resumes")
+        raise SystemExit(128 + run.interrupts.received)
 
 
-def write_results(run: Run, done: int) -> None:
+def write_results(run: Run) -> None:
     """The page, and the results of a run that is complete."""
     seconds, shares = run.timer.total()
     share = shares.get("compute", 0.0)
-    if done >= run.total_steps:
-        rows = [row for row in metric_writer.read(run.workdir) if row["step"] == done]
+    if run.done >= run.total_steps:
+        rows = [row for row in metric_writer.read(run.workdir) if row["step"] == run.done]
         figures = {name: row[name] for row in rows for name in row if name.startswith("eval/")}
         results = {name.removeprefix("eval/"): value for name, value in figures.items()}
-        results |= {"step": done, "seconds": seconds, "useful_share": share}
+        results |= {"step": run.done, "seconds": seconds, "useful_share": share}
         files.write_json(run.workdir / "results.json", results)
     written = page.write(run.workdir)
     print(f"{share:.0%} of {metric_writer.duration(seconds)} spent computing; page: {written}")

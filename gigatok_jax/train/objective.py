@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from gigatok_jax import losses
 from gigatok_jax.ops import entropy, image, quantize
-from gigatok_jax.train.state import Networks
+from gigatok_jax.train.networks import Networks
 
 
 class Phase(NamedTuple):

@@ -12,6 +12,7 @@ import ml_collections
 import numpy as np
 import optax
 
+from gigatok_jax import errors
 from gigatok_jax.errors import ConfigError
 
 SCHEDULES = ("cosine", "constant", "wsd")
@@ -60,10 +61,7 @@ def learning_rate(
     Raises:
         ConfigError: unknown schedule, or warm-up given both in steps and in epochs.
     """
-    if optim.schedule not in SCHEDULES:
-        raise ConfigError(
-            f"optim.schedule {optim.schedule!r} is unknown, choose one of {', '.join(SCHEDULES)}"
-        )
+    errors.one_of("optim.schedule", optim.schedule, SCHEDULES)
     if optim.warmup_steps and optim.warmup_epochs:
         raise ConfigError("optim.warmup_steps and optim.warmup_epochs are both set, set one to 0")
     warmup = optim.warmup_steps or round(optim.warmup_epochs * steps_per_epoch)
@@ -149,16 +147,10 @@ def make_optimizer(
     Source: AdamW arXiv:1711.05101 as PyTorch scales it: the decay is learning rate * weight
         decay, epsilon 1e-8 is added outside the root, clipping divides by (norm + 1e-6).
     """
-    if optim.decay_mask not in DECAY_MASKS:
-        known = ", ".join(DECAY_MASKS)
-        raise ConfigError(
-            f"optim.decay_mask {optim.decay_mask!r} is unknown, choose one of {known}"
-        )
+    errors.one_of("optim.decay_mask", optim.decay_mask, DECAY_MASKS)
     if optim.clip <= 0:
         raise ConfigError(f"optim.clip is {optim.clip}, expected a positive norm")
-    if optim.first_moment not in MOMENT_TYPES:
-        known = " or ".join(map(repr, MOMENT_TYPES))
-        raise ConfigError(f"optim.first_moment is {optim.first_moment!r}, expected {known}")
+    errors.one_of("optim.first_moment", optim.first_moment, MOMENT_TYPES)
     beta1 = np.float64(optim.beta1)  # times a bfloat16 moment it is float32, Python's is bfloat16
     return optax.chain(
         optax.stateless(lambda grads, params: _clipped(grads, optim.clip)),

@@ -2,8 +2,11 @@
 
 from typing import Any
 
-from gigatok_jax import errors
+import ml_collections
+
+from gigatok_jax import errors, losses
 from gigatok_jax.errors import ConfigError
+from gigatok_jax.model_config import validate
 from gigatok_jax.models import layers
 
 NO_END = float("inf")
@@ -22,36 +25,60 @@ RANGES = {  # both ends included
     **dict.fromkeys(SHARES, (0, 1)),
     **dict.fromkeys(NOT_NEGATIVE, (0, NO_END)),
 }
+BELOW_1 = ("train.dropout", "train.token_dropout", "train.class_dropout", "train.drop_path")
+CHOICES = {
+    "train.dtype": ("bfloat16", "float32"),
+    "train.statistics": ("global", "local"),
+    "loss.discriminator": ("patchgan", "dino", "none"),
+    "loss.adversarial_type": losses.ADVERSARIAL,
+    "loss.reconstruction_type": losses.RECONSTRUCTION,
+    "loss.missing_weights": ("refuse", "skip"),
+}
 PLATFORMS = ("cpu", "gpu", "tpu")
 
 
-def check_values(config) -> None:
-    """Refuses numbers that no run can have, before anything is read.
+def check(config: ml_collections.ConfigDict) -> None:
+    """Refuses values that no training run can have, before anything is read or compiled.
 
     Raises:
-        ConfigError: with the range of the first that is outside it.
+        ConfigError: names the first value that cannot be, and what could.
     """
+    validate(config.model)
     for name, (low, high) in RANGES.items():
-        part, _, key = name.rpartition(".")
-        values = config.get(part, {}) if part else config
-        if key in values and not low <= values[key] <= high:
-            to = f" to {high}" if high < NO_END else " or more"
-            raise ConfigError(f"{name} is {values[key]}, expected {low}{to}")
+        value = _get(config, name)
+        if value is not None and not low <= value <= high:
+            end = f" to {high}" if high < NO_END else " or more"
+            raise ConfigError(f"{name} is {value}, expected {low}{end}")
+    for name in BELOW_1:
+        value = _get(config, name)
+        if value is not None and not 0 <= value < 1:
+            raise ConfigError(f"{name} is {value}, expected 0 to below 1")
+    for name, choices in CHOICES.items():
+        value = _get(config, name)
+        if value is not None:
+            errors.one_of(name, value, choices)
+    make_loop(config.train)
     if total_steps(config) < 1:
         raise ConfigError("a run of no steps: set train.steps or train.epochs above 0")
 
 
-def total_steps(config) -> int:
+def _get(config: ml_collections.ConfigDict, name: str) -> Any:
+    """The value of a key such as "optim.ema"; None in a config without it."""
+    section, _, key = name.rpartition(".")
+    return (config.get(section, {}) if section else config).get(key)
+
+
+def total_steps(config: ml_collections.ConfigDict) -> int:
     """Updates of the whole run: `train.steps`, or else `train.epochs` worth of them."""
     return config.train.steps or round(config.train.epochs * steps_per_epoch(config))
 
 
-def steps_per_epoch(config) -> float:
-    """An epoch is `train.epoch_images` images whatever the data holds."""
+def steps_per_epoch(config: ml_collections.ConfigDict) -> float:
+    """Updates of an epoch, which is `train.epoch_images` images whatever the data holds."""
     return config.train.epoch_images / config.train.global_batch
 
 
-def make_loop(train: Any) -> layers.Loop:
+def make_loop(train: ml_collections.ConfigDict) -> layers.Loop:
     """How the stacks of blocks are compiled: `train.remat` and `train.unroll` of a config.
 
     Raises:

@@ -1,30 +1,83 @@
-"""One update of the tokenizer and of its discriminator. Axes: b batch, k micro-batches."""
+"""One update of the tokenizer and of its discriminator. Axes: b batch, k rows of the codebook."""
 
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax
 import jax
 import jax.numpy as jnp
+import ml_collections
+import optax
 
 from gigatok_jax import losses
 from gigatok_jax.ops.image import to_pixels
-from gigatok_jax.train import objective, optim
+from gigatok_jax.train import objective, optim, program
+from gigatok_jax.train.networks import Networks
 from gigatok_jax.train.objective import Phase
-from gigatok_jax.train.state import HISTORY, Networks, Optimizers, TokenizerState
 
+HISTORY = 65536  # latest codes kept for the usage statistics, the original's window
 LECAM_DELAY = 1000  # updates of the discriminator before its logits are averaged
 
 
+@flax.struct.dataclass
+class TokenizerState:
+    """All of it is saved; donated to each step."""
+
+    step: jax.Array  # i32[], optimizer updates done
+    rng: jax.Array  # key of the run; each step folds its number in
+    params: Any
+    ema_params: Any
+    opt_state: optax.OptState
+    discriminator: Any  # trainable parameters, {} without a discriminator
+    discriminator_stats: Any  # batch statistics, spectral vectors
+    discriminator_opt_state: optax.OptState
+    codebook_used: jax.Array  # f32[HISTORY], latest codes, oldest first
+    lecam: dict[str, jax.Array]  # averages of the discriminator's logits
+
+
+class Optimizers(NamedTuple):
+    generator: optax.GradientTransformation
+    discriminator: optax.GradientTransformation
+    rate: optim.Schedule
+    discriminator_rate: optim.Schedule
+
+
+def create(
+    networks: Networks, optimizers: Optimizers, image_size: int, seed: int
+) -> TokenizerState:
+    """State before the first step; jit it with output shardings to create it in place."""
+    rng = jax.random.key(seed)
+    images = jnp.zeros((1, image_size, image_size, 3))
+    params = networks.tokenizer.init(jax.random.fold_in(rng, 0), images)["params"]
+    judge, stats = {}, {}
+    if networks.discriminator is not None:
+        keys = {"params": jax.random.fold_in(rng, 1), "augment": jax.random.fold_in(rng, 2)}
+        stats = networks.discriminator.init(keys, images, train=True)
+        judge = stats.pop("params")
+    return TokenizerState(
+        step=jnp.zeros((), jnp.int32),
+        rng=rng,
+        params=params,
+        ema_params=jax.tree.map(jnp.copy, params),  # donation needs buffers of its own
+        opt_state=optimizers.generator.init(params),
+        discriminator=judge,
+        discriminator_stats=stats,
+        discriminator_opt_state=optimizers.discriminator.init(judge),
+        codebook_used=jnp.zeros(HISTORY),
+        lecam={"real": jnp.zeros(()), "fake": jnp.zeros(())},
+    )
+
+
 class Gradients(NamedTuple):
-    """Of one micro-batch; the two networks never see each other's."""
+    """Gradients of both networks on a batch, neither of which sees the other's, and byproducts."""
 
     generator: Any
-    discriminator: Any
-    stats: Any
-    scalars: dict[str, jax.Array]
+    discriminator: Any  # {} while the discriminator is off
+    scalars: dict[str, jax.Array]  # f32[] each, losses and logits
+    stats: Any  # of the discriminator after its forward passes
     codes: jax.Array  # i32[b n]
-    latents: jax.Array  # f32[b n e]
+    latents: jax.Array  # f32[b n e], before quantization
 
 
 def make(
@@ -60,66 +113,67 @@ def make(
     return step
 
 
-def gradients(state, images, frozen, phase, networks, config, groups, micro_batches=1) -> Gradients:
+def gradients(
+    state: TokenizerState,
+    images: jax.Array,
+    frozen: dict[str, Any],
+    phase: Phase,
+    networks: Networks,
+    config: ml_collections.ConfigDict,
+    groups: int,
+    micro_batches: int = 1,
+) -> Gradients:
     """Gradients of both networks, averaged over the micro-batches.
 
     Statistics of the discriminator follow the first micro-batch, as the original keeps those of
     its first device.
+
+    Args:
+        state: before the update.
+        images: uint8[b h w 3].
+        frozen: parameters of the frozen networks by name.
+        phase: losses that are on.
+        networks, config, groups, micro_batches: as for `make`.
     """
     rng = jax.random.fold_in(state.rng, state.step)
-    one = functools.partial(
+    of_micro_batch = functools.partial(
         _micro_batch, state, frozen, phase=phase, networks=networks, config=config, groups=groups
     )
-    if micro_batches == 1:
-        return one(images, rng)
-    # Every device keeps its share of each micro-batch: example i goes to micro-batch i % k.
-    split = images.reshape(-1, micro_batches, *images.shape[1:]).swapaxes(0, 1)  # [k b/k h w 3]
-    return _accumulate(one, split, jax.random.split(rng, micro_batches))
+    averaged, seen = program.accumulate(of_micro_batch, images, rng, micro_batches, _join)
+    return Gradients(*averaged, *seen)
 
 
-def _accumulate(one: Callable, split: jax.Array, keys: jax.Array) -> Gradients:
-    """Mean of the micro-batches, one at a time."""
-
-    def averaged(grads):
-        return grads.generator, grads.discriminator, grads.scalars
-
-    def add(total, inputs):
-        grads = one(*inputs)
-        rest = grads.stats, grads.codes, grads.latents
-        return jax.tree.map(jnp.add, total, averaged(grads)), rest
-
-    # From zeros, not from the first micro-batch: its program is compiled once, inside the scan.
-    shapes = averaged(jax.eval_shape(one, split[0], keys[0]))
-    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    total, (stats, *parts) = jax.lax.scan(add, start, (split, keys))
-    total = jax.tree.map(lambda x: x / len(split), total)
-    codes, latents = (x.reshape(-1, *x.shape[2:]) for x in parts)
-    first = jax.tree.map(lambda x: x[0], stats)
-    return Gradients(total[0], total[1], first, total[2], codes, latents)
+def _join(seen: tuple[Any, jax.Array, jax.Array]) -> tuple[Any, jax.Array, jax.Array]:
+    """Statistics of the first micro-batch; codes and latents of all of them."""
+    stats, codes, latents = seen
+    codes, latents = (x.reshape(-1, *x.shape[2:]) for x in (codes, latents))
+    return jax.tree.map(lambda x: x[0], stats), codes, latents
 
 
 def _micro_batch(
     state, frozen, images, rng, *, phase, networks, config, groups
-) -> Gradients:  # fmt: skip
+) -> tuple[tuple, tuple]:  # fmt: skip
+    """Fields of `Gradients`: the three to be averaged over micro-batches, then the others."""
     images = to_pixels(images)
-    make_key, judge_key = jax.random.split(rng)
+    generator_key, discriminator_key = jax.random.split(rng)
     loss = functools.partial(
         objective.generator, networks=networks, loss=config.loss, phase=phase, groups=groups
     )
-    (total, made), grads = jax.value_and_grad(loss, has_aux=True)(
-        state.params, state.discriminator, state.discriminator_stats, frozen, images, make_key
+    (total, generated), grads = jax.value_and_grad(loss, has_aux=True)(
+        state.params, state.discriminator, state.discriminator_stats, frozen, images, generator_key
     )
-    scalars = {"loss": total, **made.terms}
-    judge_grads, stats = {}, made.stats
+    scalars, stats = {"loss": total, **generated.terms}, generated.stats
+    discriminator_grads = {}
     if phase.adversarial:
         loss = functools.partial(objective.discriminator, networks=networks, loss=config.loss)
-        (total, judged), judge_grads = jax.value_and_grad(loss, has_aux=True)(
-            state.discriminator, stats, frozen, images, made.fakes, state.lecam, judge_key
-        )
+        (total, judged), discriminator_grads = jax.value_and_grad(loss, has_aux=True)(
+            state.discriminator, stats, frozen, images, generated.fakes, state.lecam,
+            discriminator_key,
+        )  # fmt: skip
         stats = judged.stats
         scalars |= {"discriminator_loss": total, **judged.terms}
         scalars |= {"logits_real": judged.logits_real, "logits_fake": judged.logits_fake}
-    return Gradients(grads, judge_grads, stats, scalars, made.codes, made.latents)
+    return (grads, discriminator_grads, scalars), (stats, generated.codes, generated.latents)
 
 
 def _update(state, grads, optimizers: Optimizers, config, phase):

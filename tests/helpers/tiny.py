@@ -14,7 +14,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from configs import common
 from gigatok_jax.models import cnn, discriminator, qformer, quantizer, tokenizer
-from gigatok_jax.train import optim, state
+from gigatok_jax.train import networks as networks_lib
+from gigatok_jax.train import optim, tokenizer_step
 from gigatok_jax.train import tokenizer as loop
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -74,21 +75,21 @@ def model(**fields):
     return small | fields
 
 
-def optimizers(made, rate=None, discriminator_rate=None) -> state.Optimizers:
+def optimizers(made, rate=None, discriminator_rate=None) -> tokenizer_step.Optimizers:
     """Optimizers of a config; the rates are functions of the step, 1e-3 unless given."""
     same = optim.make_optimizer(made.optim)
     constant = lambda step: jnp.float32(1e-3)  # noqa: E731
-    return state.Optimizers(same, same, rate or constant, discriminator_rate or constant)
+    return tokenizer_step.Optimizers(same, same, rate or constant, discriminator_rate or constant)
 
 
-def networks(groups: int = 1, judge=None, dtype=jnp.float32) -> state.Networks:
+def networks(groups: int = 1, judge=None, dtype=jnp.float32) -> networks_lib.Networks:
     judge = judge or discriminator.PatchGAN(4, groups=groups, dtype=dtype)
-    return state.Networks(linear_tokenizer(dtype), judge)
+    return networks_lib.Networks(linear_tokenizer(dtype), judge)
 
 
-def first_state(parts: state.Networks, made) -> state.TokenizerState:
+def first_state(parts: networks_lib.Networks, made) -> tokenizer_step.TokenizerState:
     """A first state, drawn by numpy: no initialiser is compiled."""
-    create = functools.partial(state.create, parts, optimizers(made), SIZE, 0)
+    create = functools.partial(tokenizer_step.create, parts, optimizers(made), SIZE, 0)
     shapes = jax.eval_shape(create)
     rng = np.random.default_rng(0)
 

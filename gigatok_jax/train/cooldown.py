@@ -1,0 +1,74 @@
+"""The cool-down of a prior: a run that branches off another one, while its rate falls to zero."""
+
+import math
+from typing import Any
+
+import ml_collections
+from etils import epath
+
+from gigatok_jax import files
+from gigatok_jax.errors import CheckpointError, ConfigError
+from gigatok_jax.run import checkpoint, processes
+from gigatok_jax.train import optim
+from gigatok_jax.train.loop import Run
+from gigatok_jax.train.settings import steps_per_epoch, total_steps
+
+COOLDOWN = "cooldown.json"  # where a cool-down branched off
+
+
+def find_branch(config, workdir: epath.Path, tokenizer: str) -> dict[str, Any] | None:
+    """Where a cool-down branches off: the "checkpoint", and its "step"; None for other runs.
+
+    A workdir that has begun to cool down knows it, so the other run may go on or disappear.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model or tokenizer, or its rate has begun to
+            fall already.
+        ConfigError: the run would end before it begins.
+    """
+    if not config.cooldown_from:
+        return None
+    if (workdir / COOLDOWN).exists():
+        return files.read_json(workdir / COOLDOWN)
+    _, extras = checkpoint.load_params(config.cooldown_from, ())
+    check_branch(config, extras, tokenizer)
+    root, _ = checkpoint.find(config.cooldown_from)
+    return {"checkpoint": str(root / str(extras["step"])), "step": extras["step"]}
+
+
+def check_branch(config, extras: dict[str, Any], tokenizer: str) -> None:
+    """Refuses a checkpoint that no cool-down of this config can start from; see `find_branch`."""
+    there, step, what = extras["config"], extras["step"], f"checkpoint {config.cooldown_from}"
+    ours = config.model.to_dict()
+    if there["model"] != ours:
+        names = sorted(k for k in ours | there["model"] if ours.get(k) != there["model"].get(k))
+        differ = ", ".join(f"{k} {there['model'].get(k)!r} not {ours.get(k)!r}" for k in names)
+        raise CheckpointError(f"{what} is of another model: {differ}")
+    if extras["tokenizer"] != tokenizer:
+        raise CheckpointError(
+            f"{what} learned codes of tokenizer {extras['tokenizer']}, these are of {tokenizer}"
+        )
+    there = ml_collections.ConfigDict(there)
+    rate = optim.learning_rate(
+        there.optim, total_steps(there), steps_per_epoch(there), decay_from=extras["decay_from"]
+    )
+    if not math.isclose(rate(step), there.optim.learning_rate):
+        raise CheckpointError(
+            f"{what} is not in a constant phase: its learning rate is {rate(step):.3g} and the base"
+            f" {there.optim.learning_rate:.3g}; choose an earlier step, or one after the warm-up"
+        )
+    if total_steps(config) <= step:
+        raise ConfigError(
+            f"train.steps is {total_steps(config)}, {what} is at step {step} already: set it beyond"
+        )
+
+
+def begin(run: Run, branch: dict[str, Any]) -> tuple[Any, int]:
+    """The state that a new cool-down takes along, saved as its own first one; the updates done."""
+    state, _ = checkpoint.restore_from(branch["checkpoint"], run.program.abstract)
+    if processes.is_first():
+        files.write_json(run.workdir / COOLDOWN, branch)
+    run.writer.truncate_after(branch["step"])
+    print(f"the rate falls from step {branch['step']} to {run.total_steps}", flush=True)
+    run.checkpoints.save(branch["step"], state, run.extras)
+    return state, branch["step"]
