@@ -217,7 +217,6 @@ def _loss():
     return ml_collections.ConfigDict(
         {
             "reconstruction": 1.0,
-            "reconstruction_type": "l2",
             "perceptual": 1.0,
             "adversarial": 0.5,
             "adversarial_type": "hinge",
@@ -229,11 +228,9 @@ def _loss():
             "codebook": 1.0,
             "commitment": 0.25,
             "entropy": 0.0,
-            "entropy_end": 0,  # 0 never ends
             "entropy_temperature": 0.01,
             "alignment": 0.5,
             "teacher": "dinov2-b",
-            "lecam": 0.0,
             "missing_weights": "refuse",  # "skip" leaves a loss out and says so
         }
     )

@@ -60,7 +60,7 @@ def interleaved(images, k):
 @functools.cache
 def accumulated():
     """Config, images and gradients of a batch cut into four micro-batches, every loss on."""
-    config, images = tiny.config(lecam=0.1), tiny.images(8)
+    config, images = tiny.config(), tiny.images(8)
     return config, images, gradients(tiny.networks(), config, images, ALL_ON, micro_batches=4)
 
 
@@ -89,7 +89,7 @@ def test_micro_batches_are_the_mean_of_separate_batches():
             phase=ALL_ON, groups=1, **fields,
         )  # fmt: skip
         (other, _), judge = jax.value_and_grad(objective.discriminator, has_aux=True)(
-            first.discriminator, made.stats, {}, pixels, made.fakes, first.lecam, key, **fields
+            first.discriminator, made.stats, {}, pixels, made.fakes, key, **fields
         )
         return loss, other, generator, judge
 
@@ -110,7 +110,7 @@ def test_terms_without_batch_statistics_do_not_see_the_cut():
 
 def test_the_total_is_the_sum_of_the_terms():
     scalars = accumulated()[2].scalars
-    judge = ("discriminator", "shortcut_discriminator", "lecam")
+    judge = ("discriminator", "shortcut_discriminator")
     assert scalars["discriminator_loss"] == pytest.approx(
         sum(scalars[name] for name in judge), rel=1e-6
     )
@@ -126,7 +126,7 @@ class Compiled:
     """A step whose rates are zero where the step number says so."""
 
     def __init__(self):
-        self.config = tiny.config(discriminator_start=1, lecam=0.1)
+        self.config = tiny.config(discriminator_start=1)
         self.parts = tiny.networks()
         rates = (
             lambda s: jnp.where(s == 7, 0.0, 1e-3),  # the generator rests at step 7
@@ -179,7 +179,7 @@ def test_one_network_learns_while_the_other_rests(compiled):
 
 def test_the_discriminator_waits_for_its_start(compiled):
     before, after, scalars = compiled(compiled.first(), EARLY)
-    for name in ("discriminator", "discriminator_stats", "discriminator_opt_state", "lecam"):
+    for name in ("discriminator", "discriminator_stats", "discriminator_opt_state"):
         assert same(getattr(before, name), getattr(after, name)), name
     assert not same(before.params, after.params)
     assert not any("discriminator" in name or "adversarial" in name for name in scalars)
@@ -216,17 +216,6 @@ def test_scalars_say_what_was_done(compiled):
     assert all(value.dtype == np.float32 for value in scalars.values())
 
 
-def test_lecam_averages_start_late(compiled):
-    """Until 1000 updates after the discriminator's start they hold the latest batch."""
-    start = compiled.config.loss.discriminator_start
-    first = compiled.first(at=start + tokenizer_step.LECAM_DELAY - 1)
-    _, after, scalars = compiled(first)
-    assert after.lecam["real"] == scalars["logits_real"]
-    held = float(after.lecam["real"])
-    _, after, scalars = compiled(after)
-    assert after.lecam["real"] == pytest.approx(0.99 * held + 0.01 * scalars["logits_real"])
-
-
 def test_the_history_of_codes_moves_on(compiled):
     before, after, _ = compiled(compiled.first())
     new = tiny.images().shape[0] * (tiny.SIZE // tiny.PATCH) ** 2
@@ -258,7 +247,6 @@ def test_half_precision_keeps_float32_state_and_losses(compiled):
     [
         ("shortcut", {"shortcut_end": 10}, True, False),  # while global_step < aux_loss_end
         ("adversarial", {"discriminator_start": 10}, False, True),  # from global_step >= start
-        ("entropy", {"entropy_end": 10}, True, False),
     ],
 )
 def test_phases_change_at_the_originals_steps(name, boundary, before, after):
@@ -271,7 +259,7 @@ def test_phases_change_at_the_originals_steps(name, boundary, before, after):
 
 
 def test_phases_that_never_come_or_never_end():
-    config = tiny.config(shortcut_end=0, discriminator="none", entropy_end=0, discriminator_start=0)
+    config = tiny.config(shortcut_end=0, discriminator="none", discriminator_start=0)
     assert objective.phase_at(0, config.loss, config.codebook) == Phase(False, False, True, True)
     config.loss.entropy, config.codebook.warmup_steps = 0.0, 3
     phases = [objective.phase_at(done, config.loss, config.codebook) for done in (2, 3)]
@@ -305,7 +293,7 @@ def test_adversarial_losses_can_be_chosen(kind):
     arguments = (first.params, first.discriminator, {}, {}, pixels, key)
     _, made = objective.generator(*arguments, phase=phase, groups=1, **fields)
     _, judged = objective.discriminator(
-        first.discriminator, {}, {}, pixels, made.fakes, first.lecam, key, **fields
+        first.discriminator, {}, {}, pixels, made.fakes, key, **fields
     )
     judge = lambda x: np.float64(  # noqa: E731
         parts.discriminator.apply({"params": first.discriminator}, x, train=True)
@@ -322,7 +310,6 @@ def test_adversarial_losses_can_be_chosen(kind):
         other = np.maximum(0, 1 - real).mean() + np.maximum(0, 1 + fake).mean()
     assert made.terms["adversarial"] == pytest.approx(0.5 * generator, rel=1e-4)
     assert judged.terms["discriminator"] == pytest.approx(0.5 * 0.5 * other, rel=1e-4)
-    assert "lecam" not in judged.terms
 
 
 def test_warm_up_decodes_what_is_not_quantized():

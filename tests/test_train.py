@@ -402,7 +402,6 @@ def test_a_checkpoint_of_another_model_lists_what_differs(whole, tmp_path, monke
         ({"train__unroll": "yes"}, "train.unroll is 'yes', expected some of cpu, gpu, tpu"),
         ({"loss__discriminator": "some"}, "loss.discriminator is 'some', expected 'patchgan'"),
         ({"loss__adversarial_type": "some"}, "loss.adversarial_type is 'some', expected one of"),
-        ({"loss__reconstruction_type": "l3"}, "loss.reconstruction_type is 'l3', expected one of"),
         ({"loss__missing_weights": "some"}, "loss.missing_weights is 'some'"),
         ({"optim__schedule": "some"}, "optim.schedule 'some' is unknown"),
         ({"optim__decay_mask": "some"}, "optim.decay_mask 'some' is unknown"),

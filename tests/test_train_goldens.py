@@ -67,7 +67,6 @@ def run():
         discriminator_stats={"batch_stats": judge["batch_stats"]},
         discriminator_opt_state=optimizer.init(judge["params"]),
         codebook_used=jnp.zeros(tokenizer_step.HISTORY),
-        lecam={"real": jnp.zeros(()), "fake": jnp.zeros(())},
     )
     teacher = np.random.RandomState(21).standard_normal((2, 256, 768)).astype(np.float32)
     lpips = names.from_torch(rule.lpips_state(), frozen.lpips_entries())

@@ -24,8 +24,6 @@ MODULES = {
     "patchgan": discriminator_modules.PatchGAN,
     "dino": discriminator_modules.DinoDiscriminator,
 }
-# Averages of the discriminator's logits, which no file of the original holds.
-_NO_LOGITS = {f"lecam/{name}": np.zeros((), np.float32) for name in ("real", "fake")}
 
 Tensors = dict[str, Promise]
 
@@ -101,7 +99,7 @@ def to_ours(
         **_adam_to_ours(optimizers, "optimizer", order, trained, entries),
     }
     if model.kind != "prior":
-        arrays |= {"codebook_used": used, **_NO_LOGITS}
+        arrays["codebook_used"] = used
         arrays |= _discriminator_to_ours(parts.get("discriminator"), optimizers, fallback)
     kept_in = lambda path: first_moment if f"{ADAM}mu/" in path else "float32"  # noqa: E731
     return {path: _typed(array, kept_in(path)) for path, array in arrays.items()}

@@ -50,7 +50,7 @@ def phase_at(step: int, loss, codebook) -> Phase:
     return Phase(
         shortcut=update < loss.shortcut_end,
         adversarial=loss.discriminator != "none" and update >= loss.discriminator_start,
-        entropy=loss.entropy > 0 and (loss.entropy_end == 0 or update < loss.entropy_end),
+        entropy=loss.entropy > 0,
         quantize=step >= codebook.warmup_steps,
     )
 
@@ -122,7 +122,7 @@ def _image_terms(networks, frozen, images, fakes, loss) -> dict[str, jax.Array]:
     for prefix, made in (("", fakes.images), ("shortcut_", fakes.shortcut)):
         if made is None:
             continue
-        value = losses.reconstruction(images, made, loss.reconstruction_type)
+        value = losses.reconstruction(images, made)
         terms[f"{prefix}reconstruction"] = loss.reconstruction * value
         if networks.lpips is not None:
             distance = networks.lpips.apply({"params": frozen["lpips"]}, images, made)
@@ -169,7 +169,7 @@ def _adversarial_terms(networks, params, stats, frozen, fakes, rng, loss):
 
 
 def discriminator(
-    params, stats, frozen, images, fakes: Fakes, lecam, rng, *, networks: Networks, loss
+    params, stats, frozen, images, fakes: Fakes, rng, *, networks: Networks, loss
 ) -> tuple[jax.Array, Judged]:
     """Loss of the discriminator on real and made images.
 
@@ -189,8 +189,5 @@ def discriminator(
         made, stats = judge(networks, params, stats, frozen, second, keys[2])
         value = hinge(real, made, loss.adversarial_type)
         terms["shortcut_discriminator"] = loss.adversarial * value
-    if loss.lecam:
-        value = losses.lecam(real, fake, lecam["real"], lecam["fake"])
-        terms["lecam"] = loss.lecam * value
     out = Judged(terms, stats, jnp.mean(real), jnp.mean(fake))
     return sum(terms.values()), jax.lax.stop_gradient(out)

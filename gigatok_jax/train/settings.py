@@ -31,7 +31,6 @@ CHOICES = {
     "train.statistics": ("global", "local"),
     "loss.discriminator": ("patchgan", "dino", "none"),
     "loss.adversarial_type": losses.ADVERSARIAL,
-    "loss.reconstruction_type": losses.RECONSTRUCTION,
     "loss.missing_weights": ("refuse", "skip"),
 }
 PLATFORMS = ("cpu", "gpu", "tpu")

@@ -10,14 +10,12 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from gigatok_jax import losses
 from gigatok_jax.ops.image import to_pixels
 from gigatok_jax.train import objective, optim, program
 from gigatok_jax.train.networks import Networks
 from gigatok_jax.train.objective import Phase
 
 HISTORY = 65536  # latest codes kept for the usage statistics, the original's window
-LECAM_DELAY = 1000  # updates of the discriminator before its logits are averaged
 
 
 @flax.struct.dataclass
@@ -33,7 +31,6 @@ class TokenizerState:
     discriminator_stats: Any  # batch statistics, spectral vectors
     discriminator_opt_state: optax.OptState
     codebook_used: jax.Array  # f32[HISTORY], latest codes, oldest first
-    lecam: dict[str, jax.Array]  # averages of the discriminator's logits
 
 
 class Optimizers(NamedTuple):
@@ -65,7 +62,6 @@ def create(
         discriminator_stats=stats,
         discriminator_opt_state=optimizers.discriminator.init(judge),
         codebook_used=jnp.zeros(HISTORY),
-        lecam={"real": jnp.zeros(()), "fake": jnp.zeros(())},
     )
 
 
@@ -167,8 +163,7 @@ def _micro_batch(
     if phase.adversarial:
         loss = functools.partial(objective.discriminator, networks=networks, loss=config.loss)
         (total, judged), discriminator_grads = jax.value_and_grad(loss, has_aux=True)(
-            state.discriminator, stats, frozen, images, generated.fakes, state.lecam,
-            discriminator_key,
+            state.discriminator, stats, frozen, images, generated.fakes, discriminator_key,
         )  # fmt: skip
         stats = judged.stats
         scalars |= {"discriminator_loss": total, **judged.terms}
@@ -187,7 +182,7 @@ def _update(state, grads, optimizers: Optimizers, config, phase):
         codebook_used=_remember(state.codebook_used, grads.codes, phase),
     )
     if phase.adversarial:
-        state, more = _update_discriminator(state, grads, optimizers, config)
+        state, more = _update_discriminator(state, grads, optimizers)
         scalars |= more
     state = _revive_codebook(state, grads.latents, config.codebook)
     size = state.params["quantizer"]["codebook"].shape[0]
@@ -195,23 +190,16 @@ def _update(state, grads, optimizers: Optimizers, config, phase):
     return state.replace(step=state.step + 1), scalars
 
 
-def _update_discriminator(state, grads, optimizers: Optimizers, config):
+def _update_discriminator(state, grads, optimizers: Optimizers):
     rate = optimizers.discriminator_rate(state.step)
     new = optim.apply(
         optimizers.discriminator, grads.discriminator, state.discriminator_opt_state,
         state.discriminator, rate,
     )  # fmt: skip
-    averaged = state.step >= config.loss.discriminator_start + LECAM_DELAY
-    decay = jnp.where(averaged, 0.99, 0.0)
-    lecam = {
-        name: losses.lecam_average(state.lecam[name], grads.scalars[f"logits_{name}"], decay)
-        for name in ("real", "fake")
-    }
     state = state.replace(
         discriminator=new.params,
         discriminator_stats=grads.stats,
         discriminator_opt_state=new.state,
-        lecam=lecam,
     )
     return state, {
         "discriminator_learning_rate": rate,
