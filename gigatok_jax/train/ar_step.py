@@ -81,7 +81,7 @@ def make(
             ema_params=optim.update_ema(state.ema_params, new.params, ema),
             opt_state=new.state,
         )
-        return state, {"loss": loss, "learning_rate": now, "gradient_norm": new.grad_norm}
+        return state, {"loss": loss, "learning_rate": now, **new.norms}
 
     return step
 

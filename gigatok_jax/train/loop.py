@@ -373,8 +373,7 @@ class LateScalars:
 
 def check_finite(step: int, values: Mapping[str, float]) -> None:
     """Raises NonFiniteError for the first value that is not finite, single terms before sums."""
-    sums = ("loss", "gradient_norm", "discriminator_loss", "discriminator_gradient_norm")
-    for name in sorted(values, key=lambda name: name in sums):
+    for name in sorted(values, key=lambda name: name.endswith(("loss", "_norm"))):  # sums last
         if not np.isfinite(values[name]):
             raise NonFiniteError(
                 f"step {step}: {name} is {values[name]}; the last checkpoint is from before."

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 
 from gigatok_jax import losses
 from gigatok_jax.ops import entropy, image, quantize
@@ -14,7 +15,7 @@ from gigatok_jax.train.networks import Networks
 
 
 class Phase(NamedTuple):
-    """What is switched on; each combination is one compiled step."""
+    """Losses and paths that an update uses; each combination is a compiled step of its own."""
 
     shortcut: bool  # decode the CNN features past both transformers as well
     adversarial: bool
@@ -30,22 +31,33 @@ class Fakes(NamedTuple):
 
 
 class Generated(NamedTuple):
+    """Results of the tokenizer on one batch."""
+
     terms: dict[str, jax.Array]  # weighted; their sum is the loss
     fakes: Fakes
-    stats: Any  # of the discriminator after its forward passes here
+    stats: Any  # of the discriminator, after it judged the fakes
     codes: jax.Array  # i32[b n]
     latents: jax.Array  # f32[b n e], before quantization
 
 
 class Judged(NamedTuple):
-    terms: dict[str, jax.Array]
-    stats: Any
+    """Results of the discriminator on one batch."""
+
+    terms: dict[str, jax.Array]  # weighted; their sum is the loss
+    stats: Any  # after all forward passes
     logits_real: jax.Array  # f32[], mean
-    logits_fake: jax.Array
+    logits_fake: jax.Array  # f32[], mean
 
 
-def phase_at(step: int, loss, codebook) -> Phase:
-    """Phase of the update that follows `step` updates; the original counts updates from 1."""
+def phase_at(
+    step: int, loss: ml_collections.ConfigDict, codebook: ml_collections.ConfigDict
+) -> Phase:
+    """Phase of the update that follows `step` updates; the original counts updates from 1.
+
+    Args:
+        step: updates done.
+        loss, codebook: these sections of the config.
+    """
     update = step + 1
     return Phase(
         shortcut=update < loss.shortcut_end,
@@ -55,8 +67,19 @@ def phase_at(step: int, loss, codebook) -> Phase:
     )
 
 
-def judge(networks: Networks, params, stats, frozen, images, rng) -> tuple[jax.Array, Any]:
-    """Logits of the discriminator in training mode, and its statistics afterwards."""
+def judge(
+    networks: Networks, params: Any, stats: Any, frozen: dict[str, Any], images: jax.Array,
+    rng: jax.Array,
+) -> tuple[jax.Array, Any]:  # fmt: skip
+    """Logits of the discriminator in training mode, and its statistics afterwards.
+
+    Args:
+        networks: of the run.
+        params, stats: parameters and statistics of the discriminator.
+        frozen: parameters of the frozen networks by name.
+        images: f32[b h w 3] in [-1, 1].
+        rng: key of the discriminator's augmentation.
+    """
     variables = {"params": params, **stats}
     if "dino" in frozen:
         variables["trunk"] = frozen["dino"]
@@ -67,19 +90,23 @@ def judge(networks: Networks, params, stats, frozen, images, rng) -> tuple[jax.A
 
 
 def generator(
-    params, discriminator, stats, frozen, images, rng, *, networks: Networks, loss, phase: Phase,
+    params: Any, discriminator: Any, stats: Any, frozen: dict[str, Any], images: jax.Array,
+    rng: jax.Array, *, networks: Networks, loss: ml_collections.ConfigDict, phase: Phase,
     groups: int,
 ) -> tuple[jax.Array, Generated]:  # fmt: skip
     """Loss of the tokenizer on one batch.
 
     Args:
-        params: of the tokenizer; the only argument that gets a gradient.
+        params: parameters of the tokenizer, the only argument that gets a gradient.
         discriminator, stats: parameters and statistics of the discriminator.
         frozen: parameters of the frozen networks by name.
         images: f32[b h w 3] in [-1, 1].
         rng: key for the discriminator's augmentation.
-        networks, loss, phase: modules, `config.loss` and what is on.
-        groups: parts of the batch that the mean code distribution is taken over.
+        networks: of the run.
+        loss: this section of the config.
+        phase: losses and paths of this update.
+        groups: number of equal groups of the batch; the entropy loss takes the mean code
+            distribution over each.
 
     Returns:
         The sum of the weighted terms, and `Generated`.
@@ -119,13 +146,13 @@ def teacher_features(networks: Networks, frozen, images: jax.Array) -> jax.Array
 
 def _image_terms(networks, frozen, images, fakes, loss) -> dict[str, jax.Array]:
     terms = {}
-    for prefix, made in (("", fakes.images), ("shortcut_", fakes.shortcut)):
-        if made is None:
+    for prefix, fake in (("", fakes.images), ("shortcut_", fakes.shortcut)):
+        if fake is None:
             continue
-        value = losses.reconstruction(images, made)
+        value = losses.reconstruction(images, fake)
         terms[f"{prefix}reconstruction"] = loss.reconstruction * value
         if networks.lpips is not None:
-            distance = networks.lpips.apply({"params": frozen["lpips"]}, images, made)
+            distance = networks.lpips.apply({"params": frozen["lpips"]}, images, fake)
             terms[f"{prefix}perceptual"] = loss.perceptual * distance.mean()
     return terms
 
@@ -145,7 +172,7 @@ def _codebook_terms(params, networks, quantized, loss, phase, groups) -> dict[st
 
 
 def _second_fake(fakes: Fakes, loss) -> jax.Array | None:
-    """What the shortcut's adversarial terms see.
+    """Images for the shortcut's adversarial terms; None outside the shortcut phase.
 
     With the DINO discriminator the original judges the ordinary reconstruction a second time,
     under new augmentations, in place of the shortcut's image.
@@ -158,23 +185,29 @@ def _second_fake(fakes: Fakes, loss) -> jax.Array | None:
 def _adversarial_terms(networks, params, stats, frozen, fakes, rng, loss):
     terms = {}
     pairs = (("adversarial", fakes.images), ("shortcut_adversarial", _second_fake(fakes, loss)))
-    for i, (name, made) in enumerate(pairs):
-        if made is None:
+    for i, (name, fake) in enumerate(pairs):
+        if fake is None:
             continue
         key = jax.random.fold_in(rng, i)
-        logits, stats = judge(networks, params, stats, frozen, made, key)
+        logits, stats = judge(networks, params, stats, frozen, fake, key)
         value = losses.adversarial_generator(logits, loss.adversarial_type)
         terms[name] = loss.adversarial * value
     return terms, stats
 
 
 def discriminator(
-    params, stats, frozen, images, fakes: Fakes, rng, *, networks: Networks, loss
-) -> tuple[jax.Array, Judged]:
-    """Loss of the discriminator on real and made images.
+    params: Any, stats: Any, frozen: dict[str, Any], images: jax.Array, fakes: Fakes,
+    rng: jax.Array, *, networks: Networks, loss: ml_collections.ConfigDict,
+) -> tuple[jax.Array, Judged]:  # fmt: skip
+    """Loss of the discriminator on real images and on the generator's.
 
-    In the shortcut phase the real term counts twice, once beside each kind of made image, as in
-    the original.
+    In the shortcut phase the real term counts twice, once beside each kind of fake, as in the
+    original.
+
+    Args:
+        params: parameters of the discriminator, the only argument that gets a gradient.
+        stats, frozen, images, rng, networks, loss: as for `generator`.
+        fakes: images of the generator before its update.
 
     Returns:
         The sum of the weighted terms, and `Judged`.
@@ -182,12 +215,12 @@ def discriminator(
     keys = jax.random.split(rng, 3)
     real, stats = judge(networks, params, stats, frozen, images, keys[0])
     fake, stats = judge(networks, params, stats, frozen, fakes.images, keys[1])
-    hinge = losses.adversarial_discriminator
-    terms = {"discriminator": loss.adversarial * hinge(real, fake, loss.adversarial_type)}
+    adversarial = losses.adversarial_discriminator
+    terms = {"discriminator": loss.adversarial * adversarial(real, fake, loss.adversarial_type)}
     second = _second_fake(fakes, loss)
     if second is not None:
-        made, stats = judge(networks, params, stats, frozen, second, keys[2])
-        value = hinge(real, made, loss.adversarial_type)
+        again, stats = judge(networks, params, stats, frozen, second, keys[2])
+        value = adversarial(real, again, loss.adversarial_type)
         terms["shortcut_discriminator"] = loss.adversarial * value
     out = Judged(terms, stats, jnp.mean(real), jnp.mean(fake))
     return sum(terms.values()), jax.lax.stop_gradient(out)

@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from gigatok_jax import errors
+from gigatok_jax import errors, trees
 from gigatok_jax.errors import ConfigError
 
 SCHEDULES = ("cosine", "constant", "wsd")
@@ -24,9 +24,11 @@ Schedule = Callable[[Any], Any]  # step or steps -> learning rate, same shape
 
 
 class Updated(NamedTuple):
+    """Result of one update of a network's parameters."""
+
     params: Any
     state: optax.OptState
-    grad_norm: jax.Array  # f32[], global norm before clipping
+    norms: dict[str, jax.Array]  # f32[] over all parameters; the gradient's before clipping
 
 
 def learning_rate(
@@ -38,7 +40,7 @@ def learning_rate(
     first_step: int = 0,
     decay_from: int | None = None,
 ) -> Schedule:
-    """The rate of update `step` (0 is the first), with the original's indexing.
+    """A schedule that gives the rate of update `step`, 0 the first, with the original's indexing.
 
     The original sets the rate after each update, from the number of updates before it. So the
     first update of a network runs at the full base rate even under warm-up, and update k > 0 at
@@ -135,7 +137,7 @@ def make_optimizer(
         optim: `config.optim`: clip (global norm), beta1, beta2, first_moment, weight_decay,
             decay_mask. The first moment is kept in that type; an update computes it in float32
             and rounds it last.
-        decays: whether the parameter at a path such as "quantizer/codebook" is decayed; needed
+        decays: path of a parameter, such as "quantizer/codebook", -> whether it is decayed; needed
             for every `decay_mask` but "all".
 
     Returns:
@@ -170,7 +172,12 @@ def apply(
     optimizer, because the discriminator's schedule follows the global step."""
     direction, state = optimizer.update(grads, state, params)
     params = jax.tree.map(lambda p, d: p - learning_rate * d, params, direction)
-    return Updated(params, state, optax.tree.norm(grads))
+    norms = {
+        "gradient_norm": optax.tree.norm(grads),
+        "update_norm": learning_rate * optax.tree.norm(direction),
+        "parameter_norm": optax.tree.norm(params),
+    }
+    return Updated(params, state, norms)
 
 
 def update_ema(ema_params: Any, params: Any, decay: float) -> Any:
@@ -238,8 +245,6 @@ def _decay_mask(name, decays):
         raise ConfigError(f"optim.decay_mask {name!r} needs a rule that says which paths decay")
 
     def mask(params):
-        return jax.tree_util.tree_map_with_path(
-            lambda keys, _: decays(jax.tree_util.keystr(keys, simple=True, separator="/")), params
-        )
+        return jax.tree_util.tree_map_with_path(lambda keys, _: decays(trees.path(keys)), params)
 
     return mask

@@ -174,7 +174,7 @@ def _micro_batch(
 def _update(state, grads, optimizers: Optimizers, config, phase):
     rate = optimizers.rate(state.step)
     new = optim.apply(optimizers.generator, grads.generator, state.opt_state, state.params, rate)
-    scalars = grads.scalars | {"learning_rate": rate, "gradient_norm": new.grad_norm}
+    scalars = grads.scalars | {"learning_rate": rate, **new.norms}
     state = state.replace(
         params=new.params,
         opt_state=new.state,
@@ -203,7 +203,7 @@ def _update_discriminator(state, grads, optimizers: Optimizers):
     )
     return state, {
         "discriminator_learning_rate": rate,
-        "discriminator_gradient_norm": new.grad_norm,
+        **{f"discriminator_{name}": norm for name, norm in new.norms.items()},
     }
 
 
