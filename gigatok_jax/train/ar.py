@@ -63,33 +63,43 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
 
 
 class Data:
-    """What a run learns from and is measured on: codes, or images.
+    """Codes, or images to make codes of: those to learn from and those held out.
 
     Attributes:
-        source, held_out: of `data.codes` or `data.sources`.
-        inputs: what a training step takes of a batch.
-        fingerprint: of what is trained on.
+        source, held_out: sources of `data.codes` or `data.sources`.
+        fingerprint: identifies the records that are learned from.
         codes: header of the codes; None for images.
     """
 
-    def __init__(self, config, tokenizer: library.Tokenizer | None, share: parallel.Share):
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        tokenizer: library.Tokenizer | None,
+        share: parallel.Share,
+    ):
+        """Opens the codes or the images that a config names.
+
+        Args:
+            config: of the run.
+            tokenizer: makes codes of images; None where codes are named.
+            share: of this process among those that feed the mesh.
+        """
         self.codes = None
         if config.codes:
             self.source, self.held_out = codes_lib.open_codes(
                 config.codes, config.eval_codes, config.data.eval_images
             )
-            self.inputs, self.codes = ("codes", "label"), self.source.header
-            self.fingerprint = self.source.fingerprint
+            self.codes, self.fingerprint = self.source.header, self.source.fingerprint
         else:
             size = tokenizer.image_size
             self.source, self.held_out = (
                 sources.make_source(config.data, split, size) for split in ("train", "held_out")
             )
-            self.inputs, self.fingerprint = ("image", "label"), sources.fingerprint(self.source)
+            self.fingerprint = sources.fingerprint(self.source)
         self._config, self._tokenizer, self._share = config, tokenizer, share
 
     def train_batches(self, start: int) -> contextlib.AbstractContextManager:
-        """Batches from that of update `start + 1` on."""
+        """Batches of numpy arrays, the first for update `start + 1`."""
         config = self._config
         rest = (config.train.global_batch, config.seed, start, *self._share[:2])
         if self.codes:
@@ -128,8 +138,10 @@ def check_sample(config: ml_collections.ConfigDict) -> None:
     sampling.make_draw(*(config.sample[name] for name in DRAW))
 
 
-def load_tokenizer(config, mesh) -> library.Tokenizer | None:
-    """The frozen tokenizer, in float32 as the original runs it; None when only codes are given."""
+def load_tokenizer(
+    config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
+) -> library.Tokenizer | None:
+    """The frozen tokenizer, in float32 as the original runs it; None when only codes are named."""
     if config.tokenizer == UNTRAINED:
         return None if config.codes else untrained(config.model, mesh)
     if config.tokenizer:
@@ -138,22 +150,25 @@ def load_tokenizer(config, mesh) -> library.Tokenizer | None:
     return None
 
 
-def untrained(model, mesh) -> library.Tokenizer:
-    """A small tokenizer with random weights, to see whether everything fits together."""
+def untrained(model: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> library.Tokenizer:
+    """A small tokenizer with random weights whose codes a prior's `model` takes: for smoke runs."""
     print("the tokenizer is untrained, its codes mean nothing: this run only tries the machinery")
     small = {"image_size": 32, "stem": "patch", "patch_size": 2, "align_block": 0}
     small |= {"encoder": "pico", "decoder": "pico"}
-    made = model_config("S-S", latent_tokens=model.tokens, codebook_size=model.vocab, **small)
-    images = np.zeros((1, made.image_size, made.image_size, 3), np.float32)
-    create = jax.jit(tokenizer_lib.make(made).init, out_shardings=parallel.replicated(mesh))
-    return library.Tokenizer(create(jax.random.key(0), images)["params"], made)
+    small |= {"latent_tokens": model.tokens, "codebook_size": model.vocab}
+    model = model_config("S-S", **small)
+    images = np.zeros((1, model.image_size, model.image_size, 3), np.float32)
+    create = jax.jit(tokenizer_lib.make(model).init, out_shardings=parallel.replicated(mesh))
+    return library.Tokenizer(create(jax.random.key(0), images)["params"], model)
 
 
-def check_data(config, data: Data, tokenizer: library.Tokenizer | None) -> dict[str, Any]:
-    """Refuses codes and images that the model or the tokenizer does not fit.
+def check_data(
+    config: ml_collections.ConfigDict, data: Data, tokenizer: library.Tokenizer | None
+) -> dict[str, Any]:
+    """Refuses codes and images that do not fit the model or the tokenizer.
 
     Returns:
-        What is saved beside each state: config, fingerprints, names of the classes.
+        JSON values to save beside each state: config, fingerprints, names of the classes.
 
     Raises:
         ConfigError: numbers in the model to change.
@@ -166,11 +181,11 @@ def check_data(config, data: Data, tokenizer: library.Tokenizer | None) -> dict[
         )
     vocab = data.codes.vocab if data.codes else tokenizer.config.codebook_size
     tokens = data.codes.tokens if data.codes else tokenizer.num_tokens
-    for name, given in {"vocab": vocab, "tokens": tokens}.items():
-        if config.model[name] != given:
+    for name, size in {"vocab": vocab, "tokens": tokens}.items():
+        if config.model[name] != size:
             raise ConfigError(
-                f"model.{name} is {config.model[name]}, the codes have {given}: set"
-                f" --config.model.{name}={given}"
+                f"model.{name} is {config.model[name]}, the codes have {size}: set"
+                f" --config.model.{name}={size}"
             )
     check_labels(config.model.classes, data)
     return {
@@ -208,7 +223,10 @@ def check_labels(classes: int, data: Data) -> None:
 
 
 def make_program(
-    config, mesh, tokenizer: library.Tokenizer | None = None, decay_from: int | None = None
+    config: ml_collections.ConfigDict,
+    mesh: jax.sharding.Mesh,
+    tokenizer: library.Tokenizer | None = None,
+    decay_from: int | None = None,
 ) -> program_lib.Program:
     """The training step of a config on a mesh.
 
@@ -216,7 +234,7 @@ def make_program(
         config: of the run.
         mesh: devices of the run.
         tokenizer: makes codes of images within the step; None learns codes.
-        decay_from: of a cool-down, see `optim.learning_rate`.
+        decay_from: updates after which the rate of a cool-down falls, see `optim.learning_rate`.
     """
     dtype, train = np.dtype(config.train.dtype), config.train
     dropouts = ar.Dropouts(train.token_dropout, train.dropout, train.class_dropout, train.drop_path)
@@ -233,8 +251,9 @@ def make_program(
         encode = functools.partial(library.encode, config=tokenizer.config)
         frozen = {name: tokenizer.params[name] for name in library.CODE_PARTS}
 
-    def make_step(micro_batches, place):
-        return ar_step.make(prior, optimizer, rate, config.optim.ema, encode, micro_batches, place)
+    def make_step(micro_batches, shardings):
+        ema = config.optim.ema
+        return ar_step.make(prior, optimizer, rate, ema, encode, micro_batches, shardings)
 
     plain = ar.make(config.model, dtype)
     create = functools.partial(ar_step.create, plain, optimizer, config.seed)
@@ -245,14 +264,16 @@ def make_program(
 def is_decayed(path: str) -> bool:
     """Whether weight decay applies to the parameter at `path`: to all but norms and biases.
 
-    For `optim.decay_mask = "matrices"`. The axes of an array do not tell: the layers' vectors are
-    stacked, and the original's own offsets of shared modulation, [1 1 6 c], are decayed.
+    The rule of `optim.decay_mask = "matrices"`. The axes of an array do not tell: the layers'
+    vectors are stacked, and the original decays its own offsets of shared modulation, [1 1 6 c].
     """
     return path.rpartition("/")[2] not in ("scale", "bias")
 
 
-def batch_shapes(config, tokenizer: library.Tokenizer | None) -> dict[str, jax.ShapeDtypeStruct]:
-    """What a step takes of a global batch."""
+def batch_shapes(
+    config: ml_collections.ConfigDict, tokenizer: library.Tokenizer | None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the arrays of a global batch: labels, and codes or the images to make them of."""
     n, model = config.train.global_batch, config.model
     label = jax.ShapeDtypeStruct((n,), np.int32)
     if tokenizer is None:

@@ -16,7 +16,7 @@ from gigatok_jax.train import optim, program
 
 @flax.struct.dataclass
 class PriorState:
-    """All of it is saved; donated to each step."""
+    """Everything a prior's run carries from update to update; saved whole, donated to a step."""
 
     step: jax.Array  # i32[], optimizer updates done
     rng: jax.Array  # key of the run; each step folds its number in
@@ -26,10 +26,10 @@ class PriorState:
 
 
 def create(prior: ar.Prior, optimizer: optax.GradientTransformation, seed: int) -> PriorState:
-    """State before the first step; jit it with output shardings to create it in place.
+    """The state before the first update; jit it with output shardings to create it in place.
 
     Args:
-        prior: made without dropouts.
+        prior: module without dropouts.
         optimizer: of the run.
         seed: of the parameters and of all dropouts.
     """
@@ -52,17 +52,17 @@ def make(
     ema: float,
     encode: Callable | None,
     micro_batches: int = 1,
-    sharding=None,
+    sharding: Any = None,
 ) -> Callable:
     """The jitted training step; it donates its state.
 
     Args:
-        prior: made with the dropouts of training.
+        prior: module with the dropouts of training.
         optimizer, rate: of the run.
-        ema: decay of the averaged parameters.
+        ema: decay of the averaged parameters per update.
         encode: frozen parameters and uint8 images [b h w 3] -> codes i32[b n]; None learns codes.
-        micro_batches: parts of the batch that go through the networks one after the other.
-        sharding: of the state that comes out; None leaves it to XLA.
+        micro_batches: pieces of the batch that go through the networks one after the other.
+        sharding: sharding of the new state, one for all or a tree; None leaves it to XLA.
 
     Returns:
         `step(state, batch, frozen)` to the next state and {name: f32[]}. The batch has "label"
@@ -112,15 +112,17 @@ def gradients(
     return averaged
 
 
-def loss(params, prior: ar.Prior, class_ids: jax.Array, codes: jax.Array, rng: jax.Array):
-    """f32[]: mean cross-entropy of all codes of a batch, nats per code.
+def loss(
+    params: Any, prior: ar.Prior, class_ids: jax.Array, codes: jax.Array, rng: jax.Array
+) -> jax.Array:
+    """Mean cross-entropy f32[] of all codes of a batch, in nats per code.
 
     Args:
-        params: of the prior.
+        params: parameters of the prior.
         prior: the module; its dropouts draw from `rng`.
-        class_ids: i32[b].
-        codes: int[b n].
-        rng: key.
+        class_ids: i32[b] in [0, classes].
+        codes: int[b n] in [0, vocab).
+        rng: key of the dropouts.
     """
     codes = codes.astype(jnp.int32)
     logits = prior.apply({"params": params}, class_ids, codes, rngs={"dropout": rng})

@@ -16,10 +16,17 @@ from gigatok_jax.train.settings import steps_per_epoch, total_steps
 COOLDOWN = "cooldown.json"  # where a cool-down branched off
 
 
-def find_branch(config, workdir: epath.Path, tokenizer: str) -> dict[str, Any] | None:
-    """Where a cool-down branches off: the "checkpoint", and its "step"; None for other runs.
+def find_branch(
+    config: ml_collections.ConfigDict, workdir: epath.Path, tokenizer: str
+) -> dict[str, Any] | None:
+    """The "checkpoint" and the "step" that a cool-down branches off; None for other runs.
 
-    A workdir that has begun to cool down knows it, so the other run may go on or disappear.
+    A workdir that has begun to cool down keeps both, so the other run may go on or disappear.
+
+    Args:
+        config: of the run.
+        workdir: of the run.
+        tokenizer: fingerprint of the tokenizer whose codes this run learns.
 
     Raises:
         CheckpointError: the checkpoint is of another model or tokenizer, or its rate has begun to
@@ -36,30 +43,30 @@ def find_branch(config, workdir: epath.Path, tokenizer: str) -> dict[str, Any] |
     return {"checkpoint": str(root / str(extras["step"])), "step": extras["step"]}
 
 
-def check_branch(config, extras: dict[str, Any], tokenizer: str) -> None:
+def check_branch(config: ml_collections.ConfigDict, extras: dict[str, Any], tokenizer: str) -> None:
     """Refuses a checkpoint that no cool-down of this config can start from; see `find_branch`."""
-    there, step, what = extras["config"], extras["step"], f"checkpoint {config.cooldown_from}"
-    ours = config.model.to_dict()
-    if there["model"] != ours:
-        names = sorted(k for k in ours | there["model"] if ours.get(k) != there["model"].get(k))
-        differ = ", ".join(f"{k} {there['model'].get(k)!r} not {ours.get(k)!r}" for k in names)
-        raise CheckpointError(f"{what} is of another model: {differ}")
+    saved, step, name = extras["config"], extras["step"], f"checkpoint {config.cooldown_from}"
+    ours, theirs = config.model.to_dict(), saved["model"]
+    if theirs != ours:
+        names = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
+        differ = ", ".join(f"{key} {theirs.get(key)!r} not {ours.get(key)!r}" for key in names)
+        raise CheckpointError(f"{name} is of another model: {differ}")
     if extras["tokenizer"] != tokenizer:
         raise CheckpointError(
-            f"{what} learned codes of tokenizer {extras['tokenizer']}, these are of {tokenizer}"
+            f"{name} learned codes of tokenizer {extras['tokenizer']}, these are of {tokenizer}"
         )
-    there = ml_collections.ConfigDict(there)
+    saved = ml_collections.ConfigDict(saved)
     rate = optim.learning_rate(
-        there.optim, total_steps(there), steps_per_epoch(there), decay_from=extras["decay_from"]
+        saved.optim, total_steps(saved), steps_per_epoch(saved), decay_from=extras["decay_from"]
     )
-    if not math.isclose(rate(step), there.optim.learning_rate):
+    if not math.isclose(rate(step), saved.optim.learning_rate):
         raise CheckpointError(
-            f"{what} is not in a constant phase: its learning rate is {rate(step):.3g} and the base"
-            f" {there.optim.learning_rate:.3g}; choose an earlier step, or one after the warm-up"
+            f"{name} is not in a constant phase: its learning rate is {rate(step):.3g} and the base"
+            f" {saved.optim.learning_rate:.3g}; choose an earlier step, or one after the warm-up"
         )
     if total_steps(config) <= step:
         raise ConfigError(
-            f"train.steps is {total_steps(config)}, {what} is at step {step} already: set it beyond"
+            f"train.steps is {total_steps(config)}, {name} is at step {step} already: set it beyond"
         )
 
 

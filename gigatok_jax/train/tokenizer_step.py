@@ -20,7 +20,7 @@ HISTORY = 65536  # latest codes kept for the usage statistics, the original's wi
 
 @flax.struct.dataclass
 class TokenizerState:
-    """All of it is saved; donated to each step."""
+    """Everything a tokenizer run carries from update to update; saved whole, donated to a step."""
 
     step: jax.Array  # i32[], optimizer updates done
     rng: jax.Array  # key of the run; each step folds its number in
@@ -34,6 +34,8 @@ class TokenizerState:
 
 
 class Optimizers(NamedTuple):
+    """Optimizers and learning rates of both networks."""
+
     generator: optax.GradientTransformation
     discriminator: optax.GradientTransformation
     rate: optim.Schedule
@@ -43,24 +45,30 @@ class Optimizers(NamedTuple):
 def create(
     networks: Networks, optimizers: Optimizers, image_size: int, seed: int
 ) -> TokenizerState:
-    """State before the first step; jit it with output shardings to create it in place."""
+    """The state before the first update; jit it with output shardings to create it in place.
+
+    Args:
+        networks, optimizers: of the run.
+        image_size: side of the images in pixels.
+        seed: of the parameters and of every random draw of the run.
+    """
     rng = jax.random.key(seed)
     images = jnp.zeros((1, image_size, image_size, 3))
     params = networks.tokenizer.init(jax.random.fold_in(rng, 0), images)["params"]
-    judge, stats = {}, {}
+    discriminator, stats = {}, {}
     if networks.discriminator is not None:
         keys = {"params": jax.random.fold_in(rng, 1), "augment": jax.random.fold_in(rng, 2)}
         stats = networks.discriminator.init(keys, images, train=True)
-        judge = stats.pop("params")
+        discriminator = stats.pop("params")
     return TokenizerState(
         step=jnp.zeros((), jnp.int32),
         rng=rng,
         params=params,
         ema_params=jax.tree.map(jnp.copy, params),  # donation needs buffers of its own
         opt_state=optimizers.generator.init(params),
-        discriminator=judge,
+        discriminator=discriminator,
         discriminator_stats=stats,
-        discriminator_opt_state=optimizers.discriminator.init(judge),
+        discriminator_opt_state=optimizers.discriminator.init(discriminator),
         codebook_used=jnp.zeros(HISTORY),
     )
 
@@ -79,19 +87,19 @@ class Gradients(NamedTuple):
 def make(
     networks: Networks,
     optimizers: Optimizers,
-    config,
+    config: ml_collections.ConfigDict,
     groups: int,
     micro_batches: int = 1,
-    sharding=None,
+    sharding: Any = None,
 ) -> Callable:
     """The jitted training step; it donates its state.
 
     Args:
         networks, optimizers: of the run.
-        config: of the run: loss, codebook, optim.ema.
-        groups: parts of a micro-batch with batch statistics of their own; 1 is global.
-        micro_batches: parts of the batch that go through the networks one after the other.
-        sharding: of the state that comes out, one or a tree of them; None leaves it to XLA.
+        config: of the run; the sections loss and codebook and `optim.ema` are read.
+        groups: groups of a micro-batch with batch statistics of their own; 1 is global.
+        micro_batches: pieces of the batch that go through the networks one after the other.
+        sharding: sharding of the new state, one for all or a tree; None leaves it to XLA.
 
     Returns:
         `step(state, images, frozen, phase)` with uint8 images [b h w 3] to the next state and
@@ -208,14 +216,14 @@ def _update_discriminator(state, grads, optimizers: Optimizers):
 
 
 def _remember(history: jax.Array, codes: jax.Array, phase: Phase) -> jax.Array:
-    """The window of latest codes moved on by one batch: f32[HISTORY]."""
+    """The window of latest codes f32[HISTORY], moved on by the codes of a batch."""
     if not phase.quantize:
         return history
     return jnp.concatenate([history, codes.reshape(-1).astype(history.dtype)])[-HISTORY:]
 
 
 def _row_counts(history: jax.Array, size: int) -> jax.Array:
-    """How often each row stands in the window: f32[k]."""
+    """Counts of each codebook row in the window of latest codes: f32[k]."""
     return jnp.zeros(size).at[history.astype(jnp.int32)].add(1.0)
 
 
@@ -232,11 +240,13 @@ def codebook_scalars(history: jax.Array, size: int) -> dict[str, jax.Array]:
     }
 
 
-def _revive_codebook(state: TokenizerState, latents: jax.Array, cure) -> TokenizerState:
-    """Rows that start, or start again, as latents of this batch (small data; off when published).
+def _revive_codebook(
+    state: TokenizerState, latents: jax.Array, cure: ml_collections.ConfigDict
+) -> TokenizerState:
+    """Replaces codebook rows by random latents of this batch: a cure for small data.
 
-    With `data_init` all rows do when quantization begins; with `reset_every` the rows that nobody
-    chose within the window do every so many steps.
+    `cure.data_init` replaces all rows when quantization begins; `cure.reset_every` replaces the
+    rows that no code of the window chose, every so many updates. Both are off in published recipes.
     """
     if not cure.data_init and not cure.reset_every:
         return state
