@@ -223,11 +223,11 @@ def test_ema_is_the_weighted_mean_of_all_parameters_seen():
 
 
 def test_bad_settings_are_refused():
-    with pytest.raises(ConfigError, match="optim.schedule is 'linear', expected one of cosine"):
+    with pytest.raises(ConfigError, match=r"optim\.schedule is 'linear', expected one of cosine"):
         optim.learning_rate(optim_config(schedule="linear"), 10, 5)
     with pytest.raises(ConfigError, match="both set"):
         optim.learning_rate(optim_config(warmup_steps=5, warmup_epochs=1.0), 10, 5)
-    with pytest.raises(ConfigError, match="optim.decay_mask is 'some', expected one of all"):
+    with pytest.raises(ConfigError, match=r"optim\.decay_mask is 'some', expected one of all"):
         optim.make_optimizer(optim_config(decay_mask="some"))
     with pytest.raises(ConfigError, match="needs a rule"):
         optim.make_optimizer(optim_config(decay_mask="no_norm"))
