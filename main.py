@@ -34,8 +34,7 @@ def main(argv):
     config = flags.FLAGS.config
     workdir = flags.FLAGS.workdir or f"runs/{config.name}"
     with command_line.one_line_errors():
-        if config.task not in TASKS:
-            raise errors.ConfigError(f"no task {config.task!r}; there are {', '.join(TASKS)}")
+        errors.one_of("task", config.task, TASKS)
         spread_over_cores(config)
         if flags.FLAGS.dry_run:
             from gigatok_jax.planning import report
@@ -45,15 +44,15 @@ def main(argv):
             # Once inside a cluster, a process that fails has its own way to end.
             one_line, folder = command_line.one_line_errors(), command_line.folder_errors(workdir)
             with cluster_of(config, workdir), one_line, folder:
-                run(config, workdir)
+                module, function = TASKS[config.task]
+                getattr(importlib.import_module(module), function)(config, workdir)
+                print_results(workdir)
 
 
-def run(config, workdir):
-    """Runs the task of a config and prints its results last."""
+def print_results(workdir):
+    """Prints what a finished task found, last of all."""
     from gigatok_jax.run import processes
 
-    module, function = TASKS[config.task]
-    getattr(importlib.import_module(module), function)(config, workdir)
     results = epath.Path(workdir) / "results.json"
     if processes.is_first() and results.exists():  # an interrupted run has none yet
         print(results.read_text().strip())
