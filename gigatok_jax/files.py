@@ -10,6 +10,11 @@ from typing import IO, Any
 from etils import epath
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+    """The path from the root on, "~" being the home of the user."""
+    return epath.Path(path).expanduser().absolute()
+
+
 @contextlib.contextmanager
 def draft(path: epath.PathLike) -> Iterator[IO[bytes]]:
     """A file to write to that takes its place once it is whole; its folder exists."""

@@ -18,6 +18,7 @@ import pytest
 from gigatok_jax import files
 from gigatok_jax.errors import CheckpointError, ConfigError
 from gigatok_jax.run import checkpoint
+from gigatok_jax.run import workdir as workdir_lib
 
 
 @flax.struct.dataclass
@@ -292,7 +293,7 @@ def test_a_truly_full_disk_is_one_line_and_the_last_step_stays(tmp_path):
             checkpoints.wait()
         np.testing.assert_array_equal(checkpoints.restore({"x": small})[0]["x"], small)
         checkpoints.close()
-        checkpoint.check_workdir(tmp_path, {})
+        workdir_lib.check_workdir(tmp_path, {})
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
@@ -375,21 +376,21 @@ def test_a_workdir_of_another_config_is_refused(tmp_path):
             "save": {"keep": 3},
         }
     )
-    checkpoint.check_workdir(tmp_path, config)
+    workdir_lib.check_workdir(tmp_path, config)
     config.train.steps, config.save.keep = 9, 1
-    checkpoint.check_workdir(tmp_path, config)  # longer, kept otherwise: the same run
+    workdir_lib.check_workdir(tmp_path, config)  # longer, kept otherwise: the same run
     assert files.read_json(tmp_path / "config.json")["train"]["steps"] == 9
     config.model.encoder = "base"
     with pytest.raises(ConfigError, match=r"another config: model.encoder is 'base' here and 'sm"):
-        checkpoint.check_workdir(tmp_path, config)
+        workdir_lib.check_workdir(tmp_path, config)
     assert files.read_json(tmp_path / "config.json")["model"]["encoder"] == "small"
 
 
 def test_a_workdir_of_an_earlier_version_goes_on(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(checkpoint.logging, "warning", lambda text, *a: told.append(text % a))
-    checkpoint.check_workdir(tmp_path, {"optim": {"clip": 1.0}})
-    checkpoint.check_workdir(tmp_path, {"optim": {"clip": 1.0, "first_moment": "float32"}})
+    workdir_lib.check_workdir(tmp_path, {"optim": {"clip": 1.0}})
+    workdir_lib.check_workdir(tmp_path, {"optim": {"clip": 1.0, "first_moment": "float32"}})
     assert len(told) == 1 and "optim.first_moment='float32'" in told[0]
     with pytest.raises(ConfigError, match="first_moment is None here and 'float32' there"):
-        checkpoint.check_workdir(tmp_path, {"optim": {"clip": 1.0}})
+        workdir_lib.check_workdir(tmp_path, {"optim": {"clip": 1.0}})

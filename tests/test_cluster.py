@@ -21,7 +21,7 @@ import tiny
 
 from configs import common
 from gigatok_jax.errors import ClusterError
-from gigatok_jax.run import checkpoint, cluster, metric_writer, processes
+from gigatok_jax.run import checkpoint, cluster, launchers, metric_writer, processes, signals
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -189,7 +189,7 @@ SLICES = {
     ],
 )
 def test_a_process_knows_its_place(env, given, expected):
-    found = cluster.find(flags(**given), env)
+    found = launchers.find(flags(**given), env)
     place = found and (found.processes, found.process, found.coordinator, found.devices)
     assert place == expected
 
@@ -210,7 +210,7 @@ def test_a_process_knows_its_place(env, given, expected):
 )
 def test_half_a_cluster_is_never_a_run_of_its_own(env, given, message):
     with pytest.raises(ClusterError, match=message) as refused:
-        cluster.find(flags(**given), env)
+        launchers.find(flags(**given), env)
     assert "\n" not in str(refused.value)
 
 
@@ -233,7 +233,7 @@ def test_a_tpu_vm_is_asked_through_its_metadata():
 
     with server.HTTPServer(("127.0.0.1", 0), Metadata) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
-        place = cluster.find(flags(), {"GCE_METADATA_IP": f"127.0.0.1:{http.server_port}"})
+        place = launchers.find(flags(), {"GCE_METADATA_IP": f"127.0.0.1:{http.server_port}"})
         http.shutdown()
     assert (place.processes, place.process, place.coordinator) == (4, 3, "10.0.0.4:8476")
 
@@ -251,7 +251,7 @@ def meet(tmp_path, *members, seconds=5.0) -> list[str]:
         made.cluster.process = index  # of no concern to the others
         with made.unlocked():
             made.optim.update(change)
-        place = cluster.Place("a test", size, index, address)
+        place = launchers.Place("a test", size, index, address)
         try:
             cluster.agree(place, made, workdir)
             told[number] = ""
@@ -290,7 +290,7 @@ def test_another_version_is_told_everywhere(tmp_path, monkeypatch):
         with lock:
             return {"packages": next(versions)}
 
-    monkeypatch.setattr(cluster.environment, "software", software)
+    monkeypatch.setattr(cluster.workdir_lib, "software", software)
     told = meet(tmp_path, (2, 0, {}, "run"), (2, 1, {}, "run"))
     assert told[0] == told[1]
     assert "packages.jax is" in told[0] and "'0.10.2'" in told[0] and "'0.11.0'" in told[0]
@@ -333,7 +333,7 @@ def test_storage_may_be_slower_than_the_start(tmp_path, monkeypatch):
 
 def test_a_stranger_at_the_port_changes_nothing(tmp_path):
     address, told = free_address(), []
-    place = cluster.Place("a test", 2, 0, address)
+    place = launchers.Place("a test", 2, 0, address)
 
     def first():
         with cluster.Meeting(place, 20) as meeting:
@@ -347,7 +347,7 @@ def test_a_stranger_at_the_port_changes_nothing(tmp_path):
             stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
             break
         time.sleep(0.1)
-    with cluster.Meeting(cluster.Place("a test", 2, 1, address), 20) as meeting:
+    with cluster.Meeting(launchers.Place("a test", 2, 1, address), 20) as meeting:
         assert meeting.exchange("second") == ["first", "second"]
     thread.join()
     assert told == [["first", "second"]]
@@ -373,7 +373,7 @@ def a_step_that_never_ends():
     time.sleep(60)
 
 threading.Thread(target=a_step_that_never_ends, daemon=True).start()
-with cluster.Watchdog(0.01) as watchdog:
+with signals.Watchdog(0.01) as watchdog:
     for _ in range(5):
         time.sleep(0.2)
         watchdog.beat()
@@ -385,13 +385,13 @@ with cluster.Watchdog(0.01) as watchdog:
 def test_a_hung_step_ends_with_the_stacks_of_all_threads():
     process = start("-c", STUCK)
     out, told = process.communicate(timeout=60)
-    assert process.returncode == cluster.LOST and out == "moving\n"
+    assert process.returncode == signals.LOST and out == "moving\n"
     assert f"process 0 of 1 on {socket.gethostname()} has finished nothing" in told
     assert told.count("in a_step_that_never_ends") == 2
 
 
 def test_a_watchdog_may_be_off():
-    with cluster.Watchdog(0):
+    with signals.Watchdog(0):
         assert "watchdog" not in {thread.name for thread in threading.enumerate()}
 
 
@@ -403,7 +403,7 @@ def test_two_of_which_one_is_stuck_end_with_the_stacks_of_both(tmp_path):
         for i in range(2)
     ]
     for i, (status, told) in enumerate(end(members)):
-        assert status == cluster.LOST, told
+        assert status == signals.LOST, told
         assert f"process {i} of 2 on {socket.gethostname()} has finished nothing for 1." in told
         assert ("in signalled" in told) == (i == 1) and "in loop" in told
 

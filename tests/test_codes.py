@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from gigatok_jax.data import codes, pipeline, transforms
+from gigatok_jax.data import codes, codes_file, pipeline, transforms
 from gigatok_jax.errors import ConfigError, DataError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -21,7 +21,7 @@ RECORDS, TOKENS, VOCAB = 23, 5, 300
 def header(**changes):
     fields = {"tokenizer": "0123456789abcdef", "model": {"kind": "1d"}, "vocab": VOCAB}
     fields |= {"tokens": TOKENS, "crops": "flip", "data": "fedcba9876543210", "records": RECORDS}
-    return codes.Header(**fields | {"class_names": ["a", "b"]} | changes)
+    return codes_file.Header(**fields | {"class_names": ["a", "b"]} | changes)
 
 
 def rows(made=None):
@@ -37,7 +37,7 @@ def labels():
 def write(folder, made=None, batch=4, unreadable=(), values=None, until=RECORDS):
     made = made or header()
     values = rows(made) if values is None else values
-    with codes.CodesWriter(folder, made, labels()) as writer:
+    with codes_file.CodesWriter(folder, made, labels()) as writer:
         while writer.done < until:
             first = writer.done
             bad = [i - first for i in unreadable if first <= i < min(first + batch, RECORDS)]
@@ -68,13 +68,13 @@ def test_what_is_written_is_read(tmp_path, vocab, dtype):
     assert np.load(tmp_path / "codes.npy").shape == made.shape  # a plain file of numpy's
 
 
-@pytest.mark.parametrize("crops", codes.AUGMENTATIONS)
+@pytest.mark.parametrize("crops", codes_file.AUGMENTATIONS)
 def test_crops(crops):
     image = np.random.default_rng(2).integers(0, 256, (40, 53, 3), np.uint8)
     made = codes.crops_of(image, 32, crops)
-    assert made.shape == (codes.AUGMENTATIONS[crops], 32, 32, 3)
+    assert made.shape == (codes_file.AUGMENTATIONS[crops], 32, 32, 3)
     middle = transforms.center_crop(image, 32)
-    if crops in codes.RATIOS:
+    if crops in codes_file.RATIOS:
         np.testing.assert_array_equal(made[:10], transforms.ten_crop(image, 32, 1.1))
         np.testing.assert_array_equal(
             made[10:20], transforms.ten_crop(image, 32, 1.05)[: len(made) - 10]
@@ -99,7 +99,7 @@ def test_a_writer_goes_on_behind_the_last_whole_part(tmp_path):
             file.write(b"\x01\x02\x03")
         with (folder / "parts.jsonl").open("a") as file:
             file.write('{"records": 4, "crc32": "0')
-        with codes.CodesWriter(folder, header(), labels()) as writer:
+        with codes_file.CodesWriter(folder, header(), labels()) as writer:
             assert writer.done == until
         write(folder)
         assert (folder / "codes.npy").stat().st_size == size
@@ -113,7 +113,7 @@ def test_a_part_that_did_not_reach_the_disk_is_written_again(tmp_path):
     row = 2 * TOKENS * 2
     data[-row * 6] ^= 1  # in the second of three parts
     (folder / "codes.npy").write_bytes(bytes(data))
-    with codes.CodesWriter(folder, header(), labels()) as writer:
+    with codes_file.CodesWriter(folder, header(), labels()) as writer:
         assert writer.done == 4
     write(folder)
     np.testing.assert_array_equal(codes.CodesSource(folder).codes(np.arange(23), 1), rows()[:, 1])
@@ -123,9 +123,9 @@ def test_other_codes_are_not_mixed_in(folder):
     for changes in ({"tokenizer": "0" * 16}, {"crops": "center"}, {"data": "1" * 16}):
         (name,) = changes
         with pytest.raises(ConfigError, match=f"holds other codes, {name} is .* --workdir"):
-            codes.CodesWriter(folder, header(**changes), labels())
+            codes_file.CodesWriter(folder, header(**changes), labels())
     with pytest.raises(ConfigError, match="labels_crc32"):
-        codes.CodesWriter(folder, header(), labels() + 1)
+        codes_file.CodesWriter(folder, header(), labels() + 1)
 
 
 SCRIPT = """
@@ -134,11 +134,11 @@ sys.path.insert(0, "tests")
 import test_codes
 
 folder, pause = sys.argv[1], float(sys.argv[2])
-write = test_codes.codes.CodesWriter.write
+write = test_codes.codes_file.CodesWriter.write
 def slow(self, rows, unreadable=()):
     write(self, rows, unreadable)
     time.sleep(pause)
-test_codes.codes.CodesWriter.write = slow
+test_codes.codes_file.CodesWriter.write = slow
 test_codes.write(folder, batch=1, unreadable=(7,))
 """
 
@@ -188,7 +188,7 @@ def test_a_writer_names_codes_without_a_head(folder):
     with (folder / "codes.npy").open("r+b") as file:
         file.truncate(50)
     with pytest.raises(DataError, match=r"codes\.npy is damaged .*remove its folder"):
-        codes.CodesWriter(folder, header(), labels())
+        codes_file.CodesWriter(folder, header(), labels())
 
 
 def test_missing_records_are_counted(folder):
@@ -213,7 +213,7 @@ def test_other_shapes_and_codes_out_of_range_are_refused(folder):
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
-    writer = codes.CodesWriter(tmp_path, header(), labels())
+    writer = codes_file.CodesWriter(tmp_path, header(), labels())
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -222,7 +222,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"cannot be written to .*No space left"):
         writer.write(rows()[:4])
     writer.close()
-    with codes.CodesWriter(tmp_path, header(), labels()) as writer:
+    with codes_file.CodesWriter(tmp_path, header(), labels()) as writer:
         assert writer.done == 0
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from configs import extract_codes as config_file
 from gigatok_jax import library
-from gigatok_jax.data import codes, sources, transforms
+from gigatok_jax.data import codes, codes_file, sources, transforms
 from gigatok_jax.errors import CheckpointError, ConfigError, DataError
 from gigatok_jax.train import extract_codes
 
@@ -179,7 +179,7 @@ def test_too_many_unreadable_images_stop_it(folder, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_between_batches(folder, whole, tmp_path, monkeypatch, number, capsys):
-    write, seen = codes.CodesWriter.write, []
+    write, seen = codes_file.CodesWriter.write, []
 
     def interrupted(self, rows, unreadable=()):
         write(self, rows, unreadable)
@@ -187,7 +187,7 @@ def test_a_signal_ends_between_batches(folder, whole, tmp_path, monkeypatch, num
         if len(seen) == 3:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(codes.CodesWriter, "write", interrupted)
+    monkeypatch.setattr(codes_file.CodesWriter, "write", interrupted)
     with pytest.raises(SystemExit) as ended:
         extract(tmp_path, config(folder))
     assert ended.value.code == 128 + number
@@ -206,11 +206,11 @@ import test_extract_codes, tiny
 from test_extract_codes import codes, config, extract_codes, time
 
 cache, checkpoint, folder, workdir, pause = sys.argv[1:]
-write = codes.CodesWriter.write
+write = codes_file.CodesWriter.write
 def slow(self, rows, unreadable=()):
     write(self, rows, unreadable)
     time.sleep(float(pause))
-codes.CodesWriter.write = slow
+codes_file.CodesWriter.write = slow
 test_extract_codes.checkpoint = lambda: checkpoint
 with tiny.small_programs(cache):
     extract_codes.extract(config(folder), workdir)

@@ -19,7 +19,8 @@ from configs import generate as generate_config
 from gigatok_jax import library
 from gigatok_jax.errors import CheckpointError, ConfigError
 from gigatok_jax.evaluation import generation, metrics, pair
-from gigatok_jax.run import checkpoint, pictures
+from gigatok_jax.run import pictures
+from gigatok_jax.run import workdir as workdir_lib
 
 COUNT = 10  # images, which batches of 4 do not divide
 
@@ -325,6 +326,6 @@ def test_checkpoints_that_are_swapped_are_refused(models, tmp_path):
 def test_what_may_change_between_two_calls():
     # Where the tokenizer lies is free too; the record in the folder compares its weights.
     free = {"batch", "cluster", "image_ids", "num_images", "mesh", "tokenizer"}
-    assert free <= set(checkpoint.FREE_KEYS)
+    assert free <= set(workdir_lib.FREE_KEYS)
     keys = set(generate_config.get_config()) - free
-    assert keys.isdisjoint(checkpoint.FREE_KEYS)
+    assert keys.isdisjoint(workdir_lib.FREE_KEYS)

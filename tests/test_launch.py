@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from configs import common
-from gigatok_jax.run import cluster
+from gigatok_jax.run import launchers, signals
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -81,8 +81,8 @@ def test_slurm_starts_a_task_per_gpu(stubs):
     tasks = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(tasks) == 4
     for i, (arguments, env) in enumerate(tasks):
-        place = cluster.find(common.cluster_config(), env)
-        assert place == cluster.Place("Slurm", 4, i, "n1:61445", (i % 2,))
+        place = launchers.find(common.cluster_config(), env)
+        assert place == launchers.Place("Slurm", 4, i, "n1:61445", (i % 2,))
         assert arguments == ["main.py", "--config=a b"]
         assert (env["XLA_PYTHON_CLIENT_MEM_FRACTION"], env["NCCL_NVLS_ENABLE"]) == ("0.92", "0")
 
@@ -91,7 +91,7 @@ def test_slurm_starts_a_task_per_gpu(stubs):
     "status, restarts, again",
     [
         (128 + signal.SIGTERM, 0, True),
-        (cluster.LOST, 0, True),
+        (signals.LOST, 0, True),
         (134, 3, True),
         (1, 0, False),
         (143, 50, False),
@@ -106,8 +106,8 @@ def test_slurm_takes_back_what_may_go_on(stubs, status, restarts, again):
 def test_slurm_one_task_per_node_takes_all_gpus(stubs):
     done = slurm(stubs, STATUS="0", CUDA_VISIBLE_DEVICES="0,1", HARDWARE="cpu")
     for i, (_, env) in enumerate(map(json.loads, done.stdout.splitlines())):
-        place = cluster.find(common.cluster_config(), env)
-        assert place == cluster.Place("Slurm", 2, i, "n1:61445", None)
+        place = launchers.find(common.cluster_config(), env)
+        assert place == launchers.Place("Slurm", 2, i, "n1:61445", None)
         assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in env
 
 
@@ -115,7 +115,7 @@ def test_tpu_pod_starts_again_after_a_loss_and_keeps_quotes(stubs):
     counter = stubs / "count"
     (stubs / "python3").write_text(
         f'#!/usr/bin/env bash\nprintf "<%s>" "$@"; echo >>{counter}\n'
-        f'[[ $(wc -l <{counter}) -lt 3 ]] && exit {cluster.LOST}; exit "$STATUS"\n'
+        f'[[ $(wc -l <{counter}) -lt 3 ]] && exit {signals.LOST}; exit "$STATUS"\n'
     )
     (stubs / "python3").chmod(0o755)
     arguments = ("pod", "us-east5-a", "--config=configs/ss.py", "--config.data.folder=my 'images'")
@@ -216,10 +216,10 @@ def test_pods_of_the_gpu_jobset_find_each_other():
     flag = only(a for a in container["args"] if "cluster.processes" in a)
     flags = common.cluster_config()
     flags.processes = int(flag.split("=")[1])
-    place = cluster.find(flags, env)
+    place = launchers.find(flags, env)
     assert (place.processes, place.process) == (job["parallelism"], 3)
     # Pods are called <set>-<job>-<job index>-<pod index>.<set>.
-    assert place.coordinator == f"{name}-{replicated['name']}-0-0.{name}:{cluster.PORT}"
+    assert place.coordinator == f"{name}-{replicated['name']}-0-0.{name}:{launchers.PORT}"
 
 
 def test_the_tpu_jobset_has_a_pod_for_each_host():

@@ -10,7 +10,8 @@ from PIL import Image
 from tensorboardX.proto import event_pb2
 
 from gigatok_jax.errors import GigatokError
-from gigatok_jax.run import environment, metric_writer, pictures
+from gigatok_jax.run import metric_writer, pictures
+from gigatok_jax.run import workdir as workdir_lib
 
 
 @pytest.fixture
@@ -194,7 +195,7 @@ def test_saved_picture_is_a_png_with_its_step(tmp_path):
 
 
 def test_environment_is_json_with_versions_and_devices(tmp_path):
-    environment.write(tmp_path)
+    workdir_lib.write_environment(tmp_path)
     found = json.loads((tmp_path / "environment.json").read_text())
     assert found["packages"]["jax"] == jax.__version__
     assert sum(found["devices"].values()) >= 1

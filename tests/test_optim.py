@@ -9,6 +9,7 @@ import rule
 
 from gigatok_jax.errors import CheckpointError, ConfigError
 from gigatok_jax.run import checkpoint
+from gigatok_jax.run import workdir as workdir_lib
 from gigatok_jax.train import optim
 
 GOLDEN = rule.golden_path("lr_schedules.npz")
@@ -206,9 +207,9 @@ def test_a_checkpoint_keeps_the_type_of_its_first_moment(tmp_path):
         saver.restore(jax.eval_shape(lambda: full), 1)
     assert "\n" not in str(refused.value)
     saver.close()
-    checkpoint.check_workdir(tmp_path, {"optim": optim_config().to_dict()})
+    workdir_lib.check_workdir(tmp_path, {"optim": optim_config().to_dict()})
     with pytest.raises(ConfigError, match=r"optim\.first_moment is .bfloat16. here"):
-        checkpoint.check_workdir(tmp_path, {"optim": optim_config(**BFLOAT16).to_dict()})
+        workdir_lib.check_workdir(tmp_path, {"optim": optim_config(**BFLOAT16).to_dict()})
 
 
 def test_ema_is_the_weighted_mean_of_all_parameters_seen():

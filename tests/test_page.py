@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gigatok_jax import files
-from gigatok_jax.run import page, pictures
+from gigatok_jax.run import charts, page, pictures
 
 
 class Page(html.parser.HTMLParser):
@@ -102,8 +102,8 @@ def test_a_curve_passes_through_its_points(tmp_path):
     # Affine in step and in value: the drawing keeps every ratio of distances, y pointing down.
     assert np.corrcoef(x, steps)[0, 1] > 1 - 1e-5
     assert np.corrcoef(y, values)[0, 1] < -1 + 1e-5
-    assert x.min() >= page.LEFT and x.max() <= page.WIDTH - page.RIGHT + 0.05
-    assert y.min() >= page.TOP and y.max() <= page.HEIGHT - page.BOTTOM
+    assert x.min() >= charts.LEFT and x.max() <= charts.WIDTH - charts.RIGHT + 0.05
+    assert y.min() >= charts.TOP and y.max() <= charts.HEIGHT - charts.BOTTOM
 
 
 def test_a_value_that_was_not_finite_leaves_a_gap(tmp_path):
@@ -113,15 +113,15 @@ def test_a_value_that_was_not_finite_leaves_a_gap(tmp_path):
 
 def test_long_runs_are_thinned_without_losing_their_mean():
     values = np.random.default_rng(0).normal(size=12_000)
-    thin = page._thin(list(enumerate(values)))
-    assert len(thin) <= page.POINTS
+    thin = charts._thin(list(enumerate(values)))
+    assert len(thin) <= charts.POINTS
     assert np.mean([y for _, y in thin]) == pytest.approx(values.mean())
     assert thin[-1][0] == 11_999
 
 
 @pytest.mark.parametrize("low, high, log", [(0, 1, False), (-3, 17, False), (2.1, 2.2, False)])
 def test_ticks_are_round_and_inside(low, high, log):
-    ticks = list(page._ticks(low, high, log))
+    ticks = list(charts._ticks(low, high, log))
     assert 3 <= len(ticks) <= 6
     assert min(ticks) >= low - 1e-9 and max(ticks) <= high + 1e-9
     assert all(len(f"{t:.6g}".lstrip("-").replace(".", "").strip("0")) <= 3 for t in ticks)

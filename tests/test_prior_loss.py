@@ -11,7 +11,7 @@ import tiny_pair
 
 from configs import evaluate as evaluate_config
 from gigatok_jax import library, model_config
-from gigatok_jax.data import codes, sources
+from gigatok_jax.data import codes, codes_file, sources
 from gigatok_jax.errors import CheckpointError, ConfigError, DataError
 from gigatok_jax.evaluation import prior_loss
 from gigatok_jax.models import ar
@@ -104,11 +104,11 @@ def write_codes(folder, checkpoint, **fields):
     images = np.stack([record["image"] for record in source])
     made = np.stack([tokenizer.encode(x) for x in (images, images[:, :, ::-1])], 1)
     fields = {"tokenizer": tokenizer.fingerprint, "tokens": tokenizer.num_tokens} | fields
-    header = codes.Header(
+    header = codes_file.Header(
         model={}, vocab=tiny.ROWS, crops="flip", data="digits", records=len(source),
         class_names=list(source.class_names), **fields,
     )  # fmt: skip
-    with codes.CodesWriter(folder, header, source.labels) as writer:
+    with codes_file.CodesWriter(folder, header, source.labels) as writer:
         writer.write(made)
         writer.finish()
 

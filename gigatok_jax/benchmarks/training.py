@@ -31,7 +31,8 @@ from ml_collections import config_flags
 from gigatok_jax import files, parallel
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.planning import plan
-from gigatok_jax.run import checkpoint, cluster, command_line, environment, metric_writer, processes
+from gigatok_jax.run import checkpoint, cluster, command_line, metric_writer, processes
+from gigatok_jax.run import workdir as workdir_lib
 from gigatok_jax.train import program as program_lib
 from gigatok_jax.train import settings
 from gigatok_jax.weights import load
@@ -140,7 +141,7 @@ class Running:
 
 def describe(config, mesh) -> dict[str, Any]:
     """What is measured, and on what."""
-    software = environment.software()
+    software = workdir_lib.software()
     return {
         "config": config.name,
         "mesh": "x".join(str(size) for size in mesh.shape.values()),  # data x fsdp x tensor

@@ -21,7 +21,8 @@ from gigatok_jax import files, library, sampling
 from gigatok_jax.data import transforms
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.evaluation import classes, metrics, pair
-from gigatok_jax.run import checkpoint, environment, metric_writer, page, pictures
+from gigatok_jax.run import metric_writer, page, pictures
+from gigatok_jax.run import workdir as workdir_lib
 from gigatok_jax.run.signals import Interrupts
 
 RECORD, SAMPLES = "generation.json", "samples.npz"
@@ -77,9 +78,9 @@ def generate(config, workdir: epath.PathLike) -> None:
     """
     check(config)
     job = open_job(config, epath.Path(workdir))
-    checkpoint.check_workdir(job.workdir, config)
+    workdir_lib.check_workdir(job.workdir, config)
     claim(job)
-    environment.write(job.workdir)
+    workdir_lib.write_environment(job.workdir)
     (job.workdir / "images").mkdir(exist_ok=True)
     start, missing = time.perf_counter(), find_missing(job)
     with Interrupts() as interrupts:
@@ -195,7 +196,7 @@ def claim(job: Job) -> None:
             for i, ids in job.by_class().items()
         },
         "draws": "keyed by seed, image id and position; the first code has the whole cfg.scale",
-        "environment": environment.describe(),
+        "environment": workdir_lib.describe(),
     }
     files.write_json(path, record)
 

@@ -9,7 +9,6 @@ at any moment loses nothing but the time since its last save.
 """
 
 import errno
-import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
@@ -32,36 +31,6 @@ READERS = 8  # threads that read files for their checksums
 BLOCK = 1 << 24  # bytes of a file read at a time
 NO_SPACE = ("no space left", "resource_exhausted", "disk quota")  # TensorStore has no errno
 
-# Keys that do not define a run: its length, what it prints and keeps, where and on what it runs.
-FREE_KEYS = (
-    "batch",
-    "cluster",
-    "checkpoint",  # so may what was trained before; its fingerprint is kept too
-    "codes",
-    "data.eval_folder",
-    "data.folder",  # images may move; the data fingerprint in the checkpoint tells if they changed
-    "data.max_unreadable",
-    "data.workers",
-    "eval",
-    "eval_codes",
-    "image_ids",  # any images of a generation may be made, or more of them
-    "log",
-    "mesh",
-    "num_images",
-    "profile",
-    "sample",
-    "save",
-    "stages",  # of the demo: each has a folder and a config of its own
-    "tokenizer",
-    "train.ema_memory",
-    "train.epochs",
-    "train.micro_batches",  # follows the memory of the machine
-    "train.remat",
-    "train.steps",
-    "train.unroll",
-    "weights",
-)
-
 
 class Checkpoints:
     """Saves and restores the steps of one run; the only writer of its `checkpoints/`."""
@@ -76,7 +45,7 @@ class Checkpoints:
         """
         if keep < 1:
             raise ConfigError(f"save.keep is {keep}, expected at least 1")
-        self.root = _absolute(workdir) / FOLDER
+        self.root = files.absolute(workdir) / FOLDER
         self.root.mkdir(parents=True, exist_ok=True)
         self._keep, self._milestone_every = keep, milestone_every
         # Compression saves a tenth of the space of float32 weights and costs half of the speed.
@@ -217,7 +186,7 @@ def find(path: epath.PathLike) -> tuple[epath.Path, int | None]:
     Raises:
         CheckpointError: nothing is there.
     """
-    path = _absolute(path)
+    path = files.absolute(path)
     if path.name.isdigit() and (path / STATE).exists():
         return path.parent, int(path.name)
     for root in (path / FOLDER, path):
@@ -287,33 +256,6 @@ def restore_from(path: epath.PathLike, abstract_state: Any) -> tuple[Any, dict[s
     directory = root / str(step)
     _verify(directory)
     return _restore(directory, abstract_state), files.read_json(directory / EXTRAS)
-
-
-def check_workdir(workdir: epath.PathLike, config: Any, begun: bool = True) -> None:
-    """Writes `config.json`, or refuses a workdir that belongs to a run of another config.
-
-    Keys of `FREE_KEYS`, and all below them, may differ, and a later version may have more keys; the
-    file then takes the new values.
-
-    Args:
-        workdir: made when missing.
-        config: ConfigDict or nested dict of JSON values.
-        begun: False for a run of this task that has left nothing to go on with: any config will do.
-
-    Raises:
-        ConfigError: other keys differ; each is named with both values.
-    """
-    workdir = _absolute(workdir)
-    given = json.loads(json.dumps(_plain(config)))  # tuples become lists, as in the file
-    path = workdir / "config.json"
-    if path.exists():
-        there = _read_config(path)
-        _compare_tasks(workdir, there.get("task"), given.get("task"))
-        if begun:
-            _compare_configs(workdir, there, given)
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        files.write_json(path, given)
 
 
 def checksums(directory: epath.Path) -> dict[str, dict[str, Any]]:
@@ -505,61 +447,6 @@ def _check_same(directory: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct
 
 def _describe(leaf: jax.ShapeDtypeStruct | None) -> str:
     return "none" if leaf is None else f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
-
-
-def _read_config(path: epath.Path) -> dict[str, Any]:
-    try:
-        return files.read_json(path)
-    except ValueError as error:
-        raise ConfigError(
-            f"{path} is damaged ({error}): remove it if this config is that run's, or choose"
-            " another --workdir"
-        ) from error
-
-
-def _compare_tasks(workdir: epath.Path, old: str | None, new: str | None) -> None:
-    if old != new:
-        raise ConfigError(
-            f"workdir {workdir} holds a run of task {old!r}, this is {new!r}: choose another"
-            " --workdir"
-        )
-
-
-def _compare_configs(workdir: epath.Path, old: Any, new: Any) -> None:
-    before, now = dict(_config_leaves(old)), dict(_config_leaves(new))
-    if added := sorted(now.keys() - before.keys()):  # by a later version; the run goes on with it
-        values = ", ".join(f"{key}={now[key]!r}" for key in added)
-        logging.warning("the config of %s does not have %s yet", workdir, values)
-    changed = [
-        f"{key} is {now.get(key)!r} here and {before[key]!r} there"
-        for key in sorted(before)
-        if before[key] != now.get(key) and not _is_free(key)
-    ]
-    if changed:
-        raise ConfigError(
-            f"workdir {workdir} holds a run of another config: {'; '.join(changed)};"
-            " choose another --workdir"
-        )
-
-
-def _config_leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _config_leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
-
-
-def _absolute(path: epath.PathLike) -> epath.Path:
-    return epath.Path(path).expanduser().absolute()
 
 
 def _is_full(error: BaseException | None) -> bool:

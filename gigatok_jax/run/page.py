@@ -10,21 +10,15 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from gigatok_jax import files
-from gigatok_jax.run import metric_writer
+from gigatok_jax.run import charts, metric_writer
 
-POINTS = 300  # drawn per line; longer runs are averaged
-COLORS = 5  # that page.html defines
-WIDTH, HEIGHT = 420, 220  # of a chart, in units of its SVG
-LEFT, RIGHT, TOP, BOTTOM = 52, 20, 12, 26  # margins of the plot inside the chart
-
-Points = list[tuple[float, float]]
 Figures = Mapping[str, Any]
 
 
@@ -311,15 +305,16 @@ def _curves(rows: Sequence[dict], config: Figures) -> Iterator[str]:
         chosen = [k for k in left if any(fnmatch.fnmatch(k, p) for p in section.patterns)]
         taken = {key: left.pop(key) for key in chosen}
         if taken:
-            charts = "".join(
-                _chart(name, lines, not section.together) for name, lines in _charts(section, taken)
+            drawn = "".join(
+                charts.line_chart(name, lines, not section.together)
+                for name, lines in _charts(section, taken)
             )
-            yield _section(section.title, section.note, f'<div class="charts">{charts}</div>')
+            yield _section(section.title, section.note, f'<div class="charts">{drawn}</div>')
 
 
-def _series(rows: Sequence[dict]) -> dict[str, Points]:
+def _series(rows: Sequence[dict]) -> dict[str, charts.Points]:
     """Metric -> points; a value that was not finite is NaN, so that the line has a gap there."""
-    series: dict[str, Points] = {}
+    series: dict[str, charts.Points] = {}
     for row in rows:
         for key, value in row.items():
             if key != "step":
@@ -328,7 +323,9 @@ def _series(rows: Sequence[dict]) -> dict[str, Points]:
     return series
 
 
-def _charts(section: Section, series: dict[str, Points]) -> Iterator[tuple[str, dict[str, Points]]]:
+def _charts(
+    section: Section, series: dict[str, charts.Points]
+) -> Iterator[tuple[str, dict[str, charts.Points]]]:
     """(title of a chart, label -> points)."""
     if section.together:
         yield "share", {k.rsplit("/", 1)[-1].removesuffix("_share"): p for k, p in series.items()}
@@ -336,117 +333,3 @@ def _charts(section: Section, series: dict[str, Points]) -> Iterator[tuple[str, 
     for name in dict.fromkeys(key.rsplit("/", 1)[-1] for key in series):
         lines = {k.rsplit("/", 1)[0]: p for k, p in series.items() if k.rsplit("/", 1)[-1] == name}
         yield name, lines
-
-
-def _chart(title: str, lines: dict[str, Points], may_log: bool) -> str:
-    lines = {label: _thin(points) for label, points in lines.items()}
-    finite = [(x, y) for points in lines.values() for x, y in points if math.isfinite(y)]
-    if not finite:
-        return ""
-    scale = _scale(finite, may_log)
-    paths = "".join(_path(points, scale, i) for i, points in enumerate(lines.values()))
-    data = json.dumps({"lines": lines, "x": [LEFT, WIDTH - RIGHT, scale.steps]})
-    kind = ' <span class="muted">log</span>' if scale.log else ""
-    return (
-        f'<div class="chart"><h3>{html.escape(title.replace("_", " "))}{kind}</h3>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}"'
-        f' data-chart="{html.escape(data.replace("NaN", "null"))}">{_axes(scale)}{paths}</svg>'
-        f'<div class="legend">{_legend(lines)}</div></div>'
-    )
-
-
-def _legend(lines: dict[str, Points]) -> str:
-    """Each line's colour, label and last value."""
-    keys = []
-    for index, (label, points) in enumerate(lines.items()):
-        value = points[-1][1]
-        last = _number(value) if math.isfinite(value) else "not finite"
-        mark = f'<i class="c{index % COLORS}"></i>'
-        keys.append(f'<span class="key">{mark}{html.escape(label)} <b>{last}</b></span>')
-    return "".join(keys)
-
-
-class _Scale(NamedTuple):
-    steps: float  # at the right edge; the left edge is step 0
-    low: float
-    high: float
-    log: bool
-
-    def x(self, step: float) -> float:
-        return LEFT + step / max(self.steps, 1) * (WIDTH - LEFT - RIGHT)
-
-    def y(self, value: float) -> float:
-        low, high = self.low, self.high
-        if self.log:
-            value, low, high = math.log(value), math.log(low), math.log(high)
-        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
-
-
-def _scale(points: Points, may_log: bool) -> _Scale:
-    """Fits finite points; logarithmic when they are positive and span a factor above 50."""
-    steps = max(x for x, _ in points)
-    low, high = min(y for _, y in points), max(y for _, y in points)
-    if may_log and low > 0 and high > 50 * low:
-        return _Scale(steps, low / 1.1, high * 1.1, log=True)
-    if 0 <= low < 0.3 * high:
-        low = 0.0
-    margin = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
-    return _Scale(steps, low - margin * (low != 0), high + margin, log=False)
-
-
-def _thin(points: Points) -> Points:
-    """At most POINTS points: means of equal runs of neighbours."""
-    size = -(-len(points) // POINTS)
-    runs = (points[i : i + size] for i in range(0, len(points), size))
-    return [(run[-1][0], sum(y for _, y in run) / len(run)) for run in runs]
-
-
-def _path(points: Points, scale: _Scale, index: int) -> str:
-    """A line with gaps where values were not finite; a point between two gaps is a dot."""
-    runs = itertools.groupby(points, key=lambda point: math.isfinite(point[1]))
-    pieces = [[(scale.x(x), scale.y(y)) for x, y in run] for finite, run in runs if finite]
-    lines = "".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in piece) for piece in pieces)
-    color = f'class="c{index % COLORS}"'
-    dots = "".join(
-        f'<circle {color} cx="{piece[0][0]:.1f}" cy="{piece[0][1]:.1f}" r="2.5"/>'
-        for piece in pieces
-        if len(piece) == 1
-    )
-    return f'<path {color} d="{lines}"/>{dots}'
-
-
-def _axes(scale: _Scale) -> str:
-    marks = []
-    for value in _ticks(scale.low, scale.high, scale.log):
-        y, ends = scale.y(value), f'x1="{LEFT}" x2="{WIDTH - RIGHT}"'
-        marks.append(f'<line class="grid" {ends} y1="{y:.1f}" y2="{y:.1f}"/>')
-        marks.append(_text(LEFT - 6, y + 3.5, "end", value))
-    for value in _ticks(0, scale.steps, log=False):
-        marks.append(_text(scale.x(value), HEIGHT - 8, "middle", value))
-    return "".join(marks)
-
-
-def _text(x: float, y: float, anchor: str, value: float) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{_number(value)}</text>'
-
-
-def _ticks(low: float, high: float, log: bool) -> Iterable[float]:
-    """Round numbers inside [low, high], three to six."""
-    if log:
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        every = -(-len(powers) // 5)
-        found = [10.0**p for p in powers[::every] if low <= 10.0**p <= high]
-        return found if len(found) > 1 else [low, high]
-    rough = max(high - low, 1e-12) / 5
-    unit = 10.0 ** math.floor(math.log10(rough))
-    size = next(m * unit for m in (1, 2, 5, 10) if m * unit >= rough * 0.999)
-    first = math.ceil(low / size - 1e-9)
-    return [i * size for i in range(first, math.floor(high / size + 1e-9) + 1)]
-
-
-def _number(value: float) -> str:
-    """Short enough for an axis."""
-    if value and not 1e-3 <= abs(value) < 1e5:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"

@@ -1,11 +1,19 @@
-"""Signals that end a run between two steps."""
+"""Signals that end a run between two steps, and the watchdog that ends a run that hangs."""
 
+import faulthandler
+import os
 import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
 
 import jax
 from absl import logging
 
 from gigatok_jax.run import processes
+
+LOST = 75  # exit status when another process is gone or stuck: the same command may help
 
 
 class Interrupts:
@@ -48,3 +56,53 @@ class Interrupts:
         signal.signal(number, self._before[number])
         name = signal.Signals(number).name
         logging.warning("%s: the run ends after this step, with its state saved", name)
+
+
+class Watchdog:
+    """Ends a process that has not moved for too long, with the stacks of all its threads.
+
+    A collective that one process never enters holds all others for ever, so all of them end.
+    """
+
+    def __init__(self, minutes: float):
+        """`minutes` has to be longer than the longest compilation or save; 0 is off."""
+        self._seconds, self._last = minutes * 60, time.monotonic()
+        self._stopped = threading.Event()
+
+    def beat(self) -> None:
+        """Something was finished."""
+        self._last = time.monotonic()
+
+    def hears(self, items: Iterable) -> Iterator:
+        """The items; that another one is asked for says that something was finished."""
+        for item in items:
+            self.beat()
+            yield item
+
+    def __enter__(self) -> "Watchdog":
+        self.beat()
+        if self._seconds:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stopped.set()
+
+    def _watch(self) -> None:
+        period = min(self._seconds / 4, 10)
+        while not self._stopped.wait(period):
+            if (quiet := time.monotonic() - self._last) > self._seconds:
+                self._tell(quiet)
+                if jax.process_count() > 1:  # jax ends the others with this one: let them tell too
+                    self._stopped.wait(2 * period + 5)
+                os._exit(LOST)
+
+    def _tell(self, quiet: float) -> None:
+        print(
+            f"{processes.name()} has finished nothing for {quiet / 60:.1f} min"
+            " (config.cluster.hang_minutes); where its threads are:",
+            file=sys.stderr,
+            flush=True,
+        )
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        sys.stderr.flush()

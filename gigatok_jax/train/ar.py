@@ -16,13 +16,13 @@ from etils import epath
 
 from gigatok_jax import library, parallel, sampling
 from gigatok_jax.data import codes as codes_lib
-from gigatok_jax.data import pipeline, sources
+from gigatok_jax.data import codes_file, pipeline, sources
 from gigatok_jax.errors import ConfigError, DataError
 from gigatok_jax.evaluation import metrics, prior_loss
 from gigatok_jax.model_config import model_config
 from gigatok_jax.models import ar
 from gigatok_jax.models import tokenizer as tokenizer_lib
-from gigatok_jax.run import cluster, pictures, processes
+from gigatok_jax.run import pictures, processes, signals
 from gigatok_jax.train import ar_step, cooldown, loop, optim, settings
 from gigatok_jax.train import program as program_lib
 
@@ -277,7 +277,7 @@ def batch_shapes(
     n, model = config.train.global_batch, config.model
     label = jax.ShapeDtypeStruct((n,), np.int32)
     if tokenizer is None:
-        codes = jax.ShapeDtypeStruct((n, model.tokens), codes_lib.dtype(model.vocab))
+        codes = jax.ShapeDtypeStruct((n, model.tokens), codes_file.dtype(model.vocab))
         return {"label": label, "codes": codes}
     size = tokenizer.image_size
     return {"label": label, "image": jax.ShapeDtypeStruct((n, size, size, 3), np.uint8)}
@@ -306,7 +306,7 @@ class HeldOut:
         self._config, self._tokenizer = config, tokenizer
         self._batches: list[dict[str, np.ndarray]] = []
 
-    def figures(self, state: ar_step.PriorState, watchdog: cluster.Watchdog) -> dict[str, float]:
+    def figures(self, state: ar_step.PriorState, watchdog: signals.Watchdog) -> dict[str, float]:
         """Nats per code of the trained and the averaged parameters, and the number of images."""
         self._batches = self._batches or [  # kept: a tokenizer has to make them but once
             {name: batch[name] for name in ("codes", "label", "mask")}

@@ -14,12 +14,12 @@ import numpy as np
 from etils import epath
 
 from gigatok_jax import files, library, parallel
-from gigatok_jax.data import codes, pipeline, sources
+from gigatok_jax.data import codes, codes_file, pipeline, sources
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.evaluation import metrics
 from gigatok_jax.run import metric_writer
 from gigatok_jax.run.signals import Interrupts
-from gigatok_jax.train.loop import claim
+from gigatok_jax.run.workdir import claim
 
 PROGRESS_SECONDS = 5.0  # between two lines
 
@@ -46,7 +46,10 @@ def extract(config, workdir: epath.PathLike) -> None:
     source = sources.make_source(config.data, config.split, tokenizer.image_size)
     header = make_header(tokenizer, source, config.crops)
     claim(workdir, config)
-    with codes.CodesWriter(workdir, header, source.labels) as writer, Interrupts() as interrupts:
+    with (
+        codes_file.CodesWriter(workdir, header, source.labels) as writer,
+        Interrupts() as interrupts,
+    ):
         start = writer.done
         seconds = write_rest(config, mesh, tokenizer, source, writer, interrupts)
         if writer.done < len(source):
@@ -65,8 +68,8 @@ def check(config) -> None:
     Raises:
         ConfigError: unknown crops, an empty batch, or more than one process.
     """
-    if config.crops not in codes.AUGMENTATIONS:
-        known = ", ".join(codes.AUGMENTATIONS)
+    if config.crops not in codes_file.AUGMENTATIONS:
+        known = ", ".join(codes_file.AUGMENTATIONS)
         raise ConfigError(f"crops is {config.crops!r}, expected one of {known}")
     if config.batch < 1:
         raise ConfigError(f"batch is {config.batch}, expected at least 1")
@@ -77,9 +80,9 @@ def check(config) -> None:
         )
 
 
-def make_header(tokenizer: library.Tokenizer, source, crops: str) -> codes.Header:
+def make_header(tokenizer: library.Tokenizer, source, crops: str) -> codes_file.Header:
     """What the codes of a source under a tokenizer are of."""
-    return codes.Header(
+    return codes_file.Header(
         tokenizer=tokenizer.fingerprint,
         model=json.loads(json.dumps(tokenizer.config.to_dict())),
         vocab=tokenizer.config.codebook_size,
@@ -95,7 +98,7 @@ def write_rest(config, mesh, tokenizer, source, writer, interrupts: Interrupts) 
     """Codes of the records that are not there yet; returns the seconds it took."""
     encode, place = make_encode(tokenizer, mesh), parallel.split_batch(mesh)
     params = {name: tokenizer.params[name] for name in library.CODE_PARTS}
-    progress = Progress(writer.done, len(source), codes.AUGMENTATIONS[config.crops])
+    progress = Progress(writer.done, len(source), codes_file.AUGMENTATIONS[config.crops])
     with image_batches(config, mesh, tokenizer.image_size, source, writer) as batches:
         for batch, made in ahead(batches, lambda x: encode(params, jax.device_put(x, place))):
             rows = min(len(batch["mask"]), len(source) - writer.done)  # the last batch is padded
@@ -110,7 +113,7 @@ def write_rest(config, mesh, tokenizer, source, writer, interrupts: Interrupts) 
 def image_batches(config, mesh, size: int, source, writer) -> pipeline.Batches:
     """Batches "image" uint8[b a h w 3] of the records that are not there yet."""
     shards = parallel.batch_shards(mesh)
-    records = max(config.batch // (codes.AUGMENTATIONS[config.crops] * shards), 1) * shards
+    records = max(config.batch // (codes_file.AUGMENTATIONS[config.crops] * shards), 1) * shards
     met = sum(len(part.unreadable) for part in writer.parts)
     return pipeline.eval_batches(
         source,

@@ -19,24 +19,21 @@ from gigatok_jax import files, parallel
 from gigatok_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from gigatok_jax.run import (
     checkpoint,
-    cluster,
-    environment,
     metric_writer,
     page,
     pictures,
     processes,
 )
-from gigatok_jax.run.signals import Interrupts
+from gigatok_jax.run import workdir as workdir_lib
+from gigatok_jax.run.signals import Interrupts, Watchdog
 from gigatok_jax.train.program import Program
 from gigatok_jax.train.settings import total_steps
-
-PLACEMENT = "placement.txt"  # of the arrays of a state on several devices
 
 
 class HeldOut(Protocol):
     """Measures a model on data that it is not trained on; all processes call it together."""
 
-    def figures(self, state: Any, watchdog: cluster.Watchdog) -> dict[str, float]:
+    def figures(self, state: Any, watchdog: Watchdog) -> dict[str, float]:
         """Named figures of a state; the watchdog hears of every batch."""
 
     def pictures(self, state: Any) -> dict[str, np.ndarray]:
@@ -79,7 +76,7 @@ class Run:
             self.workdir, self.total_steps, config.train.global_batch
         )
         self.timer = metric_writer.StepTimer()
-        self.watchdog = cluster.Watchdog(config.cluster.hang_minutes)
+        self.watchdog = Watchdog(config.cluster.hang_minutes)
         self._profile = Profile(config.profile, self.workdir)
         self._late, self._stopping = LateScalars(), False
         self._inside = contextlib.ExitStack()  # closed when the loop ends, whatever ends it
@@ -164,31 +161,13 @@ def open_run(
     """
     run = Run(config, epath.Path(workdir), program, held_out, extras, shown)
     with contextlib.closing(run), run.interrupts:
-        claim(run.workdir, config)
+        workdir_lib.claim(run.workdir, config)
         tell_placement(run)
         run.state, run.done = restore(run, begin or first_state)
         run.over = run.done >= run.total_steps and has_results(run.workdir, run.done)
         yield run
         if not run.over:
             finish(run)
-
-
-def claim(workdir: epath.Path, config) -> None:
-    """Writes what a run is and runs on, once all that its config names has been found.
-
-    Raises:
-        ConfigError: the workdir belongs to a run of another config.
-    """
-    begun = processes.from_first(lambda: _has_begun(workdir))
-    checkpoint.check_workdir(workdir, config, begun)
-    environment.write(workdir)
-
-
-def _has_begun(workdir: epath.Path) -> bool:
-    """Whether there is more than a run leaves that fails before its first step."""
-    left = ("config.json", "environment.json", PLACEMENT, checkpoint.FOLDER)
-    others = (path for path in workdir.glob("*") if path.name not in left)
-    return any(others) or any((workdir / checkpoint.FOLDER).glob("*"))
 
 
 def tell_placement(run: Run) -> None:
@@ -199,8 +178,10 @@ def tell_placement(run: Run) -> None:
     sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     held = parallel.bytes_per_device(abstract) / 2**30
     line = f"mesh {sizes}: {held:.2f} GiB of the state on each of {mesh.size} devices"
-    print(f"{line}; {PLACEMENT}", flush=True)
-    (run.workdir / PLACEMENT).write_text("\n".join([line, *parallel.placement(abstract), ""]))
+    print(f"{line}; {workdir_lib.PLACEMENT}", flush=True)
+    (run.workdir / workdir_lib.PLACEMENT).write_text(
+        "\n".join([line, *parallel.placement(abstract), ""])
+    )
 
 
 def first_state(run: Run) -> tuple[Any, int]:

@@ -15,7 +15,7 @@ from gigatok_jax import parallel
 from gigatok_jax.data import pipeline, sources
 from gigatok_jax.evaluation import reconstruction
 from gigatok_jax.models import tokenizer
-from gigatok_jax.run import cluster, pictures, processes
+from gigatok_jax.run import pictures, processes, signals
 from gigatok_jax.train import loop, networks, objective, optim, settings, tokenizer_step
 from gigatok_jax.train import program as program_lib
 
@@ -147,7 +147,7 @@ class HeldOut:
         self._source = sources.make_source(config.data, "held_out", config.model.image_size)
 
     def figures(
-        self, state: tokenizer_step.TokenizerState, watchdog: cluster.Watchdog
+        self, state: tokenizer_step.TokenizerState, watchdog: signals.Watchdog
     ) -> dict[str, float]:
         """PSNR, SSIM, LPIPS, codebook usage and perplexity over all held-out images."""
         params, size = parallel.to_device(state.ema_params), self._config.model.codebook_size

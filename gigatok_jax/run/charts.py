@@ -1,0 +1,128 @@
+"""Line charts as SVG text, for the page of a run."""
+
+import html
+import itertools
+import json
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+POINTS = 300  # drawn per line; longer runs are averaged
+COLORS = 5  # that page.html defines
+WIDTH, HEIGHT = 420, 220  # of a chart, in units of its SVG
+LEFT, RIGHT, TOP, BOTTOM = 52, 20, 12, 26  # margins of the plot inside the chart
+Points = list[tuple[float, float]]
+
+
+def line_chart(title: str, lines: dict[str, Points], may_log: bool) -> str:
+    lines = {label: _thin(points) for label, points in lines.items()}
+    finite = [(x, y) for points in lines.values() for x, y in points if math.isfinite(y)]
+    if not finite:
+        return ""
+    scale = _scale(finite, may_log)
+    paths = "".join(_path(points, scale, i) for i, points in enumerate(lines.values()))
+    data = json.dumps({"lines": lines, "x": [LEFT, WIDTH - RIGHT, scale.steps]})
+    kind = ' <span class="muted">log</span>' if scale.log else ""
+    return (
+        f'<div class="chart"><h3>{html.escape(title.replace("_", " "))}{kind}</h3>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}"'
+        f' data-chart="{html.escape(data.replace("NaN", "null"))}">{_axes(scale)}{paths}</svg>'
+        f'<div class="legend">{_legend(lines)}</div></div>'
+    )
+
+
+def _legend(lines: dict[str, Points]) -> str:
+    """Each line's colour, label and last value."""
+    keys = []
+    for index, (label, points) in enumerate(lines.items()):
+        value = points[-1][1]
+        last = _number(value) if math.isfinite(value) else "not finite"
+        mark = f'<i class="c{index % COLORS}"></i>'
+        keys.append(f'<span class="key">{mark}{html.escape(label)} <b>{last}</b></span>')
+    return "".join(keys)
+
+
+class _Scale(NamedTuple):
+    steps: float  # at the right edge; the left edge is step 0
+    low: float
+    high: float
+    log: bool
+
+    def x(self, step: float) -> float:
+        return LEFT + step / max(self.steps, 1) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        low, high = self.low, self.high
+        if self.log:
+            value, low, high = math.log(value), math.log(low), math.log(high)
+        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+
+def _scale(points: Points, may_log: bool) -> _Scale:
+    """Fits finite points; logarithmic when they are positive and span a factor above 50."""
+    steps = max(x for x, _ in points)
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    if may_log and low > 0 and high > 50 * low:
+        return _Scale(steps, low / 1.1, high * 1.1, log=True)
+    if 0 <= low < 0.3 * high:
+        low = 0.0
+    margin = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
+    return _Scale(steps, low - margin * (low != 0), high + margin, log=False)
+
+
+def _thin(points: Points) -> Points:
+    """At most POINTS points: means of equal runs of neighbours."""
+    size = -(-len(points) // POINTS)
+    runs = (points[i : i + size] for i in range(0, len(points), size))
+    return [(run[-1][0], sum(y for _, y in run) / len(run)) for run in runs]
+
+
+def _path(points: Points, scale: _Scale, index: int) -> str:
+    """A line with gaps where values were not finite; a point between two gaps is a dot."""
+    runs = itertools.groupby(points, key=lambda point: math.isfinite(point[1]))
+    pieces = [[(scale.x(x), scale.y(y)) for x, y in run] for finite, run in runs if finite]
+    lines = "".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in piece) for piece in pieces)
+    color = f'class="c{index % COLORS}"'
+    dots = "".join(
+        f'<circle {color} cx="{piece[0][0]:.1f}" cy="{piece[0][1]:.1f}" r="2.5"/>'
+        for piece in pieces
+        if len(piece) == 1
+    )
+    return f'<path {color} d="{lines}"/>{dots}'
+
+
+def _axes(scale: _Scale) -> str:
+    marks = []
+    for value in _ticks(scale.low, scale.high, scale.log):
+        y, ends = scale.y(value), f'x1="{LEFT}" x2="{WIDTH - RIGHT}"'
+        marks.append(f'<line class="grid" {ends} y1="{y:.1f}" y2="{y:.1f}"/>')
+        marks.append(_text(LEFT - 6, y + 3.5, "end", value))
+    for value in _ticks(0, scale.steps, log=False):
+        marks.append(_text(scale.x(value), HEIGHT - 8, "middle", value))
+    return "".join(marks)
+
+
+def _text(x: float, y: float, anchor: str, value: float) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{_number(value)}</text>'
+
+
+def _ticks(low: float, high: float, log: bool) -> Iterable[float]:
+    """Round numbers inside [low, high], three to six."""
+    if log:
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        every = -(-len(powers) // 5)
+        found = [10.0**p for p in powers[::every] if low <= 10.0**p <= high]
+        return found if len(found) > 1 else [low, high]
+    rough = max(high - low, 1e-12) / 5
+    unit = 10.0 ** math.floor(math.log10(rough))
+    size = next(m * unit for m in (1, 2, 5, 10) if m * unit >= rough * 0.999)
+    first = math.ceil(low / size - 1e-9)
+    return [i * size for i in range(first, math.floor(high / size + 1e-9) + 1)]
+
+
+def _number(value: float) -> str:
+    """Short enough for an axis."""
+    if value and not 1e-3 <= abs(value) < 1e5:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
