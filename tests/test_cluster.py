@@ -367,7 +367,7 @@ def test_one_process_hears_itself():
 
 STUCK = """
 import threading, time
-from gigatok_jax.run import cluster
+from gigatok_jax.run import signals
 
 def a_step_that_never_ends():
     time.sleep(60)
