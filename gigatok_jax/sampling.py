@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gigatok_jax.errors import ConfigError
-from gigatok_jax.models import ar
+from gigatok_jax.models import ar, ar_decoding
 
 SEGMENT = (
     64  # positions that read the same length of the cache; shorter reads less, compiles longer
@@ -202,11 +202,13 @@ def generate(
         codes, cache = carry
         given = jnp.repeat(codes, 2) if guided else codes
         place = ar.Place(position, read)
-        logits, cache = ar.decode_step(prior, params, given, cache, place)
+        logits, cache = ar_decoding.decode_step(prior, params, given, cache, place)
         codes = choose(logits, position)
         return (codes, cache), codes
 
-    logits, cache = ar.prefill(prior, params, rows, ar.empty_cache(prior, len(rows)))
+    logits, cache = ar_decoding.prefill(
+        prior, params, rows, ar_decoding.empty_cache(prior, len(rows))
+    )
     first = choose(logits, jnp.int32(0))
     parts, carry = [first[None]], (first, cache)
     for start in range(0, prior.tokens, SEGMENT):
@@ -219,5 +221,5 @@ def generate(
 
 def _for_decoding(prior: ar.Prior, params):
     """One tree per block, matrices in the compute type: what each of the steps reads whole."""
-    split = params | {"blocks": ar.unstack(params["blocks"])}
+    split = params | {"blocks": ar_decoding.unstack(params["blocks"])}
     return jax.tree.map(lambda x: x.astype(prior.dtype) if x.ndim > 1 else x, split)

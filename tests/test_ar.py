@@ -12,7 +12,7 @@ from test_conversion_ar import rule_params
 
 from gigatok_jax import losses, model_config
 from gigatok_jax.errors import ConfigError
-from gigatok_jax.models import ar, layers, parameters
+from gigatok_jax.models import ar, ar_decoding, layers, parameters
 
 SMALL = {"layers": 2, "heads": 4, "width": 32, "vocab": 16, "tokens": 8, "classes": 3}
 OPTIONS = {
@@ -76,13 +76,13 @@ def full(prior, params, class_ids, codes):
 @functools.partial(jax.jit, static_argnums=0)
 def cached(prior, params, class_ids, codes, cache=None):
     """Logits f32[b n v] of all codes, each from a cache of the ones before it."""
-    cache = ar.empty_cache(prior, len(class_ids)) if cache is None else cache
-    first, cache = ar.prefill(prior, params, class_ids, cache)
+    cache = ar_decoding.empty_cache(prior, len(class_ids)) if cache is None else cache
+    first, cache = ar_decoding.prefill(prior, params, class_ids, cache)
 
     def body(cache, item):
         code, position = item
         place = ar.Place(position, prior.tokens)
-        logits, cache = ar.decode_step(prior, params, code, cache, place)
+        logits, cache = ar_decoding.decode_step(prior, params, code, cache, place)
         return cache, logits
 
     positions = jnp.arange(1, codes.shape[1])
@@ -104,8 +104,8 @@ def test_a_used_cache_is_as_good_as_an_empty_one():
     """Later positions are not read; unstacked parameters give the same."""
     _, prior, params = build("all")
     class_ids, codes = np.array([1, 3], np.int32), integers(0, 16, 2, 8)
-    used = jax.tree.map(lambda x: normal(1, *x.shape) * 50, ar.empty_cache(prior, 2))
-    apart = params | {"blocks": ar.unstack(params["blocks"])}
+    used = jax.tree.map(lambda x: normal(1, *x.shape) * 50, ar_decoding.empty_cache(prior, 2))
+    apart = params | {"blocks": ar_decoding.unstack(params["blocks"])}
     ours = cached(prior, apart, class_ids, codes, used)
     np.testing.assert_array_equal(ours, cached(prior, params, class_ids, codes))
 
@@ -116,8 +116,8 @@ def test_reading_less_of_the_cache_is_the_same():
 
     @functools.partial(jax.jit, static_argnums=1)
     def second(params, read):
-        _, cache = ar.prefill(prior, params, ids, ar.empty_cache(prior, 1))
-        return ar.decode_step(prior, params, code, cache, ar.Place(jnp.int32(1), read))[0]
+        _, cache = ar_decoding.prefill(prior, params, ids, ar_decoding.empty_cache(prior, 1))
+        return ar_decoding.decode_step(prior, params, code, cache, ar.Place(jnp.int32(1), read))[0]
 
     np.testing.assert_allclose(second(params, 2), second(params, 8), rtol=0, atol=1e-6)
 
@@ -160,7 +160,7 @@ def test_features_are_what_the_head_reads(option):
 
     @jax.jit
     def from_features(params):
-        x = ar.features(prior, params, class_ids, codes, model.layers)
+        x = ar_decoding.features(prior, params, class_ids, codes, model.layers)
         variables = {"params": params}
         condition = prior.apply(variables, class_ids, method="embed_class")
         return prior.apply(variables, x, condition, method="logits")
@@ -338,7 +338,7 @@ def test_full_modulation_starts_as_the_identity():
     @jax.jit
     def ends(params):
         x, _ = prior.apply({"params": params}, class_ids, codes[:, :-1], method="embed")
-        return x, ar.features(prior, params, class_ids, codes, model.layers)
+        return x, ar_decoding.features(prior, params, class_ids, codes, model.layers)
 
     np.testing.assert_array_equal(*ends(params))
 

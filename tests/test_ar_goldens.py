@@ -19,7 +19,7 @@ from test_train_goldens import check_gradients, check_update, first8
 from configs import common
 from gigatok_jax.conversion import ar as convert
 from gigatok_jax.model_config import model_config
-from gigatok_jax.models import ar
+from gigatok_jax.models import ar, ar_decoding
 from gigatok_jax.train import ar as training
 from gigatok_jax.train import optim
 
@@ -58,7 +58,7 @@ def loss(logits, codes):
 def run(prior, params, class_ids, codes, block):
     """Logits, features of one block and loss."""
     logits = prior.apply({"params": params}, class_ids, codes)
-    return logits, ar.features(prior, params, class_ids, codes, block), loss(logits, codes)
+    return logits, ar_decoding.features(prior, params, class_ids, codes, block), loss(logits, codes)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -136,6 +136,8 @@ def test_full_size_prior():
     assert np.all((np.argmax(logits, -1) == golden["argmax"])[clear])
     np.testing.assert_allclose(value, meta["loss"], rtol=1e-5)
     nobody = np.full_like(golden["cond"], model.classes)
-    features = jax.jit(ar.features, static_argnums=(0, 4))(prior, params, nobody, golden["idx"], 6)
+    features = jax.jit(ar_decoding.features, static_argnums=(0, 4))(
+        prior, params, nobody, golden["idx"], 6
+    )
     close(features[:, ::8], golden["null_feat_layer6_t8"])
     close(features.mean(1), golden["null_feat_layer6_mean"])

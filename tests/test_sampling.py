@@ -15,7 +15,7 @@ from rule import golden_path, load, rule_state
 from gigatok_jax import Prior, model_config, sampling
 from gigatok_jax.conversion import ar as convert
 from gigatok_jax.errors import ConfigError, DataError
-from gigatok_jax.models import ar
+from gigatok_jax.models import ar, ar_decoding
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = {"layers": 3, "heads": 4, "width": 256, "vocab": 512, "tokens": 64, "classes": 10}
@@ -91,13 +91,13 @@ def test_guided_logits_are_the_originals(option):
     weight = sampling.weights(64, run["cfg_scale"])
     rows = np.stack([arrays["cond"], np.full(2, 10)], 1).reshape(-1)
     module = ar.make(prior.config)
-    cache = ar.empty_cache(module, 4)
-    logits, cache = ar.prefill(module, prior.params, rows, cache)
+    cache = ar_decoding.empty_cache(module, 4)
+    logits, cache = ar_decoding.prefill(module, prior.params, rows, cache)
     for t in range(4):
         if t:
             codes = np.repeat(arrays["const_tokens"][:, t - 1], 2)
             place = ar.Place(jnp.int32(t), 8)
-            logits, cache = ar.decode_step(module, prior.params, codes, cache, place)
+            logits, cache = ar_decoding.decode_step(module, prior.params, codes, cache, place)
         guided = sampling.guide(logits, weight[t])
         np.testing.assert_allclose(guided, arrays["const_logits4"][:, t], atol=1e-3)
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from gigatok_jax.library import Prior
 from gigatok_jax.model_config import model_config
-from gigatok_jax.models import ar
+from gigatok_jax.models import ar, ar_decoding
 from gigatok_jax.run import command_line, metric_writer
 
 SCALE = 1.75
@@ -91,10 +91,10 @@ def check(prior: Prior) -> float:
     codes = jax.random.randint(jax.random.key(1), (2, 6), 0, prior.config.vocab)
     with jax.default_matmul_precision("highest"):
         whole = module.apply({"params": params}, ids, codes)
-        logits, cache = ar.prefill(module, params, ids, ar.empty_cache(module, 2))
+        logits, cache = ar_decoding.prefill(module, params, ids, ar_decoding.empty_cache(module, 2))
         for t in range(1, 6):
             place = ar.Place(jnp.int32(t), 8)
-            logits, cache = ar.decode_step(module, params, codes[:, t - 1], cache, place)
+            logits, cache = ar_decoding.decode_step(module, params, codes[:, t - 1], cache, place)
     error = float(jnp.abs(logits - whole[:, -1]).max() / whole.std())
     assert error < 1e-3, f"cached decoding is {error} from the full pass"
     return error
