@@ -6,8 +6,7 @@ Axes: b batch of any size, h w pixels, n codes of an image.
 import copy
 import functools
 import hashlib
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -15,14 +14,12 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gigatok_jax import sampling
+from gigatok_jax import parallel, sampling
 from gigatok_jax.errors import CheckpointError, ConfigError, DataError, ImmutableError
 from gigatok_jax.model_config import family, num_tokens
 from gigatok_jax.models import ar
 from gigatok_jax.models import tokenizer as tokenizer_lib
-from gigatok_jax.ops.constrain import BATCH
 from gigatok_jax.ops.image import to_pixels
 from gigatok_jax.run import processes
 from gigatok_jax.weights import load
@@ -187,7 +184,7 @@ class Tokenizer(_Model):
         """
         images = _checked_images(images, self.image_size)
         run = functools.partial(_encode, config=self.config)
-        return _in_batches(run, self._params, MOST_IMAGES, images)
+        return parallel.in_batches(run, self._params, MOST_IMAGES, images)
 
     def decode(self, codes: np.ndarray | jax.Array) -> jax.Array:
         """Images of codes.
@@ -204,7 +201,7 @@ class Tokenizer(_Model):
         codes = _on_host(codes, "decode(params, codes, config)")
         check_codes(codes, self.num_tokens, self.config.codebook_size)
         run = functools.partial(_decode, config=self.config)
-        return _in_batches(run, self._params, MOST_IMAGES, codes.astype(np.int32))
+        return parallel.in_batches(run, self._params, MOST_IMAGES, codes.astype(np.int32))
 
     def warmup(
         self, sizes: Sequence[int] | None = None, dtype: jax.typing.DTypeLike = np.uint8
@@ -215,7 +212,7 @@ class Tokenizer(_Model):
             sizes: of batches; None is every padded size.
             dtype: of the images, uint8 or float32.
         """
-        for size in sizes or _padded_sizes(MOST_IMAGES):
+        for size in sizes or parallel.padded_sizes(MOST_IMAGES):
             images = np.zeros((size, self.image_size, self.image_size, 3), dtype)
             jax.block_until_ready(self.decode(self.encode(images)))
 
@@ -317,7 +314,7 @@ class Prior(_Model):
             guided=cfg_scale != 1,
             filters=top_k > 0 or top_p < 1,
         )
-        return _in_batches(run, self._params, MOST_SEQUENCES, class_ids, image_ids)
+        return parallel.in_batches(run, self._params, MOST_SEQUENCES, class_ids, image_ids)
 
     def warmup(self, sizes: Sequence[int] | None = None, **settings) -> None:
         """Compiles `generate`, so that later calls start at once.
@@ -327,7 +324,7 @@ class Prior(_Model):
             **settings: of `generate`; with or without guidance, and with or without filters, are
                 programs of their own.
         """
-        for size in sizes or _padded_sizes(MOST_SEQUENCES):
+        for size in sizes or parallel.padded_sizes(MOST_SEQUENCES):
             jax.block_until_ready(self.generate(np.zeros(size, np.int32), **settings))
 
     def save(self, folder: epath.PathLike, licence: str = "unknown") -> None:
@@ -389,7 +386,7 @@ def _load(path, kind: str, dtype, sharding, weights: str) -> load.Loaded:
     if not isinstance(sharding, jax.sharding.Sharding | None):
         raise ConfigError(f"sharding is {sharding!r}, expected a jax.sharding.Sharding or a device")
     type_of = functools.partial(_type_of, dtype=_checked_type(dtype))
-    return load.load_model(path, kind, weights, type_of, sharding and _auto_mesh(sharding))
+    return load.load_model(path, kind, weights, type_of, sharding and parallel.auto_mesh(sharding))
 
 
 def fingerprint(params: Mapping[str, Any]) -> str:
@@ -485,64 +482,6 @@ def _placed(params: Mapping[str, Any], dtype) -> dict[str, Any]:
     def place(keys, leaf):
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
         leaf = jnp.array(leaf, _type_of(path, dtype), copy=not isinstance(leaf, jax.Array))
-        return jax.device_put(leaf, _auto_mesh(leaf.sharding))
+        return jax.device_put(leaf, parallel.auto_mesh(leaf.sharding))
 
     return jax.tree_util.tree_map_with_path(place, dict(params))
-
-
-def _auto_mesh(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
-    """The same on a mesh whose axes leave shardings to the compiler, as ours do."""
-    if not isinstance(sharding, NamedSharding):
-        return sharding
-    mesh = sharding.mesh
-    types = (AxisType.Auto,) * len(mesh.axis_names)
-    mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=types)
-    return NamedSharding(mesh, sharding.spec)
-
-
-def _padded_sizes(most: int) -> list[int]:
-    return [1 << i for i in range(most.bit_length())]
-
-
-def _in_batches(run: Callable[..., jax.Array], params, most: int, *arrays) -> jax.Array:
-    """`run(params, ...)` over pieces padded to powers of two; the padding is cut off again."""
-    place, shards = _batch_sharding(params)
-    count, done, sizes = len(arrays[0]), [], []
-    for start in range(0, max(count, 1), most):
-        pieces = [array[start : start + most] for array in arrays]
-        sizes.append(len(pieces[0]))
-        room = -(-(1 << max(sizes[-1] - 1, 0).bit_length()) // shards) * shards
-        padded = [_padded(piece, room - sizes[-1]) for piece in pieces]
-        done.append(run(params, *jax.device_put(padded, place)))
-    if len(done) == 1 and len(done[0]) == sizes[0]:
-        return done[0]
-    return _joined(done, sizes)
-
-
-def _joined(done: list[jax.Array], sizes: list[int]) -> jax.Array:
-    """The first rows of each array, one array below the other."""
-    if done[0].ndim > 2 or not done[0].is_fully_addressable:
-        parts = [array[:size] for array, size in zip(done, sizes, strict=True)]
-        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-    # Codes are small: the host cuts them, where another size is not another program.
-    parts = [np.asarray(array)[:size] for array, size in zip(done, sizes, strict=True)]
-    place = done[0].sharding
-    if isinstance(place, NamedSharding):
-        place = NamedSharding(place.mesh, PartitionSpec())
-    return jax.device_put(np.concatenate(parts), place)
-
-
-def _batch_sharding(params):
-    """Examples are divided over the mesh that the parameters lie on; its sharding and parts."""
-    sharding = jax.tree.leaves(params)[0].sharding
-    if not isinstance(sharding, NamedSharding):
-        return sharding, 1
-    axes = tuple(axis for axis in BATCH if axis in sharding.mesh.axis_names)
-    parts = math.prod(sharding.mesh.shape[axis] for axis in axes)
-    return NamedSharding(sharding.mesh, PartitionSpec(axes)), parts
-
-
-def _padded(array, count: int):
-    if not count:
-        return array
-    return np.concatenate([array, np.zeros((count, *array.shape[1:]), array.dtype)])

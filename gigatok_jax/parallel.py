@@ -8,9 +8,11 @@ every device.
 import collections
 import math
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -331,3 +333,61 @@ def bytes_per_device(tree: Any) -> int:
 
 def _on_host(leaf) -> bool:
     return leaf.sharding.memory_kind == "pinned_host"
+
+
+def auto_mesh(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    """The same on a mesh whose axes leave shardings to the compiler, as ours do."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    mesh = sharding.mesh
+    types = (AxisType.Auto,) * len(mesh.axis_names)
+    mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=types)
+    return NamedSharding(mesh, sharding.spec)
+
+
+def padded_sizes(most: int) -> list[int]:
+    return [1 << i for i in range(most.bit_length())]
+
+
+def in_batches(run: Callable[..., jax.Array], params, most: int, *arrays) -> jax.Array:
+    """`run(params, ...)` over pieces padded to powers of two; the padding is cut off again."""
+    place, shards = _batch_sharding(params)
+    count, done, sizes = len(arrays[0]), [], []
+    for start in range(0, max(count, 1), most):
+        pieces = [array[start : start + most] for array in arrays]
+        sizes.append(len(pieces[0]))
+        room = -(-(1 << max(sizes[-1] - 1, 0).bit_length()) // shards) * shards
+        padded = [_padded(piece, room - sizes[-1]) for piece in pieces]
+        done.append(run(params, *jax.device_put(padded, place)))
+    if len(done) == 1 and len(done[0]) == sizes[0]:
+        return done[0]
+    return _joined(done, sizes)
+
+
+def _joined(done: list[jax.Array], sizes: list[int]) -> jax.Array:
+    """The first rows of each array, one array below the other."""
+    if done[0].ndim > 2 or not done[0].is_fully_addressable:
+        parts = [array[:size] for array, size in zip(done, sizes, strict=True)]
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+    # Codes are small: the host cuts them, where another size is not another program.
+    parts = [np.asarray(array)[:size] for array, size in zip(done, sizes, strict=True)]
+    place = done[0].sharding
+    if isinstance(place, NamedSharding):
+        place = NamedSharding(place.mesh, PartitionSpec())
+    return jax.device_put(np.concatenate(parts), place)
+
+
+def _batch_sharding(params):
+    """Examples are divided over the mesh that the parameters lie on; its sharding and parts."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    if not isinstance(sharding, NamedSharding):
+        return sharding, 1
+    axes = tuple(axis for axis in BATCH if axis in sharding.mesh.axis_names)
+    parts = math.prod(sharding.mesh.shape[axis] for axis in axes)
+    return NamedSharding(sharding.mesh, PartitionSpec(axes)), parts
+
+
+def _padded(array, count: int):
+    if not count:
+        return array
+    return np.concatenate([array, np.zeros((count, *array.shape[1:]), array.dtype)])
