@@ -7,13 +7,14 @@ from gigatok_jax.model_config import model_config
 
 if TYPE_CHECKING:
     from gigatok_jax.evaluation.metrics import to_uint8
-    from gigatok_jax.library import Prior, Tokenizer, decode, encode, load_prior, load_tokenizer
+    from gigatok_jax.library import Prior, Tokenizer, load_prior, load_tokenizer
+    from gigatok_jax.models.tokenizer import decode, encode
 
 _LATER = {  # imported at first use, since models take seconds to import
     "Prior": "library",
     "Tokenizer": "library",
-    "decode": "library",
-    "encode": "library",
+    "decode": "models.tokenizer",
+    "encode": "models.tokenizer",
     "load_prior": "library",
     "load_tokenizer": "library",
     "to_uint8": "evaluation.metrics",

@@ -1,4 +1,4 @@
-"""The library: trained models as objects, and their pure forms for use inside other programs.
+"""Trained models as objects, and their pure functions for use inside other programs.
 
 Axes: b batch of any size, h w pixels, n codes of an image.
 """
@@ -15,79 +15,34 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from gigatok_jax import parallel, sampling
-from gigatok_jax.errors import CheckpointError, ConfigError, DataError, ImmutableError
-from gigatok_jax.model_config import family, num_tokens
+from gigatok_jax import parallel, sampling, trees
+from gigatok_jax.errors import CheckpointError, ConfigError, DataError, ImmutableError, one_of
+from gigatok_jax.model_config import ModelConfig, family, num_tokens
 from gigatok_jax.models import ar
-from gigatok_jax.models import tokenizer as tokenizer_lib
-from gigatok_jax.ops.image import to_pixels
+from gigatok_jax.models.tokenizer import decode, encode
 from gigatok_jax.run import processes
 from gigatok_jax.weights import load
 
-MOST_IMAGES = 64  # that go through a tokenizer at once
-MOST_SEQUENCES = 256  # that a prior writes at once
-PARTS = {  # at the top of the parameters
+MOST_IMAGES = 64  # largest batch of a tokenizer
+MOST_SEQUENCES = 256  # largest batch of a prior
+PARTS = {  # names at the top of the parameters
     "tokenizer": ("cnn_encoder", "encoder", "pre_quant", "quantizer", "decoder", "cnn_decoder"),
     "prior": ("class_embedding", "code_embedding", "blocks", "head"),
 }
-CODE_PARTS = ("cnn_encoder", "encoder", "pre_quant", "quantizer")  # what decides the codes
+CODE_PARTS = ("cnn_encoder", "encoder", "pre_quant", "quantizer")  # parameters that decide codes
 TYPES = ("float32", "bfloat16", "float16")
 
-
-def encode(
-    params: Mapping[str, Any], images: jax.Array, config: ml_collections.ConfigDict
-) -> jax.Array:
-    """Codes of images; pure, for use inside jit, grad and shard_map.
-
-    Args:
-        params: of the tokenizer; their type is the type computed in.
-        images: uint8[b h w 3], or float[b h w 3] in [-1, 1].
-        config: of the model.
-
-    Returns:
-        i32[b n] in [0, codebook_size).
-    """
-    pixels = to_pixels(images) if images.dtype == jnp.uint8 else images
-    module = tokenizer_lib.make(config, params["pre_quant"]["kernel"].dtype)
-    return module.apply({"params": params}, pixels, method="encode").quantized.codes
-
-
-def decode(
-    params: Mapping[str, Any], codes: jax.Array, config: ml_collections.ConfigDict
-) -> jax.Array:
-    """Images of codes; pure, for use inside jit, grad and shard_map.
-
-    Args:
-        params, config: as for `encode`.
-        codes: i32[b n] in [0, codebook_size).
-
-    Returns:
-        f32[b h w 3], nominally in [-1, 1], not clamped; `to_uint8` clamps.
-    """
-    module = tokenizer_lib.make(config, params["pre_quant"]["kernel"].dtype)
-    return module.apply({"params": params}, codes, method="decode_codes").images
-
-
-# Objects of one config share what is compiled.
+# Objects of one config share their compiled programs.
 _encode = jax.jit(encode, static_argnames="config")
 _decode = jax.jit(decode, static_argnames="config")
 
 
-class ModelConfig(ml_collections.FrozenConfigDict):
-    """Config of a model that nothing changes; equal to a ConfigDict of the same fields."""
-
-    def __eq__(self, other) -> bool:
-        return self.eq_as_configdict(other)
-
-    __hash__ = ml_collections.FrozenConfigDict.__hash__
-
-
 class _Model:
-    """What a tokenizer and a prior have in common."""
+    """Base of `Tokenizer` and `Prior`: immutable parameters with their config and origin."""
 
     KIND: str
     config: ModelConfig
-    step: int | None  # of the checkpoint that the parameters are from
+    step: int | None  # step of the checkpoint that the parameters come from
     _params: dict[str, Any]
     _training: dict[str, Any]
 
@@ -95,7 +50,7 @@ class _Model:
         config = ModelConfig(config)
         _check_parts(params, config, self.KIND)
         fields |= {"config": config, "step": step, "_training": copy.deepcopy(training or {})}
-        vars(self).update(fields, _params=_placed(params, dtype))
+        vars(self).update(fields, _params=_on_devices(params, dtype))
 
     def __setattr__(self, name: str, value: Any) -> None:
         kind = type(self).__name__
@@ -106,12 +61,12 @@ class _Model:
 
     @property
     def params(self) -> dict[str, Any]:
-        """Nested dict of arrays; every time another one, so that changes to it stay outside."""
+        """Nested dict of arrays: each call gives a new dict, so changing it changes no model."""
         return jax.tree.map(lambda x: x, self._params)
 
     @property
     def training(self) -> dict[str, Any]:
-        """How the parameters came to be, where known: weights (ema or raw), config, data."""
+        """Origin of the parameters as far as it is known: weights (ema or raw), config, data."""
         return copy.deepcopy(self._training)
 
     def _save(self, folder: epath.PathLike, licence: str, **about) -> None:
@@ -137,37 +92,39 @@ class Tokenizer(_Model):
         step: int | None = None,
         training: Mapping[str, Any] | None = None,
     ):
-        """Args:
-        params: nested dict of arrays, placed already or on the host.
-        config: of the model, from `model_config`.
-        dtype: of parameters and computation, one of `TYPES`; None is float32.
-        step: of the checkpoint they are from.
-        training: JSON values about how they were made, which `save` keeps.
+        """Makes a tokenizer of trained parameters.
+
+        Args:
+            params: nested dict of arrays, on devices or on the host.
+            config: model config, from `model_config`.
+            dtype: type of parameters and computation, one of `TYPES`; None is float32.
+            step: step of the checkpoint that the parameters come from.
+            training: JSON values about the training, which `save` keeps.
 
         Raises:
-            ConfigError: the config of a prior, or another type.
-            CheckpointError: the parameters are not of a tokenizer.
+            ConfigError: the config describes a prior, or the dtype is not one of `TYPES`.
+            CheckpointError: the parameters do not belong to a tokenizer.
         """
         super().__init__(params, config, dtype, step, training)
 
     @property
     def codebook(self) -> jax.Array:
-        """f32[k e], the rows as they are stored."""
+        """Codebook f32[k e]: the rows as they are stored, not normalised."""
         return self._params["quantizer"]["codebook"]
 
     @property
     def num_tokens(self) -> int:
-        """Codes of one image."""
+        """Number of codes of one image."""
         return num_tokens(self.config)
 
     @property
     def image_size(self) -> int:
-        """Pixels a side."""
+        """Side of an image in pixels."""
         return self.config.image_size
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of the parameters that decide codes, the same in float32 and bfloat16."""
+        """Hash of the parameters that decide codes: 16 hex digits, the same for any dtype."""
         return fingerprint({name: self._params[name] for name in CODE_PARTS})
 
     def encode(self, images: np.ndarray | jax.Array) -> jax.Array:
@@ -180,7 +137,7 @@ class Tokenizer(_Model):
             i32[b n] in [0, codebook_size).
 
         Raises:
-            DataError: images of another size, number of channels or type.
+            DataError: the images have another size, number of channels or dtype.
         """
         images = _checked_images(images, self.image_size)
         run = functools.partial(_encode, config=self.config)
@@ -196,7 +153,7 @@ class Tokenizer(_Model):
             f32[b h w 3], nominally in [-1, 1], not clamped; `to_uint8` clamps.
 
         Raises:
-            DataError: another number of codes, or a code outside the codebook.
+            DataError: an image has another number of codes, or a code is outside the codebook.
         """
         codes = _on_host(codes, "decode(params, codes, config)")
         check_codes(codes, self.num_tokens, self.config.codebook_size)
@@ -209,8 +166,8 @@ class Tokenizer(_Model):
         """Compiles `encode` and `decode`, so that later calls start at once.
 
         Args:
-            sizes: of batches; None is every padded size.
-            dtype: of the images, uint8 or float32.
+            sizes: batch sizes to compile for; None is every padded size.
+            dtype: dtype of the images, uint8 or float32.
         """
         for size in sizes or parallel.padded_sizes(MOST_IMAGES):
             images = np.zeros((size, self.image_size, self.image_size, 3), dtype)
@@ -222,8 +179,8 @@ class Tokenizer(_Model):
         `load_tokenizer(folder)` gives the same parameters, bit for bit.
 
         Args:
-            folder: made when missing.
-            licence: of the weights, such as "mit", for the head of the model card.
+            folder: destination, created if it does not exist.
+            licence: licence of the weights, such as "mit", for the head of the model card.
 
         Raises:
             CheckpointError: the folder holds another model, or cannot be written.
@@ -235,8 +192,8 @@ class Prior(_Model):
     """A trained prior: class labels to codes. Immutable and safe to share between threads."""
 
     KIND = "prior"
-    trained_on: str  # fingerprint of the tokenizer whose codes it learned, "" when unknown
-    class_names: tuple[str, ...]  # as its data called them, none when unknown
+    trained_on: str  # fingerprint of the tokenizer whose codes the prior learned, "" if unknown
+    class_names: tuple[str, ...]  # names of the classes in the training data, empty if unknown
     _module: ar.Prior
 
     def __init__(
@@ -250,19 +207,20 @@ class Prior(_Model):
         trained_on: str = "",
         class_names: Sequence[str] = (),
     ):
-        """Args:
-        params, config, dtype, step, training: as for `Tokenizer`.
-        trained_on: fingerprint of the tokenizer whose codes it learned, "" when unknown.
-        class_names: of its classes, in the order of their ids; none when unknown.
+        """Makes a prior of trained parameters.
+
+        Args:
+            params, config, dtype, step, training: as for `Tokenizer`.
+            trained_on: fingerprint of the tokenizer whose codes the prior learned, "" if unknown.
+            class_names: names of the classes in the order of their ids; empty if unknown.
 
         Raises:
-            ConfigError: the config of a tokenizer, or another type.
-            CheckpointError: the parameters are not of a prior.
+            ConfigError: the config describes a tokenizer, or the dtype is not one of `TYPES`.
+            CheckpointError: the parameters do not belong to a prior.
         """
         fields = {"trained_on": trained_on, "class_names": tuple(class_names)}
         super().__init__(params, config, dtype, step, training, **fields)
-        module = ar.make(self.config, self._params["head"]["kernel"].dtype)
-        vars(self).update(_module=module)
+        vars(self)["_module"] = ar.make(self.config, self._params["head"]["kernel"].dtype)
 
     def generate(
         self,
@@ -281,21 +239,21 @@ class Prior(_Model):
         """Codes of new images.
 
         Args:
-            class_ids: [b] in [0, classes]; the number of classes itself is the null class.
-            seed: of all draws; with the image id it names an image.
+            class_ids: int[b] in [0, classes]; the number of classes itself is the null class.
+            seed: seed of all draws, in [0, 2^32); seed and image id together fix an image.
             cfg_scale, cfg_schedule, cfg_start, cfg_end, cfg_interval: see `sampling.weights`.
-            temperature: 0 takes the most likely code.
+            temperature: divisor of the logits; 0 takes the most likely code.
             top_k, top_p: see `sampling.filtered`; 0 and 1 keep all codes.
-            image_ids: [b], 0 to b - 1 by default.
+            image_ids: int[b] in [0, 2^31), 0 to b - 1 by default.
 
         Returns:
-            i32[b n].
+            i32[b n] in [0, vocab).
 
         Raises:
-            ConfigError: a setting outside its range.
-            DataError: a class or image id that cannot be.
+            ConfigError: a setting is outside its range.
+            DataError: a class or image id is outside its range.
         """
-        if not 0 <= seed < 2**32:  # what a key holds: others would repeat those
+        if not 0 <= seed < 2**32:  # a key holds 32 bits: larger seeds would repeat smaller ones
             raise ConfigError(f"seed is {seed}, expected 0 to {2**32 - 1}")
         class_ids = _checked_ids(class_ids, self.config.classes + 1, "class")
         image_ids = np.arange(len(class_ids)) if image_ids is None else image_ids
@@ -320,9 +278,9 @@ class Prior(_Model):
         """Compiles `generate`, so that later calls start at once.
 
         Args:
-            sizes: of batches; None is every padded size, up to 256.
-            **settings: of `generate`; with or without guidance, and with or without filters, are
-                programs of their own.
+            sizes: batch sizes to compile for; None is every padded size, up to 256.
+            **settings: keywords of `generate`. Guidance on or off, and filters on or off, are
+                separate programs.
         """
         for size in sizes or parallel.padded_sizes(MOST_SEQUENCES):
             jax.block_until_ready(self.generate(np.zeros(size, np.int32), **settings))
@@ -338,21 +296,22 @@ def load_tokenizer(
     sharding: jax.sharding.Sharding | jax.Device | None = None,
     weights: Literal["auto", "ema", "raw"] = "auto",
 ) -> Tokenizer:
-    """Tokenizer of a checkpoint.
+    """Loads the tokenizer of a checkpoint.
 
-    Parameters go to their place one after the other, in their type; the host never holds two copies
-    of them.
+    Parameters are read, cast and moved to their devices one at a time: the host never holds two
+    copies of the model.
 
     Args:
         path: the original's `.pt`, a `.safetensors`, a folder with `model.safetensors`, or a
             checkpoint of a run: its workdir, its checkpoints/ or one step.
-        dtype: of parameters and computation, one of `TYPES`; None is float32.
-        sharding: where parameters go; None is the default device.
-        weights: "ema" or "raw"; "auto" is the EMA copy if there is one.
+        dtype: type of parameters and computation, one of `TYPES`; None is float32.
+        sharding: device or sharding of the parameters; None is the default device.
+        weights: "ema" or "raw" (the trained copy); "auto" is the EMA copy if the checkpoint has it.
 
     Raises:
-        ConfigError: no path, unknown weights or type, or a sharding that a parameter does not fit.
-        CheckpointError: nothing there, damaged, or not of a tokenizer.
+        ConfigError: the path is empty, weights or dtype are unknown, or the sharding does not
+            divide a parameter.
+        CheckpointError: the checkpoint is missing, damaged, or not of a tokenizer.
     """
     params, config, about = _load(path, "tokenizer", dtype, sharding, weights)
     return Tokenizer(params, config, dtype, step=about["step"], training=about["training"])
@@ -364,9 +323,9 @@ def load_prior(
     sharding: jax.sharding.Sharding | jax.Device | None = None,
     weights: Literal["auto", "ema", "raw"] = "auto",
 ) -> Prior:
-    """Prior of a checkpoint; arguments and errors as for `load_tokenizer`.
+    """Loads the prior of a checkpoint; arguments and errors as for `load_tokenizer`.
 
-    "auto" is the trained copy, which the original evaluates, not the EMA.
+    `weights="auto"` is the trained copy, which the original evaluates, not the EMA.
     """
     params, config, about = _load(path, "prior", dtype, sharding, weights)
     return Prior(
@@ -390,18 +349,17 @@ def _load(path, kind: str, dtype, sharding, weights: str) -> load.Loaded:
 
 
 def fingerprint(params: Mapping[str, Any]) -> str:
-    """16 hex digits of names, shapes and values; values rounded to bfloat16, no buffers.
+    """Hash of parameters, 16 hex digits, over names, shapes and values rounded to bfloat16.
 
-    Arrays may be divided over processes, all of which call it then.
+    The collection "buffers" does not count. Arrays may be divided over processes; all processes
+    then call this function.
     """
     digest = hashlib.blake2b(digest_size=8)
-    named = {name: tree for name, tree in params.items() if name != "buffers"}
-    for path, leaf in sorted(
-        (jax.tree_util.keystr(keys), leaf)
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(named)
-    ):
-        whole = processes.whole(leaf) if isinstance(leaf, jax.Array) else np.asarray(leaf)
-        value = whole.astype(jnp.bfloat16)
+    hashed = {name: tree for name, tree in params.items() if name != "buffers"}
+    leaves = jax.tree_util.tree_leaves_with_path(hashed)
+    for path, leaf in sorted((jax.tree_util.keystr(keys), leaf) for keys, leaf in leaves):
+        array = processes.whole(leaf) if isinstance(leaf, jax.Array) else np.asarray(leaf)
+        value = array.astype(jnp.bfloat16)
         digest.update(f"{path}{value.shape}".encode())
         digest.update(np.ascontiguousarray(value).view(np.uint8))
     return digest.hexdigest()
@@ -430,7 +388,7 @@ def _checked_ids(ids, limit: int, what: str) -> np.ndarray:
 
 
 def _checked_images(images, size: int) -> np.ndarray | jax.Array:
-    """Images that a tokenizer takes, uint8 or float32."""
+    """Images as a tokenizer takes them, uint8 or float32; refuses others."""
     if not isinstance(images, jax.Array) or isinstance(images, jax.core.Tracer):
         images = _on_host(images, "encode(params, images, config)")
     if images.ndim != 4 or images.shape[1:] != (size, size, 3):
@@ -449,11 +407,10 @@ def _on_host(array, pure: str) -> np.ndarray:
 
 
 def _check_parts(params: Mapping[str, Any], config: ModelConfig, kind: str) -> None:
-    """Refuses what is seen at a glance to be no model of that kind."""
-    found = family(config)
-    if found != kind:
-        raise ConfigError(f"the config is of a {found}, expected one of a {kind}")
-    if missing := [part for part in PARTS[kind] if part not in params]:
+    """Refuses a config or parameters that do not belong to a model of this kind."""
+    if family(config) != kind:
+        raise ConfigError(f"the config is of a {family(config)}, expected one of a {kind}")
+    if missing := [name for name in PARTS[kind] if name not in params]:
         raise CheckpointError(
             f"the parameters have no {missing[0]}, only {', '.join(map(str, params))}: expected"
             f" those of a {kind}"
@@ -462,26 +419,25 @@ def _check_parts(params: Mapping[str, Any], config: ModelConfig, kind: str) -> N
 
 def _checked_type(dtype) -> np.dtype:
     try:
-        chosen = jnp.dtype(dtype or jnp.float32)
+        name = jnp.dtype(dtype or jnp.float32).name
     except TypeError:
-        chosen = None
-    if chosen is None or chosen.name not in TYPES:
-        raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(TYPES)}")
-    return chosen
+        name = dtype
+    one_of("dtype", name, TYPES)
+    return jnp.dtype(name)
 
 
 def _type_of(path: str, dtype: np.dtype) -> np.dtype:
-    """Type of a parameter by its path: distances to the codebook are taken in float32."""
+    """Dtype of a parameter by its path: the codebook stays float32, as distances to it are."""
     return np.dtype(np.float32) if path.startswith(("quantizer/", "buffers/")) else dtype
 
 
-def _placed(params: Mapping[str, Any], dtype) -> dict[str, Any]:
-    """In the type asked for, on the device unless they are on one; copies of numpy arrays."""
+def _on_devices(params: Mapping[str, Any], dtype) -> dict[str, Any]:
+    """Parameters in a dtype: numpy arrays are copied to the default device, others stay put."""
     dtype = _checked_type(dtype)
 
     def place(keys, leaf):
-        path = jax.tree_util.keystr(keys, simple=True, separator="/")
-        leaf = jnp.array(leaf, _type_of(path, dtype), copy=not isinstance(leaf, jax.Array))
+        type_ = _type_of(trees.path(keys), dtype)
+        leaf = jnp.array(leaf, type_, copy=not isinstance(leaf, jax.Array))
         return jax.device_put(leaf, parallel.auto_mesh(leaf.sharding))
 
     return jax.tree_util.tree_map_with_path(place, dict(params))

@@ -56,6 +56,15 @@ _PRIOR_COUNTS = ("layers", "heads", "kv_heads", "width", "vocab", "tokens", "cla
 _PRIOR_CHOICES = {"adaln": ("none", "full", "shared")}
 
 
+class ModelConfig(ml_collections.FrozenConfigDict):
+    """Immutable config of a model; equal to a ConfigDict with the same fields."""
+
+    def __eq__(self, other) -> bool:
+        return self.eq_as_configdict(other)
+
+    __hash__ = ml_collections.FrozenConfigDict.__hash__
+
+
 def tokenizer(**overrides) -> ml_collections.ConfigDict:
     """Config of a tokenizer; the defaults are the options of the published 1D models.
 

@@ -1,14 +1,14 @@
-"""Meshes and placement. Axes of a mesh: data (replicas), fsdp (sharded state), tensor.
+"""Meshes, and the placement of parameters and batches on them.
 
-One table of rules for each kind of model says which dimensions of a parameter are divided; the
-averaged copy and the optimizer's moments follow their parameter. What no rule names is whole on
-every device.
+Axes of a mesh: data (replicas), fsdp (sharded state), tensor (split matrices). A table of rules for
+each kind of model says which dimensions of a parameter are divided; its average and its moments in
+the optimizer are divided alike. An array that no rule names is whole on every device.
 """
 
 import collections
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,23 +16,29 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
-from gigatok_jax.errors import ConfigError
+from gigatok_jax import trees
+from gigatok_jax.errors import ConfigError, one_of
 from gigatok_jax.model_config import family
 from gigatok_jax.ops.constrain import BATCH
 
 AXES = ("data", "fsdp", "tensor")
-MEMORY = ("device", "pinned_host")  # where the averaged copy may lie
-LARGE = 1 << 20  # elements; the placement of larger arrays is told
+MEMORY = ("device", "pinned_host")  # memories that the averaged copy may lie in
+LARGE = 1 << 20  # elements from which on `placement` lists an array
 
 
 class Rule(NamedTuple):
+    """Division of the arrays whose path ends in a pattern."""
+
     pattern: str  # regular expression of the end of a path
-    axes: tuple[str | None, ...]  # of the last dimensions; a scanned stack's first stays whole
+    axes: tuple[
+        str | None, ...
+    ]  # mesh axis of each last dimension; a scanned stack's first is whole
 
 
 # A layer into hidden features is divided by its outputs, the layer out of them by its inputs, so
-# that `tensor` has one sum per pair; `fsdp` divides the other side.
+# that `tensor` needs one sum per pair of layers; `fsdp` divides the other side.
 RULES = {
     "tokenizer": (
         Rule(r"(self|cross)_attention/(query|key|value)/kernel", ("fsdp", "tensor")),
@@ -44,7 +50,7 @@ RULES = {
         Rule(r"align/dense_[02]/kernel", ("fsdp", "tensor")),
         Rule(r"align/dense_1/kernel", ("tensor", "fsdp")),
         Rule(r"(en|de)coder/.*positions", (None, "fsdp")),
-        # Convolutions compute on whole kernels; fsdp divides what is kept of them.
+        # Convolutions compute on whole kernels; fsdp divides the stored ones.
         Rule(r"cnn_(en|de)coder/.*(block_\d/(conv\d|shortcut)|_down|_up)/kernel", ("fsdp",)),
     ),
     "prior": (
@@ -59,17 +65,17 @@ RULES = {
 }
 
 
-def make_mesh(config, devices=None) -> Mesh:
-    """Mesh of `config.mesh`, over all devices.
+def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh over all devices, with the sizes of `config.mesh`.
 
     Args:
-        config: a size per axis, of which one may be -1, and `dcn`, the slices that data is divided
-            over first.
-        devices: those of this run if None.
+        config: `config.mesh`: a size for each of `AXES`, one of which may be -1, and `dcn`, the
+            number of slices that the data axis is divided over first.
+        devices: devices of the mesh; None is every device of the run.
 
     Raises:
-        ConfigError: the sizes do not multiply to the number of devices, the slices are not there,
-            or the config is of a plan.
+        ConfigError: the sizes do not multiply to the number of devices, the devices have another
+            number of slices, or the config names a topology to plan for.
     """
     if devices is None and config.get("topology"):
         raise ConfigError(
@@ -77,9 +83,9 @@ def make_mesh(config, devices=None) -> Mesh:
         )
     devices = jax.devices() if devices is None else devices
     sizes = axis_sizes(config, len(devices))
-    found = len({getattr(device, "slice_index", 0) for device in devices})
-    if found > 1 and config.get("dcn", 1) != found and devices[0].platform == "tpu":
-        raise ConfigError(f"the devices are of {found} slices: set --config.mesh.dcn={found}")
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1 and config.get("dcn", 1) != slices and devices[0].platform == "tpu":
+        raise ConfigError(f"the devices are of {slices} slices: set --config.mesh.dcn={slices}")
     types = (AxisType.Auto,) * len(AXES)
     if config.get("dcn", 1) == 1:
         return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
@@ -87,21 +93,21 @@ def make_mesh(config, devices=None) -> Mesh:
     try:
         ordered = mesh_utils.create_hybrid_device_mesh(inner, (config.dcn, 1, 1), devices)
     except ValueError:
-        raise ConfigError(f"mesh.dcn is {config.dcn}, the devices are of {found} slices") from None
+        raise ConfigError(f"mesh.dcn is {config.dcn}, the devices are of {slices} slices") from None
     return Mesh(ordered, AXES, axis_types=types)
 
 
-def axis_sizes(config, count: int) -> dict[str, int]:
-    """Size of each axis of `config.mesh` over so many devices, one of -1 filled in.
+def axis_sizes(config: ConfigDict, count: int) -> dict[str, int]:
+    """Size of each mesh axis over `count` devices; a -1 in `config.mesh` is filled in.
 
     Raises:
-        ConfigError: they do not multiply to it, or slices do not divide the data axis.
+        ConfigError: the sizes do not multiply to `count`, or `dcn` does not divide the data axis.
     """
     sizes = {axis: config[axis] for axis in AXES}
-    given = math.prod(size for size in sizes.values() if size != -1)
+    fixed = math.prod(size for size in sizes.values() if size != -1)
     free = [axis for axis in AXES if sizes[axis] == -1]
-    if len(free) == 1 and given > 0 and count % given == 0:
-        sizes[free[0]] = count // given
+    if len(free) == 1 and fixed > 0 and count % fixed == 0:
+        sizes[free[0]] = count // fixed
     if math.prod(sizes.values()) != count or min(sizes.values()) < 1:
         axes = ", ".join(f"{axis}={config[axis]}" for axis in AXES)
         raise ConfigError(
@@ -116,62 +122,62 @@ def axis_sizes(config, count: int) -> dict[str, int]:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """Sharding with the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split_batch(mesh: Mesh) -> NamedSharding:
-    """Examples are divided over data and fsdp."""
+    """Sharding with the examples divided over the axes data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Parts that a batch is divided into."""
+    """Number of shards that a batch is divided into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def check_batch(mesh: Mesh, global_batch: int, micro_batches: int) -> None:
-    """Refuses a batch that the devices do not divide.
+    """Refuses a batch that the devices and micro-batches do not divide.
 
     Raises:
-        ConfigError: with the sizes that would do.
+        ConfigError: the global batch is no multiple of both; the message says of what.
     """
     if micro_batches < 1:
         raise ConfigError(f"train.micro_batches is {micro_batches}, expected at least 1")
-    parts = batch_shards(mesh) * micro_batches
-    if global_batch < 1 or global_batch % parts:
+    pieces = batch_shards(mesh) * micro_batches
+    if global_batch < 1 or global_batch % pieces:
         raise ConfigError(
-            f"train.global_batch is {global_batch}, expected a multiple of {parts}:"
+            f"train.global_batch is {global_batch}, expected a multiple of {pieces}:"
             f" {batch_shards(mesh)} devices share it in {micro_batches} micro-batches"
         )
 
 
 def global_array(local: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """One global array from every process's rows of it."""
+    """Global array assembled from the rows that each process holds."""
     return jax.make_array_from_process_local_data(sharding, local)
 
 
 class Share(NamedTuple):
-    """The part of every batch that a process reads."""
+    """Share of every batch that a process reads."""
 
-    index: int
-    count: int
-    first: bool  # of the processes that read the same
+    index: int  # in [0, count)
+    count: int  # shares of a batch
+    first: bool  # whether this is the first process among those that read this share
 
 
 def share(mesh: Mesh) -> Share:
-    """What this process reads; processes that only split matrices among them read the same.
+    """Share of a batch that this process reads; processes that split only matrices share one.
 
     Raises:
         ConfigError: the mesh divides batches unevenly among the processes.
     """
-    rows = collections.defaultdict(set)
-    places = split_batch(mesh).devices_indices_map((batch_shards(mesh),))
-    for device, (piece,) in places.items():
-        rows[device.process_index].add(piece.start or 0)
+    rows = collections.defaultdict(set)  # shards of a batch by process
+    shards = split_batch(mesh).devices_indices_map((batch_shards(mesh),))
+    for device, (shard,) in shards.items():
+        rows[device.process_index].add(shard.start or 0)
     mine = rows[jax.process_index()]
-    groups = sorted({tuple(sorted(one)) for one in rows.values()})
-    if len({len(one) for one in groups}) != 1 or sum(map(len, groups)) != batch_shards(mesh):
+    groups = sorted({tuple(sorted(group)) for group in rows.values()})
+    if len(set(map(len, groups))) != 1 or sum(map(len, groups)) != batch_shards(mesh):
         sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
         raise ConfigError(
             f"mesh {sizes} divides a batch unevenly among {len(rows)} processes: let tensor divide"
@@ -183,16 +189,16 @@ def share(mesh: Mesh) -> Share:
 
 
 def local_rows(array: jax.Array) -> np.ndarray:
-    """Rows of a `split_batch` array that this process gave, in their order."""
-    pieces = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
-    return np.concatenate([np.asarray(pieces[start]) for start in sorted(pieces)])
+    """Rows of a `split_batch` array that this process contributed, in their order."""
+    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
-def rules_of(config) -> tuple[Rule, ...]:
-    """The rules of a run: those of `config.mesh.rules` first, then its model's table.
+def rules_of(config: ConfigDict) -> tuple[Rule, ...]:
+    """Rules of a run: first those of `config.mesh.rules`, then the table of its model's kind.
 
     Raises:
-        ConfigError: a rule that cannot be read.
+        ConfigError: a rule of the config cannot be read.
     """
     table = RULES[family(config.model)]
     own = tuple(_read_rule(text) for text in config.mesh.rules.split(";") if text.strip())
@@ -200,7 +206,7 @@ def rules_of(config) -> tuple[Rule, ...]:
 
 
 def _read_rule(text: str) -> Rule:
-    """Of "decoder/.*/kernel=fsdp,-": an axis or "-" for each of the last dimensions."""
+    """Rule of a text like "decoder/.*/kernel=fsdp,-": an axis or "-" for each last dimension."""
     pattern, _, names = text.strip().partition("=")
     axes = tuple(None if name.strip() == "-" else name.strip() for name in names.split(","))
     if not pattern or not set(axes) - {None} <= set(AXES):
@@ -216,36 +222,36 @@ def _read_rule(text: str) -> Rule:
 
 
 def shardings(tree: Any, mesh: Mesh, rules: tuple[Rule, ...]) -> Any:
-    """Sharding of every array of a state.
+    """Sharding of every array of a state, as a tree like the state.
 
     Args:
-        tree: of arrays or `jax.ShapeDtypeStruct`; the end of a path decides, so moments and
-            averages lie as their parameters do.
-        mesh: devices of the run.
-        rules: from `rules_of`; the first that names a path counts.
+        tree: arrays or `jax.ShapeDtypeStruct`; a rule matches the end of a path, so moments and
+            averages are divided as their parameters are.
+        mesh: mesh of the run.
+        rules: rules from `rules_of`; the first that matches a path counts.
 
     Raises:
-        ConfigError: a rule of the config names nothing, or an axis does not divide a dimension.
+        ConfigError: a rule of the config matches nothing, or an axis does not divide a dimension.
     """
-    met: set[int] = set()
+    used: set[int] = set()
 
-    def place(keys, leaf):
-        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+    def sharding_of(keys, leaf):
+        path = trees.path(keys)
         rule = next((r for r in rules if re.search(rf"(^|/){r.pattern}$", path)), None)
         if rule is None:
             return replicated(mesh)
-        met.add(id(rule))
+        used.add(id(rule))
         return NamedSharding(mesh, _spec(path, leaf.shape, rule, mesh))
 
-    placed = jax.tree_util.tree_map_with_path(place, tree)
+    result = jax.tree_util.tree_map_with_path(sharding_of, tree)
     ours = {id(rule) for table in RULES.values() for rule in table}
-    if idle := [rule.pattern for rule in rules if id(rule) not in met | ours]:
+    if idle := [rule.pattern for rule in rules if id(rule) not in used | ours]:
         raise ConfigError(f"mesh.rules: {idle[0]!r} names no array of this model")
-    return placed
+    return result
 
 
 def with_shardings(tree: Any, where: Any) -> Any:
-    """Shapes of a tree of arrays, on a sharding for all or a tree of them."""
+    """Shapes of a tree of arrays, each with its sharding of `where`: one for all, or a tree."""
     if isinstance(where, jax.sharding.Sharding):
         where = jax.tree.map(lambda _: where, tree)
 
@@ -268,22 +274,19 @@ def _spec(path: str, shape: tuple[int, ...], rule: Rule, mesh: Mesh) -> Partitio
     return PartitionSpec(*whole, *rule.axes)
 
 
-def state_shardings(state: Any, mesh: Mesh, config) -> Any:
+def state_shardings(state: Any, mesh: Mesh, config: ConfigDict) -> Any:
     """Sharding of every array of a run's state, by its rules and `train.ema_memory`."""
     return place_average(shardings(state, mesh, rules_of(config)), mesh, config)
 
 
-def place_average(shardings: Any, mesh: Mesh, config) -> Any:
-    """Shardings of a state whose averaged copy lies where `config.train.ema_memory` says.
+def place_average(shardings: Any, mesh: Mesh, config: ConfigDict) -> Any:
+    """Shardings of a state with its averaged copy in the memory `config.train.ema_memory`.
 
     Raises:
-        ConfigError: another word, or a memory that these devices do not have.
+        ConfigError: the memory is none of `MEMORY`, or these devices do not have it.
     """
     kind = config.train.ema_memory
-    if kind not in MEMORY:
-        raise ConfigError(
-            f"train.ema_memory is {kind!r}, expected {' or '.join(map(repr, MEMORY))}"
-        )
+    one_of("train.ema_memory", kind, MEMORY)
     if kind == "device":
         return shardings
     if isinstance(mesh, Mesh):
@@ -294,38 +297,36 @@ def place_average(shardings: Any, mesh: Mesh, config) -> Any:
                 f"train.ema_memory is {kind!r}, {device.platform} has {', '.join(known)}:"
                 " leave it at 'device'"
             )
-    average = jax.tree.map(lambda one: one.with_memory_kind(kind), shardings.ema_params)
+    average = jax.tree.map(lambda x: x.with_memory_kind(kind), shardings.ema_params)
     return shardings.replace(ema_params=average)
 
 
 def to_device(tree: Any) -> Any:
-    """Copies on the devices of arrays that lie in the hosts' memory; the others as they are."""
-    lies = lambda x: x.sharding.with_memory_kind("device")  # noqa: E731
-    return jax.tree.map(lambda x: jax.device_put(x, lies(x)), tree)
+    """The same tree with arrays in the host's memory copied to their devices."""
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("device")), tree)
 
 
 def placement(tree: Any) -> list[str]:
-    """A line for every large array of a state with shardings: path, shape, axes, MiB a device."""
+    """Lines about the large arrays of a sharded state: path, shape, axes, MiB per device."""
     lines = []
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    for path, leaf in trees.flatten(tree).items():
         if math.prod(leaf.shape) >= LARGE:
-            path = jax.tree_util.keystr(keys, simple=True, separator="/")
             axes = ", ".join(str(axis or "-") for axis in leaf.sharding.spec) or "whole"
-            where = " (host)" if _on_host(leaf) else ""
+            host = " (host)" if _on_host(leaf) else ""
             shape = "x".join(map(str, leaf.shape))
-            lines.append(f"{path}  {shape}  {axes}  {_held(leaf) / 2**20:.1f}{where}")
+            lines.append(f"{path}  {shape}  {axes}  {_shard_bytes(leaf) / 2**20:.1f}{host}")
     return lines
 
 
-def _held(leaf) -> int:
-    """Bytes of an array on one of its devices."""
+def _shard_bytes(leaf) -> int:
+    """Bytes of an array on each of its devices."""
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Bytes of a state with shardings that one device holds."""
+    """Bytes of a sharded state in the memory of each device."""
     return sum(
-        _held(leaf)
+        _shard_bytes(leaf)
         for leaf in jax.tree.leaves(tree)
         if not (jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) or _on_host(leaf))
     )
@@ -336,7 +337,7 @@ def _on_host(leaf) -> bool:
 
 
 def auto_mesh(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
-    """The same on a mesh whose axes leave shardings to the compiler, as ours do."""
+    """The same sharding with every mesh axis `AxisType.Auto`: the compiler divides activations."""
     if not isinstance(sharding, NamedSharding):
         return sharding
     mesh = sharding.mesh
@@ -346,45 +347,58 @@ def auto_mesh(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
 
 
 def padded_sizes(most: int) -> list[int]:
+    """Sizes that `in_batches` pads batches to on one device: powers of two up to `most`."""
     return [1 << i for i in range(most.bit_length())]
 
 
-def in_batches(run: Callable[..., jax.Array], params, most: int, *arrays) -> jax.Array:
-    """`run(params, ...)` over pieces padded to powers of two; the padding is cut off again."""
-    place, shards = _batch_sharding(params)
-    count, done, sizes = len(arrays[0]), [], []
-    for start in range(0, max(count, 1), most):
-        pieces = [array[start : start + most] for array in arrays]
-        sizes.append(len(pieces[0]))
+def in_batches(
+    run: Callable[..., jax.Array], params: Any, most: int, *arrays: np.ndarray | jax.Array
+) -> jax.Array:
+    """Result of `run(params, *arrays)`, computed in few shapes for any number of rows.
+
+    Rows are cut into batches of at most `most`, and each batch is padded to a power of two and to
+    a multiple of the devices that share it. The results are joined without the padding.
+
+    Args:
+        run: function of the parameters and of batches [b ...], with one result row per input row.
+        params: nested dict of arrays; batches are divided over the mesh that they lie on.
+        most: rows of the largest batch, a power of two.
+        *arrays: inputs [b ...], any b.
+    """
+    sharding, shards = _batch_sharding(params)
+    results, sizes = [], []
+    for start in range(0, max(len(arrays[0]), 1), most):
+        batch = [array[start : start + most] for array in arrays]
+        sizes.append(len(batch[0]))
         room = -(-(1 << max(sizes[-1] - 1, 0).bit_length()) // shards) * shards
-        padded = [_padded(piece, room - sizes[-1]) for piece in pieces]
-        done.append(run(params, *jax.device_put(padded, place)))
-    if len(done) == 1 and len(done[0]) == sizes[0]:
-        return done[0]
-    return _joined(done, sizes)
+        padded = [_padded(array, room - sizes[-1]) for array in batch]
+        results.append(run(params, *jax.device_put(padded, sharding)))
+    if len(results) == 1 and len(results[0]) == sizes[0]:
+        return results[0]
+    return _joined(results, sizes)
 
 
-def _joined(done: list[jax.Array], sizes: list[int]) -> jax.Array:
-    """The first rows of each array, one array below the other."""
-    if done[0].ndim > 2 or not done[0].is_fully_addressable:
-        parts = [array[:size] for array, size in zip(done, sizes, strict=True)]
-        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-    # Codes are small: the host cuts them, where another size is not another program.
-    parts = [np.asarray(array)[:size] for array, size in zip(done, sizes, strict=True)]
-    place = done[0].sharding
-    if isinstance(place, NamedSharding):
-        place = NamedSharding(place.mesh, PartitionSpec())
-    return jax.device_put(np.concatenate(parts), place)
+def _joined(arrays: list[jax.Array], sizes: list[int]) -> jax.Array:
+    """The first `sizes` rows of each array, one array below the other."""
+    sharding = arrays[0].sharding
+    if arrays[0].ndim > 2 or not arrays[0].is_fully_addressable:
+        rows = [array[:size] for array, size in zip(arrays, sizes, strict=True)]
+        return rows[0] if len(rows) == 1 else jnp.concatenate(rows)
+    # Codes are small: the host cuts them, so that another size is not another program.
+    rows = [np.asarray(array)[:size] for array, size in zip(arrays, sizes, strict=True)]
+    if isinstance(sharding, NamedSharding):
+        sharding = replicated(sharding.mesh)
+    return jax.device_put(np.concatenate(rows), sharding)
 
 
-def _batch_sharding(params):
-    """Examples are divided over the mesh that the parameters lie on; its sharding and parts."""
+def _batch_sharding(params) -> tuple[jax.sharding.Sharding, int]:
+    """Sharding of a batch over the mesh that the parameters lie on, and its number of shards."""
     sharding = jax.tree.leaves(params)[0].sharding
     if not isinstance(sharding, NamedSharding):
         return sharding, 1
     axes = tuple(axis for axis in BATCH if axis in sharding.mesh.axis_names)
-    parts = math.prod(sharding.mesh.shape[axis] for axis in axes)
-    return NamedSharding(sharding.mesh, PartitionSpec(axes)), parts
+    shards = math.prod(sharding.mesh.shape[axis] for axis in axes)
+    return NamedSharding(sharding.mesh, PartitionSpec(axes)), shards
 
 
 def _padded(array, count: int):

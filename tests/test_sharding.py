@@ -148,7 +148,7 @@ def test_memory_that_is_not_there_is_refused():
             return [types.SimpleNamespace(kind="device")]
 
     state, mesh = prior_state(), abstract_mesh()
-    with pytest.raises(ConfigError, match="'disk', expected 'device' or 'pinned_host'"):
+    with pytest.raises(ConfigError, match="'disk', expected one of device, pinned_host"):
         on_host(state, mesh, "disk")
     mesh = jax.sharding.Mesh(np.array([[[Device()]]]), parallel.AXES)
     with pytest.raises(ConfigError, match="ema_memory is 'pinned_host', toy has device: leave"):

@@ -1,15 +1,18 @@
 """The tokenizer: images to codes and back. Axes: b batch, n latent tokens, h w image grid."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 
 from gigatok_jax.model_config import SIZES, grid_size
 from gigatok_jax.models import cnn, layers, qformer, vit2d
 from gigatok_jax.models.cnn import TOKEN_WIDTH
 from gigatok_jax.models.quantizer import Quantized, VectorQuantizer
+from gigatok_jax.ops.image import to_pixels
 
 
 class Encoding(NamedTuple):
@@ -118,3 +121,37 @@ def _stems(model, dtype, remat: bool) -> tuple[nn.Module, nn.Module]:
         "depth_to_space": model.depth_to_space,
     }
     return cnn.CNNEncoder(**fields), cnn.CNNDecoder(**fields, **out)
+
+
+def encode(
+    params: Mapping[str, Any], images: jax.Array, config: ml_collections.ConfigDict
+) -> jax.Array:
+    """Codes of images; pure, for use inside jit, grad and shard_map.
+
+    Args:
+        params: nested dict of a tokenizer's parameters; their dtype is the compute type.
+        images: uint8[b h w 3], or float[b h w 3] in [-1, 1].
+        config: model config of the tokenizer.
+
+    Returns:
+        i32[b n] in [0, codebook_size).
+    """
+    pixels = to_pixels(images) if images.dtype == jnp.uint8 else images
+    module = make(config, params["pre_quant"]["kernel"].dtype)
+    return module.apply({"params": params}, pixels, method="encode").quantized.codes
+
+
+def decode(
+    params: Mapping[str, Any], codes: jax.Array, config: ml_collections.ConfigDict
+) -> jax.Array:
+    """Images of codes; pure, for use inside jit, grad and shard_map.
+
+    Args:
+        params, config: as for `encode`.
+        codes: i32[b n] in [0, codebook_size).
+
+    Returns:
+        f32[b h w 3], nominally in [-1, 1], not clamped; `to_uint8` clamps.
+    """
+    module = make(config, params["pre_quant"]["kernel"].dtype)
+    return module.apply({"params": params}, codes, method="decode_codes").images
