@@ -2,8 +2,8 @@
 
 Axes: b batch, n positions, m positions read from a cache, c width, h heads, g key/value heads,
 d head width, v vocabulary. Position 0 is the class, position t the code t - 1; the output at
-position t predicts code t. `Prior` is the whole sequence at once; `prefill` and `decode_step` are
-one position after the other through the same blocks.
+position t predicts code t. `Prior` takes a whole sequence at once; `ar_decoding` takes one position
+after the other through the same blocks.
 """
 
 import functools
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from gigatok_jax.models import layers
 from gigatok_jax.ops import activation, attention
@@ -22,36 +23,38 @@ HIDDEN_MULTIPLE = 256  # the SwiGLU's hidden width is rounded up to it
 
 
 class Dropouts(NamedTuple):
-    """Probabilities in training. Stochastic depth takes the place of `residual`."""
+    """Dropout probabilities in training. Where `path` is not 0 it replaces `residual`."""
 
-    token: float = 0.1  # features of the embedded sequence
-    residual: float = 0.1  # features leaving attention and MLP
-    condition: float = 0.1  # the whole class, for guidance
-    path: float = 0.0  # a block's whole branch: 0 in the first, this in the last, linear between
+    token: float = 0.1  # of features of the embedded sequence
+    residual: float = 0.1  # of features that leave attention and MLP
+    condition: float = 0.1  # of the whole class, for guidance
+    path: float = 0.0  # of a branch in the last block; rises linearly from 0 in the first
 
 
 class Shared(NamedTuple):
-    """What all blocks of one pass read."""
+    """Inputs that are the same for all blocks of one pass."""
 
-    rotary: tuple[jax.Array, jax.Array] | None  # cosines and sines f32[n d/2]
-    condition: jax.Array | None  # f[b 1 c], of adaln="full"
-    modulation: jax.Array | None  # f[b 1 6c], of adaln="shared"
+    rotary: tuple[jax.Array, jax.Array] | None  # cosines and sines f32[n d/2], with rope
+    condition: jax.Array | None  # f[b 1 c], with adaln="full"
+    modulation: jax.Array | None  # f[b 1 6c], with adaln="shared"
 
 
 class LayerCache(NamedTuple):
+    """Keys and values of one block at the positions so far; later positions hold anything."""
+
     keys: jax.Array  # f[b g n d]
     values: jax.Array  # f[b g n d]
 
 
 class Place(NamedTuple):
-    """Where a cached pass stands."""
+    """Position of a cached pass, and the length of the cache that it reads."""
 
     position: jax.Array  # i32[]
-    read: int  # positions read from the cache, all up to `position` among them
+    read: int  # static; positions 0 .. read - 1 are read, so it has to exceed `position`
 
 
 def hidden_width(width: int) -> int:
-    """Of the SwiGLU: two thirds of four times the width, rounded up to a multiple of 256."""
+    """Hidden width of the SwiGLU: 8/3 of the width, rounded up to a multiple of 256."""
     return -(-int(8 * width / 3) // HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE
 
 
@@ -64,7 +67,7 @@ def rotary_angles(positions: jax.Array, head_width: int) -> tuple[jax.Array, jax
 
 def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Turns each pair of neighbouring features of f[b n h d] by its angle, in float32."""
-    cos, sin = (part[:, None] for part in rotary)
+    cos, sin = (table[:, None] for table in rotary)
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     a, b = pairs[..., 0], pairs[..., 1]
     return jnp.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(x.shape).astype(x.dtype)
@@ -75,14 +78,14 @@ def dense(features: int, dtype, name: str, init=layers.weight_init) -> nn.Dense:
     return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, name=name)
 
 
-def modulation(parts: int, width: int, dtype, name: str) -> nn.Dense:
-    """Shifts, scales and gates from the condition; zero at first, so that nothing is modulated."""
+def modulation(count: int, width: int, dtype, name: str | None) -> nn.Dense:
+    """Layer from the condition to `count` shifts, scales or gates; all are zero before training."""
     zeros = nn.initializers.zeros
-    return nn.Dense(parts * width, dtype=dtype, kernel_init=zeros, name=name)
+    return nn.Dense(count * width, dtype=dtype, kernel_init=zeros, name=name)
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """x (1 + scale) + shift."""
+    """Scaled and shifted features, x (1 + scale) + shift."""
     return x * (1 + scale) + shift
 
 
@@ -102,7 +105,7 @@ class Attention(nn.Module):
             out = attention.attend(q, k, v, causal=True)  # [b n h d]
         else:
             cache = _write(cache, k, v, place.position)
-            keys, values = (whole[:, :, : place.read] for whole in cache)
+            keys, values = (stored[:, :, : place.read] for stored in cache)
             out = attention.attend_cached(q[:, 0], keys, values, place.position)  # [b h d]
         return dense(x.shape[-1], self.dtype, "out")(out.reshape(x.shape)), cache
 
@@ -117,10 +120,12 @@ class Attention(nn.Module):
             k = layers.layer_norm(self.dtype, "key_norm")(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        return tuple(constrain(part, BATCH, None, SPLIT) for part in (q, k, v))
+        return tuple(constrain(x, BATCH, None, SPLIT) for x in (q, k, v))
 
 
 def _write(cache: LayerCache, key: jax.Array, value: jax.Array, position) -> LayerCache:
+    """The cache with the key and value of one position, f[b 1 g d], written into it."""
+
     def put(into, new):
         new = new.swapaxes(1, 2).astype(into.dtype)  # [b g 1 d]
         return jax.lax.dynamic_update_slice_in_dim(into, new, position, axis=2)
@@ -129,7 +134,7 @@ def _write(cache: LayerCache, key: jax.Array, value: jax.Array, position) -> Lay
 
 
 class SwiGLU(nn.Module):
-    """silu(x W1) * (x W3) through W2 (arXiv:2002.05202); W1 and W3 are one parameter."""
+    """Gated MLP, silu(x W1) * (x W3) through W2 (arXiv:2002.05202); W1 and W3 are one parameter."""
 
     dtype: jnp.dtype = jnp.float32
 
@@ -147,7 +152,7 @@ class Block(nn.Module):
     heads: int
     kv_heads: int
     qk_norm: bool = False
-    adaln: str = "none"
+    adaln: str = "none"  # "full": a modulation layer in each block; "shared": one for all
     dropouts: Dropouts | None = None  # None is inference
     dtype: jnp.dtype = jnp.float32
 
@@ -160,7 +165,7 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
         place: Place | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """f[b n c], f32[] -> (f[b n c], cache): the form that a scan wants."""
+        """f[b n c], rate f32[] of stochastic depth -> (f[b n c], cache), as a scan needs it."""
         x = stream(x)
         steps = self._modulation(x.shape[-1], shared)
         y = self._norm(x, "norm1", steps[:2])
@@ -171,22 +176,22 @@ class Block(nn.Module):
         return x + self._branch(y, drop_path, steps[5]), cache
 
     def _modulation(self, width: int, shared: Shared) -> list[jax.Array | None]:
-        """Shift, scale and gate of attention, then of the MLP."""
+        """Shift, scale and gate of attention, then of the MLP; None without adaptive norms."""
         if self.adaln == "none":
             return [None] * 6
         if self.adaln == "full":
-            made = modulation(6, width, self.dtype, "modulation")(nn.silu(shared.condition))
+            steps = modulation(6, width, self.dtype, "modulation")(nn.silu(shared.condition))
         else:
             own = self.param("modulation", layers.position_init, (6, width))
-            made = shared.modulation + own.reshape(-1).astype(self.dtype)
-        return jnp.split(made, 6, axis=-1)  # each [b 1 c]
+            steps = shared.modulation + own.reshape(-1).astype(self.dtype)
+        return jnp.split(steps, 6, axis=-1)  # each [b 1 c]
 
     def _norm(self, x, name, steps):
         x = rms_norm(self.dtype, name)(x)
         return x if steps[0] is None else modulate(x, *steps)
 
     def _branch(self, y, drop_path, gate):
-        """What a branch adds to the stream."""
+        """Contribution of a branch to the stream: after its dropout and its gate."""
         if self.dropouts is not None:
             if self.dropouts.path:
                 y = _drop_examples(y, drop_path, self.make_rng("dropout"))
@@ -196,18 +201,18 @@ class Block(nn.Module):
 
 
 def rms_norm(dtype, name: str) -> nn.RMSNorm:
-    """Root-mean-square norm in float32; result in `dtype`."""
+    """Root-mean-square norm, computed in float32; the result has type `dtype`."""
     return nn.RMSNorm(epsilon=1e-5, dtype=dtype, name=name)
 
 
 def _drop_examples(y: jax.Array, rate: jax.Array, rng: jax.Array) -> jax.Array:
-    """Stochastic depth (arXiv:1603.09382): zero for a share `rate` of the examples."""
+    """Stochastic depth (arXiv:1603.09382): a share `rate` of the examples becomes zero."""
     keep = jax.random.bernoulli(rng, 1 - rate, (y.shape[0], 1, 1))
     return jnp.where(keep, y / (1 - rate).astype(y.dtype), 0)
 
 
 class Prior(nn.Module):
-    """The prior over whole sequences; also creates every parameter."""
+    """Autoregressive prior over whole sequences; its `init` creates every parameter."""
 
     layers: int
     heads: int
@@ -224,14 +229,14 @@ class Prior(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
-        # Rows are looked up as they are stored and then cast: gradients of a row add up in float32.
+        # Rows are looked up in float32 and cast afterwards: gradients of a row add up in float32.
         embed = functools.partial(
             nn.Embed, features=self.width, embedding_init=layers.weight_init, dtype=None
         )
         self.class_embedding = embed(self.classes + 1)  # the last row drops the condition
         self.code_embedding = embed(self.vocab)
         if not self.rope:
-            shape = (self.tokens + 1, self.width)  # the last row is the original's, and unused
+            shape = (self.tokens + 1, self.width)  # the last row is unused; the original has it
             self.positions = self.param("positions", layers.position_init, shape)
         if self.adaln == "shared":
             self.modulation = modulation(6, self.width, self.dtype, None)
@@ -239,7 +244,7 @@ class Prior(nn.Module):
             self.final_modulation = modulation(2, self.width, self.dtype, None)
         if self.dropouts is not None:
             self.token_dropout = nn.Dropout(self.dropouts.token, deterministic=False)
-        in_axes = (0, nn.broadcast)  # a rate of each block, and what they share
+        in_axes = (0, nn.broadcast)  # a rate for each block, and the shared inputs
         self.blocks = layers.scan(Block, self.layers, self.loop, in_axes, **block_fields(self))
         self.norm = rms_norm(self.dtype, None)
         zeros = nn.initializers.zeros  # all codes are equally likely before training
@@ -261,7 +266,7 @@ class Prior(nn.Module):
         return self.logits(x, condition)
 
     def embed(self, class_ids: jax.Array, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """i32[b], i32[b n-1] -> f[b n c], the stream, and f[b 1 c], the condition."""
+        """Class ids i32[b], codes i32[b n-1] -> the stream f[b n c] and the condition f[b 1 c]."""
         condition = self.embed_class(class_ids)
         x = self.code_embedding(codes).astype(self.dtype)
         if not self.rope:
@@ -270,7 +275,7 @@ class Prior(nn.Module):
         return (x if self.dropouts is None else self.token_dropout(x)), condition
 
     def embed_class(self, class_ids: jax.Array) -> jax.Array:
-        """i32[b] -> f[b 1 c], position 0."""
+        """Class ids i32[b] -> the stream at position 0, f[b 1 c]; also the condition."""
         if self.dropouts is not None and self.dropouts.condition:
             shape = class_ids.shape
             drop = jax.random.bernoulli(self.make_rng("dropout"), self.dropouts.condition, shape)
@@ -279,18 +284,18 @@ class Prior(nn.Module):
         return x if self.rope else x + self.positions[:1].astype(x.dtype)
 
     def embed_code(self, codes: jax.Array, position: jax.Array) -> jax.Array:
-        """i32[b] at one position -> f[b 1 c]."""
+        """Codes i32[b] -> the stream at a position i32[], f[b 1 c]."""
         x = self.code_embedding(codes)[:, None].astype(self.dtype)
         return x if self.rope else x + self.positions[position].astype(x.dtype)
 
     def shared(self, condition: jax.Array, positions: jax.Array) -> Shared:
-        """What the blocks read at these positions i32[n]."""
+        """Inputs that all blocks share, for a condition f[b 1 c] at positions i32[n]."""
         rotary = rotary_angles(positions, self.width // self.heads) if self.rope else None
-        made = self.modulation(nn.silu(condition)) if self.adaln == "shared" else None
-        return Shared(rotary, condition if self.adaln == "full" else None, made)
+        steps = self.modulation(nn.silu(condition)) if self.adaln == "shared" else None
+        return Shared(rotary, condition if self.adaln == "full" else None, steps)
 
     def logits(self, x: jax.Array, condition: jax.Array) -> jax.Array:
-        """f[b n c] after the blocks -> f32[b n v]."""
+        """Stream after the blocks, f[b n c] -> logits f32[b n v]."""
         x = self.norm(x)
         if self.adaln != "none":
             steps = self.final_modulation(nn.silu(condition))
@@ -300,9 +305,9 @@ class Prior(nn.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _exact(x: jax.Array, kernel: jax.Array, dimensions, precision=None) -> jax.Array:
-    """f[... c] and f[c v] to f32[... v], whose gradient is rounded to their type, then multiplied.
+    """Product of f[... c] and f[c v] as f32[... v], with a gradient computed in the input's type.
 
-    JAX's own would multiply the float32 gradient with them, at half the speed.
+    The gradient of `dot_general` would multiply in float32, at half the speed.
     """
     return jax.lax.dot_general(x, kernel, dimensions, precision, preferred_element_type=jnp.float32)
 
@@ -311,8 +316,8 @@ def _exact_forward(x, kernel, dimensions, precision):
     return _exact(x, kernel, dimensions, precision), (x, kernel)
 
 
-def _exact_backward(dimensions, precision, kept, gradient):
-    x, kernel = kept
+def _exact_backward(dimensions, precision, residuals, gradient):
+    x, kernel = residuals
     product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     gradient = gradient.astype(x.dtype)
     by_x = product("...v,cv->...c", gradient, kernel)
@@ -324,31 +329,32 @@ _exact.defvjp(_exact_forward, _exact_backward)
 
 
 def block_fields(prior: Prior) -> dict[str, Any]:
-    """Fields of one block of a prior."""
+    """Constructor arguments of one block of a prior."""
     names = ("heads", "kv_heads", "qk_norm", "adaln", "dropouts", "dtype")
     return {name: getattr(prior, name) for name in names}
 
 
 def drop_path_rates(prior: Prior) -> jax.Array:
-    """f32[layers], rising linearly from 0."""
+    """Rate of stochastic depth in each block, f32[layers], rising linearly from 0."""
     highest = prior.dropouts.path if prior.dropouts is not None else 0.0
     return jnp.linspace(0.0, highest, prior.layers, dtype=jnp.float32)
 
 
 def make(
-    model,
-    dtype=jnp.float32,
+    model: ConfigDict,
+    dtype: jax.typing.DTypeLike = jnp.float32,
     *,
     loop: layers.Loop = layers.SCANNED,
     dropouts: Dropouts | None = None,
 ) -> Prior:
-    """The module of a config from `model_config`.
+    """Makes the module of a prior's config.
 
     Args:
-        model: ConfigDict of a prior.
+        model: config of a prior, from `model_config`.
         dtype: compute type; parameters are float32.
-        loop: of the blocks.
-        dropouts: for training; the module then needs a "dropout" key. None is inference.
+        loop: how the stack of blocks is compiled.
+        dropouts: probabilities in training; the module then needs a "dropout" rng. None is
+            inference.
     """
     fields = {name: value for name, value in model.items() if name != "kind"}
     return Prior(**fields, dtype=dtype, loop=loop, dropouts=dropouts)

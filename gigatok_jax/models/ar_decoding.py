@@ -1,8 +1,9 @@
-"""The prior one position after the other: a cache of keys and values, and features for probing.
+"""Decoding with a prior: one position after the other with a cache, and features for probing.
 
-Axes: b batch, n positions, g key/value heads, d head width, c width, v vocabulary.
+Axes: b batch, n positions, c width, v vocabulary.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,14 +13,14 @@ from gigatok_jax.models.ar import Block, LayerCache, Place, Prior, block_fields
 
 
 class Cache(NamedTuple):
-    """Keys and values of the positions so far, and what conditions the adaptive norms."""
+    """Keys and values of the positions so far, and the condition of the adaptive norms."""
 
     layers: tuple[LayerCache, ...]
     condition: jax.Array  # f[b c]
 
 
 def unstack(blocks: Any) -> tuple[Any, ...]:
-    """Parameters of each block from the stacked ones; what is unstacked already stays."""
+    """Parameters of each block, as a tuple, from stacked ones; a tuple is returned as it is."""
     if isinstance(blocks, tuple):
         return blocks
     count = jax.tree.leaves(blocks)[0].shape[0]
@@ -29,47 +30,52 @@ def unstack(blocks: Any) -> tuple[Any, ...]:
 def empty_cache(prior: Prior, batch: int) -> Cache:
     """Cache of a batch before its first position, in the prior's compute type."""
     shape = (batch, prior.kv_heads, prior.tokens, prior.width // prior.heads)
-    one = LayerCache(jnp.zeros(shape, prior.dtype), jnp.zeros(shape, prior.dtype))
+    layer = LayerCache(jnp.zeros(shape, prior.dtype), jnp.zeros(shape, prior.dtype))
     condition = jnp.zeros((batch, prior.width), prior.dtype)
-    return Cache((one,) * prior.layers, condition)
+    return Cache((layer,) * prior.layers, condition)
 
 
-def prefill(prior: Prior, params, class_ids: jax.Array, cache: Cache):
-    """The first position: the class.
+def prefill(
+    prior: Prior, params: Mapping[str, Any], class_ids: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """Runs the prior on the first position, the class.
 
     Args:
-        prior: made without dropouts.
-        params: of the prior; `blocks` stacked or already through `unstack`.
+        prior: module without dropouts.
+        params: parameters of the prior; `blocks` is stacked, or a tuple from `unstack`.
         class_ids: i32[b] in [0, classes].
         cache: from `empty_cache`.
 
     Returns:
-        f32[b v], logits of code 0, and the cache with position 0.
+        Logits f32[b v] of code 0, and the cache with position 0.
     """
     x = _apply(prior, params, class_ids, method="embed_class")
     cache = cache._replace(condition=x[:, 0])
     return _advance(prior, params, x, cache, Place(jnp.int32(0), 1))
 
 
-def decode_step(prior: Prior, params, codes: jax.Array, cache: Cache, place: Place):
-    """One more position.
+def decode_step(
+    prior: Prior, params: Mapping[str, Any], codes: jax.Array, cache: Cache, place: Place
+) -> tuple[jax.Array, Cache]:
+    """Runs the prior on one more position.
 
     Args:
         prior, params: as for `prefill`.
         codes: i32[b], code `position - 1` of each image.
-        cache: of the positions before.
-        place: the position, in [1, tokens), and how much of the cache is read (static); less to
-            read is faster. A `read` that does not exceed the position leaves the newest codes
-            out without a word: positions are traced and cannot be checked here.
+        cache: cache of the positions before.
+        place: the position, in [1, tokens), and how many positions of the cache are read; reading
+            fewer is faster. If `read` does not exceed the position, the newest codes are ignored
+            without an error: the position is traced and cannot be checked.
 
     Returns:
-        f32[b v], logits of code `position`, and the cache with this position.
+        Logits f32[b v] of code `position`, and the cache with this position.
     """
     x = _apply(prior, params, codes, place.position, method="embed_code")
     return _advance(prior, params, x, cache, place)
 
 
 def _advance(prior, params, x, cache, place):
+    """Logits f32[b v] and the cache after the blocks have read one position x, f[b 1 c]."""
     condition = cache.condition[:, None]
     shared = _apply(prior, params, condition, place.position[None], method="shared")
     block, written = Block(**block_fields(prior)), []
@@ -81,21 +87,28 @@ def _advance(prior, params, x, cache, place):
 
 
 def _apply(prior, params, *arguments, method):
+    """Result of a method of the prior that uses no block."""
     outside = {name: value for name, value in params.items() if name != "blocks"}
     return prior.apply({"params": outside}, *arguments, method=method)
 
 
-def features(prior: Prior, params, class_ids: jax.Array, codes: jax.Array, block: int):
-    """Output of block `block`, counted from 1: f[b n c], the class position first.
+def features(
+    prior: Prior, params: Mapping[str, Any], class_ids: jax.Array, codes: jax.Array, block: int
+) -> jax.Array:
+    """Features for linear probing: the stream after a block, f[b n c], the class position first.
 
-    What linear probing reads, with the null class and block layers // 2.
+    Args:
+        prior, params: as for `prefill`, with stacked `blocks`.
+        class_ids: i32[b] in [0, classes]; probing takes the null class.
+        codes: i32[b n] in [0, vocab); the last code is not read.
+        block: number of the block, counted from 1; probing takes layers // 2.
     """
     x, condition = _apply(prior, params, class_ids, codes[:, :-1], method="embed")
     shared = _apply(prior, params, condition, jnp.arange(x.shape[1]), method="shared")
-    one = Block(**block_fields(prior))
+    module = Block(**block_fields(prior))
 
     def body(x, layer):
-        return one.apply({"params": layer}, x, jnp.float32(0), shared)[0], None
+        return module.apply({"params": layer}, x, jnp.float32(0), shared)[0], None
 
     first = jax.tree.map(lambda x: x[:block], params["blocks"])
     return jax.lax.scan(body, x, first)[0]
