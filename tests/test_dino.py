@@ -171,7 +171,7 @@ def test_published_sizes():
         outside = 3 * 14 * 14 + 1 + 1 + 257 + 2  # patches, class token, positions, last norm
         count = sum(x.size for x in jax.tree.leaves(shapes))
         assert count == depth * block + width * outside
-    with pytest.raises(errors.ConfigError, match="'dinov2-g' is unknown"):
+    with pytest.raises(errors.ConfigError, match="teacher is 'dinov2-g', expected one of dinov2-s"):
         dino.teacher("dinov2-g")
 
 

@@ -1,4 +1,4 @@
-"""Pixels to a feature grid and back. Axes: b batch, h height, w width, c channel."""
+"""CNNs between pixels and a feature grid. Axes: b batch, h height, w width, c channel."""
 
 import math
 
@@ -29,15 +29,15 @@ def conv(features: int, dtype, name: str, kernel: int = 3, stride: int = 1, padd
 
 
 def _with_whole_kernel(x: jax.Array, kernel: jax.Array, *arguments, **options) -> jax.Array:
-    # Left to itself XLA divides small images by feature, which gathers them from all devices.
+    # Without the constraint XLA divides small images by channel, which gathers all examples.
     return jax.lax.conv_general_dilated(x, constrain(kernel), *arguments, **options)
 
 
 def group_norm(dtype, name: str | None, affine: bool = True) -> nn.GroupNorm:
-    """32 groups, eps 1e-6, statistics in float32.
+    """Group norm with 32 groups, eps 1e-6 and statistics in float32.
 
-    Half precision takes mean and mean of squares in one pass; float32 runs are for exactness and
-    centre first.
+    In half precision one pass takes the mean and the mean of squares. In float32, which is for
+    exact results, the mean is subtracted before squares are taken.
     """
     return nn.GroupNorm(
         32,
@@ -51,21 +51,21 @@ def group_norm(dtype, name: str | None, affine: bool = True) -> nn.GroupNorm:
 
 
 def channels(base: int, patch_size: int) -> list[int]:
-    """Channels of each level for an image that is halved log2(patch_size) times."""
+    """Channels of each level, full resolution first; the image is halved log2(patch_size) times."""
     halvings = int(math.log2(patch_size))
-    # The published models halve four times; other patch sizes keep the ends of the same ladder.
+    # The published models halve four times; further levels repeat the last multiplier.
     return [base * LEVELS[min(i, len(LEVELS) - 1)] for i in range(halvings + 1)]
 
 
 def depth_to_space(x: jax.Array, block: int = 2) -> jax.Array:
-    """f[b h w block^2*c] -> f[b block*h block*w c]; offsets are the slowest channel axis."""
+    """Channels to pixels: f[b h w block^2*c] -> f[b block*h block*w c], offsets slowest."""
     b, h, w, c = x.shape
     x = x.reshape(b, h, w, block, block, c // block**2).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, h * block, w * block, c // block**2)
 
 
 class ResnetBlock(nn.Module):
-    """Norm, SiLU, convolution, twice, beside a shortcut."""
+    """Residual block: twice norm, SiLU and convolution, beside a shortcut."""
 
     features: int
     dtype: jnp.dtype = jnp.float32
@@ -84,7 +84,7 @@ class ResnetBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Single-head attention over all positions, residual."""
+    """Single-head self-attention over all positions, with a residual connection."""
 
     dtype: jnp.dtype = jnp.float32
 
@@ -99,7 +99,7 @@ class SpatialAttention(nn.Module):
 
 
 class AdaptiveGroupNorm(nn.Module):
-    """Group norm whose scale and shift come from the latent grid's deviation and mean.
+    """Group norm whose scale and shift come from deviation and mean of the decoder's input grid.
 
     Source: arXiv:2310.05737 (MAGVIT-v2). As in the original the scale multiplies directly, without
     an added one, and the variance over positions is the unbiased one.
@@ -109,7 +109,7 @@ class AdaptiveGroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, style: jax.Array) -> jax.Array:
-        """f[b h w c], f[b g g e] -> f[b h w c]."""
+        """Features f[b h w c], decoder input f[b g g e] -> f[b h w c]."""
         style = style.reshape(style.shape[0], -1, style.shape[-1]).astype(jnp.float32)
         deviation = jnp.sqrt(style.var(axis=1, ddof=1) + 1e-6)  # [b e]
         scale = dense(x.shape[-1], self.dtype, "scale")(deviation)[:, None, None]
@@ -118,11 +118,11 @@ class AdaptiveGroupNorm(nn.Module):
 
 
 class CNNEncoder(nn.Module):
-    """Image to feature grid by residual convolutions, halving the resolution between levels."""
+    """Encoder from image to feature grid: levels of residual blocks, resolution halved between."""
 
-    base: int = 128
+    base: int = 128  # channels at full resolution
     patch_size: int = 16
-    attention: bool = False  # at the lowest resolution and in the middle
+    attention: bool = False  # after each block at the lowest resolution and in the middle
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
 
@@ -139,7 +139,7 @@ class CNNEncoder(nn.Module):
                 if self.attention and i == last:
                     x = SpatialAttention(self.dtype, name=f"level_{i}_attention_{j}")(x)
             if i != last:
-                # Zeros below and to the right only: a stride-2 window over an even image.
+                # An even image and a stride of 2: zeros below and to the right only.
                 pad = ((0, 1), (0, 1))
                 x = conv(width, self.dtype, f"level_{i}_down", stride=2, padding=pad)(x)
         x = middle(x, block, self.attention, self.dtype)
@@ -148,9 +148,9 @@ class CNNEncoder(nn.Module):
 
 
 class CNNDecoder(nn.Module):
-    """Feature grid to image, the mirror of the encoder with three blocks a level."""
+    """Decoder from feature grid to image: mirrors the encoder, with three blocks per level."""
 
-    base: int = 128
+    base: int = 128  # channels at full resolution
     patch_size: int = 16
     attention: bool = False
     adaptive_group_norm: bool = True
@@ -178,7 +178,7 @@ class CNNDecoder(nn.Module):
         return conv(3, self.dtype, "conv_out")(x)
 
     def upsample(self, x: jax.Array, name: str) -> jax.Array:
-        """f[b h w c] -> f[b 2h 2w c]."""
+        """Enlarges f[b h w c] to f[b 2h 2w c], with a convolution."""
         if self.depth_to_space:
             return depth_to_space(conv(4 * x.shape[-1], self.dtype, name)(x))
         x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
@@ -186,7 +186,7 @@ class CNNDecoder(nn.Module):
 
 
 def middle(x: jax.Array, block: type[nn.Module], attention: bool, dtype) -> jax.Array:
-    """Two residual blocks at the lowest resolution, attention between them if asked for."""
+    """Two residual blocks at the lowest resolution, with attention between them if set."""
     x = block(x.shape[-1], dtype, name="mid_block_0")(x)
     if attention:
         x = SpatialAttention(dtype, name="mid_attention")(x)
@@ -194,7 +194,7 @@ def middle(x: jax.Array, block: type[nn.Module], attention: bool, dtype) -> jax.
 
 
 class PatchEncoder(nn.Module):
-    """Image to feature grid by one linear map per patch: fast on a CPU, not a paper model."""
+    """Encoder by one linear map per patch: fast on a CPU, for the demo, not in the paper."""
 
     patch_size: int
     dtype: jnp.dtype = jnp.float32
@@ -210,7 +210,7 @@ class PatchEncoder(nn.Module):
 
 
 class PatchDecoder(nn.Module):
-    """Feature grid to image by one linear map per patch."""
+    """Decoder from feature grid to image by one linear map per patch, see `PatchEncoder`."""
 
     patch_size: int
     dtype: jnp.dtype = jnp.float32

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gigatok_jax.errors import ConfigError
+from gigatok_jax.errors import one_of
 from gigatok_jax.ops import activation, attention
 
 SIZES = {  # width, heads, blocks
@@ -12,7 +12,7 @@ SIZES = {  # width, heads, blocks
     "dinov2-b": (768, 12, 12),
     "dinov2-l": (1024, 16, 24),
 }
-GRID = 16  # tokens on a side that the position embeddings are converted for
+GRID = 16  # tokens along one side for which position embeddings are converted
 NAMES = (*SIZES, *(f"{name}-reg" for name in SIZES))  # "reg": with four register tokens
 
 
@@ -22,12 +22,12 @@ class Block(nn.Module):
     heads: int
     layer_scale: bool
     exact_gelu: bool
-    keep: bool  # also hand out the result, for models that read every depth
+    keep: bool  # also return the result as the scan's output, for models that read every depth
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """f[b n c] -> (f[b n c], the same or None): the form that a scan wants."""
+        """f[b n c] -> (f[b n c], the same or None), as a scan needs it."""
         x = x + self._scale("scale_1", self._attention(self._norm("norm_1", x)))
         x = x + self._scale("scale_2", self._mlp(self._norm("norm_2", x)))
         return x, x if self.keep else None
@@ -45,7 +45,7 @@ class Block(nn.Module):
         qkv = nn.Dense(3 * c, dtype=self.dtype, name="qkv")(x)
         qkv = qkv.reshape(b, n, 3, self.heads, c // self.heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        # The trunk that keeps its depths is differentiated through, the teacher never.
+        # The discriminator's trunk keeps its depths and is differentiated; the teacher is not.
         out = attention.attend(q, k, v, gradient=self.keep)  # [b n h d]
         return nn.Dense(c, dtype=self.dtype, name="out")(out.reshape(b, n, c))
 
@@ -61,21 +61,21 @@ def layer_norm(dtype, name: str) -> nn.LayerNorm:
 
 
 def blocks(depth: int, **fields) -> nn.Module:
-    """`depth` blocks under one scan, their parameters stacked on a leading axis."""
+    """Stack of `depth` blocks as one scan, with parameters stacked on a leading axis."""
     scan = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth)
     return scan(name="blocks", **fields)
 
 
 def embed(module: nn.Module, x: jax.Array, patch: int) -> jax.Array:
-    """Class token and patch embeddings with positions added, f[b 1+n c], of f32[b h w 3]."""
+    """Tokens of images f32[b h w 3]: class token and patches plus positions, f[b 1+n c]."""
     b, side, c = x.shape[0], x.shape[1] // patch, module.width
     size, stride = (patch, patch), (patch, patch)
     x = nn.Conv(c, size, stride, padding="VALID", dtype=module.dtype, name="patches")(x)
     small = nn.initializers.normal(0.02)
-    first = module.param("class_token", small, (1, 1, c))
+    class_token = module.param("class_token", small, (1, 1, c))
     positions = module.param("positions", small, (1, 1 + side * side, c))
-    first = jnp.broadcast_to(first, (b, 1, c))
-    x = jnp.concatenate([first, x.reshape(b, -1, c).astype(jnp.float32)], axis=1)
+    class_token = jnp.broadcast_to(class_token, (b, 1, c))
+    x = jnp.concatenate([class_token, x.reshape(b, -1, c).astype(jnp.float32)], axis=1)
     return (x + positions).astype(module.dtype)  # [b 1+n c]
 
 
@@ -92,12 +92,12 @@ class DINOv2(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Patch tokens f32[b n width], n = (h/14)^2, of `ops.image.teacher_input` f32[b h w 3]."""
+        """Images from `ops.image.teacher_input`, f32[b h w 3] -> patch tokens f32[b (h/14)^2 c]."""
         return self.tokens(x)[:, 1 + self.registers :]
 
     @nn.compact
     def tokens(self, x: jax.Array) -> jax.Array:
-        """All tokens f32[b 1+registers+n width] after the last norm, class token first."""
+        """All tokens after the last norm, f32[b 1+registers+n c]; the class token is the first."""
         x = embed(self, x, 14)
         if self.registers:
             shape = (self.registers, self.width)
@@ -110,21 +110,20 @@ class DINOv2(nn.Module):
 
 
 def teacher(name: str, dtype=jnp.float32) -> DINOv2:
-    """The published DINOv2 of a name in `NAMES`.
+    """Makes the published DINOv2 with a name in `NAMES`.
 
     Raises:
-        ConfigError: no such name.
+        ConfigError: the name is unknown.
     """
-    if name not in NAMES:
-        raise ConfigError(f"teacher {name!r} is unknown; use one of {', '.join(NAMES)}")
+    one_of("teacher", name, NAMES)
     width, heads, depth = SIZES[name.removesuffix("-reg")]
     return DINOv2(width, heads, depth, 4 if name.endswith("-reg") else 0, dtype=dtype)
 
 
 class DINO(nn.Module):
-    """Frozen ViT-S/16 under the DINO discriminator; reads the input and four depths.
+    """Trunk of the DINO discriminator: a frozen ViT-S/16, read at its input and at four depths.
 
-    Source: arXiv:2104.14294, read out as in StyleGAN-T (arXiv:2301.09515).
+    Source: arXiv:2104.14294; the depths are those of StyleGAN-T (arXiv:2301.09515).
     """
 
     width: int = 384
@@ -135,14 +134,14 @@ class DINO(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> list[jax.Array]:
-        """Maps f32[b n c], the class token added to every patch, of f32[b h w 3].
+        """Feature maps f32[b n c] of each depth, the class token added to every patch.
 
         Args:
-            x: 16-pixel patches of images normalised by ImageNet's statistics, side 224 unless
-                the position table is made for another.
+            x: images f32[b h w 3] normalised by ImageNet's statistics, sides a multiple of 16;
+                224 pixels with the published position embeddings.
         """
         x = embed(self, x, 16)
         fields = {"heads": self.heads, "layer_scale": False, "exact_gelu": False, "keep": True}
         _, depths = blocks(self.depth, dtype=self.dtype, **fields)(x)  # [l b n c]
-        read = [x] + [depths[i] for i in self.taps]
-        return [(y[:, 1:] + y[:, :1]).astype(jnp.float32) for y in read]
+        tapped = [x] + [depths[i] for i in self.taps]
+        return [(y[:, 1:] + y[:, :1]).astype(jnp.float32) for y in tapped]

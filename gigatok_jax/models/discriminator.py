@@ -9,11 +9,11 @@ from gigatok_jax.models import dino
 from gigatok_jax.models.layers import fan_in_uniform
 from gigatok_jax.ops import diffaug, image
 
-GROUP = 8  # examples at most, over which the DINO discriminator's heads take statistics
+GROUP = 8  # largest number of examples in one group of `LocalNorm`
 
 
 def leaky_relu(x: jax.Array) -> jax.Array:
-    """`x` where positive, 0.2 `x` elsewhere."""
+    """Activation: `x` where positive, 0.2 `x` elsewhere."""
     return nn.leaky_relu(x, 0.2)
 
 
@@ -24,9 +24,9 @@ def _near_one(key: jax.Array, shape, dtype=jnp.float32) -> jax.Array:
 class BatchNorm(nn.Module):
     """Batch normalisation over groups of consecutive examples, in float32.
 
-    `groups=1` takes statistics over the global batch. With k groups each b/k consecutive
-    examples are normalised apart, as k devices of the original do without synchronisation;
-    the running statistics then follow group 0, the device that writes the checkpoint.
+    `groups=1` takes statistics over the global batch. With k groups, every b/k consecutive
+    examples have their own statistics, as the original has on k devices without synchronisation;
+    the running statistics follow group 0, the device that writes the checkpoint.
 
     Source: arXiv:1502.03167; running variance unbiased, as in PyTorch.
     """
@@ -37,13 +37,14 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """f[b ... c] -> f32[b ... c], by the statistics of the batch or, else, the running ones."""
         c = x.shape[-1]
         scale = self.param("scale", _near_one, (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (c,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (c,))
         count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
-        if not train or self.is_initializing():  # which one example is enough for
+        if not train or self.is_initializing():  # initialisation may have a single example
             factor = scale * jax.lax.rsqrt(running_var.value + self.eps)
             return (x.astype(jnp.float32) - running_mean.value) * factor + bias
         normed, mean, var, size = grouped_norm(x, self.groups, self.eps)
@@ -53,24 +54,26 @@ class BatchNorm(nn.Module):
         return normed * scale + bias
 
 
-def grouped_norm(x: jax.Array, groups: int, eps: float):
-    """Zero mean and unit variance per channel in each group of consecutive examples.
+def grouped_norm(
+    x: jax.Array, groups: int, eps: float
+) -> tuple[jax.Array, jax.Array, jax.Array, int]:
+    """Normalises each channel to mean 0 and variance 1 in each group of consecutive examples.
 
     Args:
         x: float[b ... c].
         groups: divides b; example i belongs to group i // (b / groups).
 
     Returns:
-        f32[b ... c], mean and biased variance f32[c] of group 0, and the number of values
-        behind each.
+        The normalised values f32[b ... c]; mean and biased variance of group 0, f32[c] each; the
+        number of values that each of them is taken over.
 
     Raises:
         ConfigError: `groups` does not divide the batch.
     """
     if x.shape[0] % groups:
         raise ConfigError(
-            f"batch norm got {x.shape[0]} examples for {groups} groups; "
-            "make the batch a multiple of the groups"
+            f"batch norm has {x.shape[0]} examples for {groups} groups:"
+            " make the batch a multiple of the groups"
         )
     split = x.astype(jnp.float32).reshape(groups, x.shape[0] // groups, -1, x.shape[-1])
     mean = split.mean((1, 2), keepdims=True)  # [g 1 1 c]
@@ -83,19 +86,19 @@ def grouped_norm(x: jax.Array, groups: int, eps: float):
 
 
 class PatchGAN(nn.Module):
-    """Judges overlapping patches (70 x 70 pixels with three layers) as real or made.
+    """Discriminator of overlapping patches, of 70 x 70 pixels with three layers.
 
     Source: arXiv:1611.07004 (pix2pix), as configured by VQGAN (arXiv:2012.09841).
     """
 
-    num_filters: int = 64
+    num_filters: int = 64  # channels after the first convolution
     num_layers: int = 3  # convolutions of stride 2
-    groups: int = 1  # of batch statistics; 1 is the global batch
+    groups: int = 1  # groups of batch statistics; 1 is the global batch
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Logits f32[b h/8-2 w/8-2 1] of images float[b h w 3] in [-1, 1]; positive is real.
+        """Images float[b h w 3] in [-1, 1] -> logits f32[b h/8-2 w/8-2 1]; positive means real.
 
         `train=True` normalises by batch statistics and updates the collection `batch_stats`,
         which must then be mutable.
@@ -124,17 +127,17 @@ class PatchGAN(nn.Module):
 
 
 def whole_view(images: jax.Array, size: int) -> jax.Array:
-    """Trunk input f32[b size size 3] of images float[b h w 3] in [-1, 1], resized."""
+    """Whole images for the trunk: float[b h w 3] in [-1, 1] -> f32[b size size 3], normalised."""
     method = image.area if images.shape[1] > size else image.bicubic
     return image.resize(image.normalise(images, *image.IMAGENET), size, method)
 
 
 def random_view(images: jax.Array, draws: jax.Array, size: int) -> jax.Array:
-    """Trunk input f32[b size size 3]: at even odds a crop, else the whole, the same for all.
+    """Images for the trunk, f32[b size size 3]: with probability 1/2 a crop, else the whole.
 
     Args:
-        images: float[b h w 3] in [-1, 1]; not larger than `size` they are always resized.
-        draws: float[3] in [0, 1): below a half takes a crop; its row; its column.
+        images: float[b h w 3] in [-1, 1]; always whole if a side is not larger than `size`.
+        draws: float[3] in [0, 1), for the whole batch: a crop if at most 1/2; its row; its column.
         size: side of the trunk's input in pixels.
     """
     room = jnp.array([images.shape[1] - size, images.shape[2] - size])
@@ -144,23 +147,24 @@ def random_view(images: jax.Array, draws: jax.Array, size: int) -> jax.Array:
 
     def crop(images):
         shape = (images.shape[0], size, size, 3)
-        part = jax.lax.dynamic_slice(images, (0, row, column, 0), shape)
-        return image.normalise(part, *image.IMAGENET)
+        cut = jax.lax.dynamic_slice(images, (0, row, column, 0), shape)
+        return image.normalise(cut, *image.IMAGENET)
 
     return jax.lax.cond(draws[0] <= 0.5, crop, lambda x: whole_view(x, size), images)
 
 
 class SpectralConv(nn.Module):
-    """Convolution over tokens, wrapped at the ends, its matrix divided by its largest stretch.
+    """Circular convolution over tokens with spectral normalisation.
 
-    The stretch is estimated by one step of power iteration per training call, whose vectors `u`
-    and `v` live in the collection `spectral`; the gradient passes through the matrix alone.
+    The kernel, as a matrix, is divided by its largest singular value. One step of power iteration
+    per training call estimates that value; its vectors `u` and `v` are the collection `spectral`.
+    The gradient passes through the matrix, not through `u` and `v`.
 
     Source: arXiv:1802.05957.
     """
 
     features: int
-    size: int  # odd
+    size: int  # odd number of tokens under the kernel
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -170,13 +174,13 @@ class SpectralConv(nn.Module):
         init, shape = fan_in_uniform(fan_in), (self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", init, shape)  # [size c features]
         bias = self.param("bias", init, (self.features,))
-        kernel = (kernel / self._stretch(kernel, train)).astype(self.dtype)
+        kernel = (kernel / self._largest_singular_value(kernel, train)).astype(self.dtype)
         x = jnp.pad(x.astype(self.dtype), ((0, 0), (self.size // 2,) * 2, (0, 0)), mode="wrap")
         form = ("NWC", "WIO", "NWC")
         x = jax.lax.conv_general_dilated(x, kernel, (1,), "VALID", dimension_numbers=form)
         return x + bias.astype(self.dtype)
 
-    def _stretch(self, kernel: jax.Array, train: bool) -> jax.Array:
+    def _largest_singular_value(self, kernel: jax.Array, train: bool) -> jax.Array:
         matrix = kernel.transpose(2, 1, 0).reshape(self.features, -1)  # [features c*size]
         u = self.variable("spectral", "u", self._random_unit, matrix.shape[0])
         v = self.variable("spectral", "v", self._random_unit, matrix.shape[1])
@@ -195,14 +199,14 @@ def _unit(x: jax.Array) -> jax.Array:
 
 
 def _product(form: str, *arrays: jax.Array) -> jax.Array:
-    """Products in full float32: the estimate of a norm should not carry rounding to half."""
+    """Einsum with full float32 products: an estimated norm must not carry half-precision error."""
     return jnp.einsum(form, *arrays, precision=jax.lax.Precision.HIGHEST)
 
 
 class LocalNorm(nn.Module):
     """Batch norm over groups of at most 8 examples, without running statistics.
 
-    Both modes use the statistics of the batch at hand, as StyleGAN-T (arXiv:2301.09515).
+    Evaluation uses the statistics of its batch too, as in StyleGAN-T (arXiv:2301.09515).
     """
 
     @nn.compact
@@ -215,7 +219,7 @@ class LocalNorm(nn.Module):
 
 
 class DinoHead(nn.Module):
-    """Judges one token map: a mixing layer, a residual layer over neighbours, one logit each."""
+    """Head of the DINO discriminator on one depth: three convolutions to one logit per token."""
 
     kernel: int = 9
     dtype: jnp.dtype = jnp.float32
@@ -233,11 +237,11 @@ class DinoHead(nn.Module):
 
 
 class DinoDiscriminator(nn.Module):
-    """Judges images by the features of a frozen DINO ViT-S/16 at five depths.
+    """Discriminator on the features of a frozen DINO ViT-S/16 at five depths.
 
-    The parameters here are those of the heads; the trunk's are passed in as the collection
-    `trunk` and never change. With an rng named `augment` the images go through DiffAug and a
-    random view; without it they are seen whole.
+    The parameters are those of the heads; the trunk's are the collection `trunk`, which never
+    changes. With an rng named `augment` the images go through DiffAug and `random_view`; without
+    it the trunk sees them whole.
 
     Source: arXiv:2301.09515 (StyleGAN-T, projected discriminator).
     """
@@ -251,7 +255,7 @@ class DinoDiscriminator(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Logits f32[b 5*n] of images float[b h w 3] in [-1, 1]; positive is real.
+        """Images float[b h w 3] in [-1, 1] -> logits f32[b 5*n]; positive means real.
 
         `train=True` takes a step of the power iteration: `spectral` must then be mutable.
         """
@@ -263,13 +267,13 @@ class DinoDiscriminator(nn.Module):
 
     @nn.compact
     def logits(self, view: jax.Array, train: bool) -> jax.Array:
-        """Logits f32[b 5*n] of a trunk input, as `whole_view` and `random_view` make it."""
+        """Trunk input from `whole_view` or `random_view` -> logits f32[b 5*n]."""
         maps = self._maps(view)
         heads = [DinoHead(self.kernel, self.dtype, name=f"head_{i}") for i in range(len(maps))]
         return jnp.concatenate([h(x, train) for h, x in zip(heads, maps, strict=True)], axis=1)
 
     def _maps(self, view: jax.Array) -> list[jax.Array]:
-        if self.is_initializing():  # the heads' shapes need no trunk
+        if self.is_initializing():  # the parameters of the heads depend on shapes alone
             shape = (view.shape[0], (self.size // 16) ** 2, self.width)
             return [jnp.zeros(shape)] * (len(self.taps) + 1)
         trunk = dino.DINO(self.width, self.heads, self.depth, self.taps, self.dtype, parent=None)

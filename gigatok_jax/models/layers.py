@@ -1,7 +1,7 @@
 """Transformer blocks of the tokenizer. Axes: b batch, n queries, m memory tokens, c width."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,26 +10,26 @@ import jax.numpy as jnp
 from gigatok_jax.ops import activation, attention, implementation
 from gigatok_jax.ops.constrain import BATCH, SPLIT, constrain, stream
 
-# std 0.02, never cut in practice: the original truncates at +-2, a hundred deviations.
+# Deviation 0.02. The original cuts the draws at +-2, a hundred deviations: none is ever cut.
 weight_init = nn.initializers.normal(0.02)
 
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # recompute the cheap rest
-    "blocks": jax.checkpoint_policies.nothing_saveable,  # keep only what enters a block
-    "full": jax.checkpoint_policies.nothing_saveable,  # the same for the levels of the CNNs
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keeps matrix products
+    "blocks": jax.checkpoint_policies.nothing_saveable,  # keeps only the inputs of blocks
+    "full": jax.checkpoint_policies.nothing_saveable,  # the same, also for the blocks of the CNNs
 }
 
 
 class Loop(NamedTuple):
-    """How a stack of blocks is compiled and differentiated; its values are the same whatever."""
+    """Settings that decide how a stack of blocks is compiled; they do not change its values."""
 
     remat: str = "none"  # what the backward pass recomputes, a key of `REMAT`
-    unroll: tuple[str, ...] = ()  # platforms whose programs have a body for each block, not one
+    unroll: tuple[str, ...] = ()  # platforms that compile one body per block instead of one for all
 
     @property
     def unrolled(self) -> bool:
-        """Whether programs for the platform that is traced for are such."""
+        """Whether the platform being traced for compiles one body per block."""
         return implementation.platform() in self.unroll
 
 
@@ -37,14 +37,14 @@ SCANNED = Loop()
 
 
 def in_proj_init(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
-    """Xavier-uniform of query, key and value stacked into one matrix, as the original draws it."""
+    """Xavier-uniform draw for one of query, key and value: the bound is of all three stacked."""
     fan_in, fan_out = shape
     bound = (6 / (fan_in + 3 * fan_out)) ** 0.5
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def fan_in_uniform(fan_in: int) -> Callable:
-    """Uniform in +-fan_in^-0.5: PyTorch's own start, which the original keeps in some layers."""
+    """Initializer uniform in +-fan_in^-0.5: PyTorch's default, which some layers keep."""
     bound = fan_in**-0.5
 
     def init(key: jax.Array, shape, dtype=jnp.float32) -> jax.Array:
@@ -54,7 +54,7 @@ def fan_in_uniform(fan_in: int) -> Callable:
 
 
 def position_init(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
-    """Normal with deviation width^-0.5."""
+    """Normal draw of position embeddings [length, width], with deviation width^-0.5."""
     return jax.random.normal(key, shape, dtype) * shape[-1] ** -0.5
 
 
@@ -64,7 +64,7 @@ def dense(features: int, dtype, name: str, init: Callable = weight_init) -> nn.D
 
 
 def layer_norm(dtype, name: str) -> nn.LayerNorm:
-    """Layer norm in float32 whatever the compute type; result in `dtype`."""
+    """Layer norm, computed in float32; the result has type `dtype`."""
     return nn.LayerNorm(epsilon=1e-5, dtype=dtype, name=name, use_fast_variance=False)
 
 
@@ -119,7 +119,7 @@ class QFormerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, memory, positions, memory_positions) -> tuple[jax.Array, None]:
-        """f[b n c], f[b m c], f[n c], f[m c] -> (f[b n c], None): the form that a scan wants."""
+        """f[b n c], f[b m c], f[n c], f[m c] -> (f[b n c], None), as a scan needs it."""
         x = stream(x)
         memory = x if self.own_memory else memory
         fields = {"heads": self.heads, "qk_norm": self.qk_norm, "dtype": self.dtype}
@@ -141,7 +141,7 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
-        """f[b n c] -> (f[b n c], None)."""
+        """f[b n c] -> (f[b n c], None), as a scan needs it."""
         x = stream(x)
         y = layer_norm(self.dtype, "norm1")(x)
         x = x + Attention(self.heads, dtype=self.dtype, name="self_attention")(y, y, y)
@@ -149,23 +149,24 @@ class TransformerBlock(nn.Module):
         return x, None
 
 
-def scan(block: type[nn.Module], layers: int, loop: Loop, in_axes=nn.broadcast, **fields):
-    """`layers` copies of a block as one module, their parameters stacked on a leading axis.
+def scan(
+    block: type[nn.Module], layers: int, loop: Loop, in_axes: Any = nn.broadcast, **fields
+) -> nn.Module:
+    """Stack of blocks as one module, with parameters stacked on a leading axis.
 
-    One compiled body whatever the depth. On platforms of `loop.unroll` one for each block instead:
-    what the backward pass needs stays where it is made, instead of being copied into stacks and out
-    of them again, and the program takes longer to compile.
+    One body is compiled for all blocks. On the platforms of `loop.unroll` each block has its own:
+    compilation takes longer, but values for the backward pass are not copied into stacks and out
+    of them again.
 
     Args:
-        block: takes the running value first, then what `in_axes` says, by default the same values
-            for all blocks.
-        layers: of the stack.
-        loop: see there.
-        in_axes: as for `nn.scan`.
-        **fields: of the block.
+        block: class of the block; a call takes the stream first, then the inputs of `in_axes`.
+        layers: number of blocks.
+        loop: rematerialisation and unrolling.
+        in_axes: as for `nn.scan`; by default all blocks get the same inputs.
+        **fields: constructor arguments of the block.
     """
     if loop.remat != "none":
-        # In a loop nothing can be merged with what was computed before it; unrolled it could.
+        # In a loop the compiler cannot merge the recomputation with the forward pass.
         block = nn.remat(block, prevent_cse=loop.unrolled, policy=REMAT[loop.remat])
     stacked = nn.scan(
         block,
@@ -179,7 +180,7 @@ def scan(block: type[nn.Module], layers: int, loop: Loop, in_axes=nn.broadcast, 
 
 
 class AlignmentMLP(nn.Module):
-    """Three linear layers from decoder width to the teacher's, SiLU between (arXiv:2504.08736)."""
+    """Three linear layers from the decoder's width to the teacher's (arXiv:2504.08736)."""
 
     out: int
     dtype: jnp.dtype = jnp.float32
