@@ -1,4 +1,4 @@
-"""Scalar losses of arrays, float32 whatever the input. Nothing here knows a model or a weight.
+"""Losses as functions of arrays, computed in float32, without models and weights.
 
 Axes: b batch, t tokens or positions, c features, n latent tokens, e codebook width, v codes.
 """
@@ -6,7 +6,7 @@ Axes: b batch, t tokens or positions, c features, n latent tokens, e codebook wi
 import jax
 import jax.numpy as jnp
 
-from gigatok_jax.errors import ConfigError
+from gigatok_jax.errors import one_of
 
 ADVERSARIAL = ("hinge", "vanilla", "non_saturating")
 RECONSTRUCTION = ("l2", "l1")
@@ -26,16 +26,16 @@ def reconstruction(images: jax.Array, reconstructed: jax.Array, kind: str = "l2"
     Raises:
         ConfigError: `kind` is unknown.
     """
-    _check_kind(kind, RECONSTRUCTION)
+    one_of("kind", kind, RECONSTRUCTION)
     difference = _float32(reconstructed) - _float32(images)
     return jnp.mean(jnp.square(difference) if kind == "l2" else jnp.abs(difference))
 
 
 def adversarial_generator(logits_fake: jax.Array, kind: str = "hinge") -> jax.Array:
-    """What the generator minimises, given the discriminator's logits on its output.
+    """Adversarial loss of the generator, from the discriminator's logits on its output.
 
-    "hinge" is -mean(logits) and has no bounds. "non_saturating" is mean(-log D), >= 0. "vanilla"
-    is the minimax form mean(log(1 - D)), <= 0, whose gradient fades while D wins.
+    "hinge" is -mean(logits), without bounds. "non_saturating" is mean(-log D), >= 0. "vanilla" is
+    the minimax form mean(log(1 - D)), <= 0, whose gradient fades while the discriminator wins.
 
     Args:
         logits_fake: float of any shape; D is its sigmoid.
@@ -49,7 +49,7 @@ def adversarial_generator(logits_fake: jax.Array, kind: str = "hinge") -> jax.Ar
 
     Source: hinge arXiv:1705.02894; the others arXiv:1406.2661, eq. 1 and the end of section 3.
     """
-    _check_kind(kind, ADVERSARIAL)
+    one_of("kind", kind, ADVERSARIAL)
     fake = _float32(logits_fake)
     if kind == "hinge":
         return -jnp.mean(fake)
@@ -61,10 +61,10 @@ def adversarial_generator(logits_fake: jax.Array, kind: str = "hinge") -> jax.Ar
 def adversarial_discriminator(
     logits_real: jax.Array, logits_fake: jax.Array, kind: str = "hinge"
 ) -> jax.Array:
-    """What the discriminator minimises: the mean of its two halves, real and fake.
+    """Adversarial loss of the discriminator, the mean of its losses on real and fake images.
 
-    "vanilla" and "non_saturating" differ only in the generator's loss; here both are the cross
-    entropy.
+    "vanilla" and "non_saturating" differ only in the generator's loss: for the discriminator both
+    are the cross-entropy.
 
     Args:
         logits_real: float of any shape, on images.
@@ -79,14 +79,14 @@ def adversarial_discriminator(
 
     Source: as `adversarial_generator`; the factor 1/2 as in arXiv:2012.09841.
     """
-    _check_kind(kind, ADVERSARIAL)
+    one_of("kind", kind, ADVERSARIAL)
     penalty = jax.nn.softplus if kind != "hinge" else lambda x: jax.nn.relu(1.0 + x)
     real, fake = _float32(logits_real), _float32(logits_fake)
     return 0.5 * (jnp.mean(penalty(-real)) + jnp.mean(penalty(fake)))
 
 
 def codebook_loss(rows: jax.Array, inputs: jax.Array) -> jax.Array:
-    """Mean squared distance that moves only the codebook.
+    """Mean squared distance of rows to latents, with a gradient to the codebook alone.
 
     Args:
         rows: f32[b n e], the chosen rows with their gradient to the codebook.
@@ -101,7 +101,9 @@ def codebook_loss(rows: jax.Array, inputs: jax.Array) -> jax.Array:
 
 
 def commitment_loss(rows: jax.Array, inputs: jax.Array) -> jax.Array:
-    """Mean squared distance that moves only the encoder; arguments as `codebook_loss`.
+    """Mean squared distance of rows to latents, with a gradient to the encoder alone.
+
+    Arguments and result as for `codebook_loss`.
 
     Source: arXiv:1711.00937, eq. 3, third term (mean over all elements, without its beta).
     """
@@ -109,14 +111,14 @@ def commitment_loss(rows: jax.Array, inputs: jax.Array) -> jax.Array:
 
 
 def alignment_loss(features: jax.Array, teacher: jax.Array) -> jax.Array:
-    """Minus the mean cosine similarity; no gradient to the teacher.
+    """Minus the mean cosine similarity of features to a teacher's; no gradient to the teacher.
 
     Args:
         features: float[b t c], decoder features after the alignment MLP.
         teacher: float[b t c], features of the frozen teacher at the same positions.
 
     Returns:
-        f32[] in [-1, 1]. Where a feature is zero the cosine counts as 0 with a finite gradient.
+        f32[] in [-1, 1]. A zero feature has cosine 0 and a finite gradient.
 
     Raises:
         ValueError: the shapes differ.
@@ -130,11 +132,11 @@ def alignment_loss(features: jax.Array, teacher: jax.Array) -> jax.Array:
 
 
 def feature_loss(decoded: jax.Array, encoded: jax.Array) -> jax.Array:
-    """Mean squared error of the decoder transformer's output to the CNN encoder's feature.
+    """Mean squared distance of the decoder transformer's output to the CNN encoder's features.
 
     Args:
-        decoded: float[b h w c], what the CNN decoder receives on the full path.
-        encoded: float[b h w c], what it receives on the shortcut path; gets no gradient.
+        decoded: float[b h w c], the CNN decoder's input on the full path.
+        encoded: float[b h w c], the CNN decoder's input on the shortcut path; gets no gradient.
 
     Returns:
         f32[], >= 0.
@@ -173,8 +175,8 @@ def lecam_average(mean: jax.Array, logits: jax.Array, decay: float = 0.99) -> ja
 def cross_entropy(logits: jax.Array, codes: jax.Array) -> jax.Array:
     """Negative log-probability of each code, in nats.
 
-    The code is chosen by comparison, not by index: the gradient then is one pass over the logits,
-    without a scatter.
+    A comparison selects the logit of the code, not an index: the gradient is then one pass over
+    the logits, without a scatter.
 
     Args:
         logits: float[b n v].
@@ -189,8 +191,10 @@ def cross_entropy(logits: jax.Array, codes: jax.Array) -> jax.Array:
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """Rows of norm 1. The squared norm is bounded before the root, so that zero rows have a
-    finite gradient."""
+    """Rows divided by their norm.
+
+    The squared norm is bounded before the root, so that zero rows have a finite gradient.
+    """
     x = _float32(x)
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     return x / jnp.sqrt(jnp.maximum(square, 1e-24))
@@ -198,8 +202,3 @@ def _unit(x: jax.Array) -> jax.Array:
 
 def _float32(x: jax.Array) -> jax.Array:
     return jnp.asarray(x, jnp.float32)
-
-
-def _check_kind(kind: str, known: tuple[str, ...]) -> None:
-    if kind not in known:
-        raise ConfigError(f"loss type {kind!r} is unknown, choose one of {', '.join(known)}")

@@ -1,12 +1,12 @@
-"""Sizes and options of every model: one table, plain ConfigDicts, no jax."""
+"""Sizes and options of every model, as tables and plain ConfigDicts, without jax."""
 
 import math
 
 import ml_collections
 
-from gigatok_jax.errors import ConfigError
+from gigatok_jax.errors import ConfigError, near, one_of
 
-# Transformer sizes: layers, heads, width. "pico" and "nano" are for smoke runs and the demo.
+# Transformer sizes: layers, heads, width. Smoke runs and the demo use "pico" and "nano".
 SIZES = {
     "pico": (3, 2, 64),
     "nano": (4, 4, 128),
@@ -68,8 +68,11 @@ class ModelConfig(ml_collections.FrozenConfigDict):
 def tokenizer(**overrides) -> ml_collections.ConfigDict:
     """Config of a tokenizer; the defaults are the options of the published 1D models.
 
+    Args:
+        **overrides: values of fields, by name.
+
     Raises:
-        ConfigError: an override does not exist or the result cannot be built.
+        ConfigError: a field is unknown, or no such model can be built.
     """
     config = ml_collections.ConfigDict(
         {
@@ -88,10 +91,10 @@ def tokenizer(**overrides) -> ml_collections.ConfigDict:
             "depth_to_space": True,
             "cnn_attention": False,
             "qk_norm": False,
-            "align_block": 3,  # decoder block whose output meets the teacher; 0 is none
+            "align_block": 3,  # decoder block whose output is aligned to the teacher; 0 is none
             "align_width": 768,  # width of the teacher's features
             "image_size": 256,
-            "stem": "cnn",  # "patch" is one linear layer per patch: the demo, not a paper model
+            "stem": "cnn",  # "patch": one linear layer per patch, for the demo, not in the paper
             "cnn_channels": 128,
             "patch_size": 16,  # pixels per token; the CNN halves the image log2 of it times
         }
@@ -100,10 +103,13 @@ def tokenizer(**overrides) -> ml_collections.ConfigDict:
 
 
 def prior(**overrides) -> ml_collections.ConfigDict:
-    """Config of an autoregressive prior; the defaults are the published 111M one.
+    """Config of an autoregressive prior; the defaults are the published prior of 111M parameters.
+
+    Args:
+        **overrides: values of fields, by name; `kv_heads` follows `heads` if it is not among them.
 
     Raises:
-        ConfigError: an override does not exist or the result cannot be built.
+        ConfigError: a field is unknown, or no such model can be built.
     """
     layers, heads, width = PRIORS["prior-B"]
     config = ml_collections.ConfigDict(
@@ -130,18 +136,16 @@ def model_config(name: str, **overrides) -> ml_collections.ConfigDict:
     """Config of a published model: "S-S" ... "XL-XXL", "S-S-2D" ..., "prior-B" ... "prior-7B".
 
     Args:
-        name: one of `TOKENIZERS` or `PRIORS`.
-        **overrides: any field of the config, by keyword.
+        name: a key of `TOKENIZERS` or `PRIORS`.
+        **overrides: values of fields, by name.
 
     Raises:
-        ConfigError: no such model or field, or a combination that cannot be built.
+        ConfigError: the model or a field is unknown, or no such model can be built.
     """
     if name in PRIORS:
         layers, heads, width = PRIORS[name]
         return prior(**{"layers": layers, "heads": heads, "width": width} | overrides)
-    if name not in TOKENIZERS:
-        known = ", ".join(PRIORS if name.startswith("prior-") else [*TOKENIZERS, *PRIORS])
-        raise ConfigError(f"no model {name!r}; there are {known}")
+    one_of("model", name, PRIORS if name.startswith("prior-") else [*TOKENIZERS, *PRIORS])
     encoder, decoder, kind, layer_2d = TOKENIZERS[name]
     fields = {"encoder": encoder, "decoder": decoder, "kind": kind, "layer_2d": layer_2d}
     return tokenizer(**fields | overrides)
@@ -150,7 +154,8 @@ def model_config(name: str, **overrides) -> ml_collections.ConfigDict:
 def _override(config, overrides):
     for name, value in overrides.items():
         if name not in config:
-            raise ConfigError(f"a model has no field {name!r}; it has {', '.join(config)}")
+            hint = near(name, config)
+            raise ConfigError(f"a model has no field {name!r}, only {', '.join(config)}{hint}")
         try:
             config[name] = value
         except TypeError:
@@ -160,37 +165,38 @@ def _override(config, overrides):
     return config
 
 
-def family(model) -> str:
-    """What a model is: "prior", or "tokenizer" of either kind."""
+def family(model: ml_collections.ConfigDict) -> str:
+    """Family of a model: "prior", or "tokenizer" for both the 1D and the 2D kind."""
     return "prior" if model.kind == "prior" else "tokenizer"
 
 
-def grid_size(model) -> int:
-    """Tokens along one side of the image grid."""
+def grid_size(model: ml_collections.ConfigDict) -> int:
+    """Number of tokens along one side of a tokenizer's image grid."""
     return model.image_size // model.patch_size
 
 
-def num_tokens(model) -> int:
-    """Codes of one image."""
+def num_tokens(model: ml_collections.ConfigDict) -> int:
+    """Number of codes that a tokenizer makes of one image."""
     return model.latent_tokens if model.kind == "1d" else grid_size(model) ** 2
 
 
-def validate(model) -> None:
-    """Refuses a tokenizer or prior that cannot be built, with what to change.
+def validate(model: ml_collections.ConfigDict) -> None:
+    """Refuses a tokenizer or prior that cannot be built; the message says what to change.
 
     Raises:
-        ConfigError: an unknown choice, an image that the grid does not fit, latent tokens that
-            the pooled queries cannot make, or heads that do not divide what they share.
+        ConfigError: a choice is unknown, a count is below 1, the image does not fit the grid, the
+            pooled queries cannot have so many latent tokens, or heads do not divide the width.
     """
-    if model.kind == "prior":
-        _validate_prior(model)
-    else:
-        _validate_tokenizer(model)
+    is_prior = family(model) == "prior"
+    for field, choices in (_PRIOR_CHOICES if is_prior else _CHOICES).items():
+        one_of(f"model.{field}", model[field], choices)
+    for field in _PRIOR_COUNTS if is_prior else _COUNTS:
+        if model[field] < 1:
+            raise ConfigError(f"model.{field} is {model[field]}, expected at least 1")
+    (_validate_prior if is_prior else _validate_tokenizer)(model)
 
 
 def _validate_tokenizer(model) -> None:
-    _validate_choices(model, _CHOICES)
-    _validate_counts(model, _COUNTS)
     _validate_grid(model)
     if model.stem == "cnn" and model.cnn_channels % 32:
         raise ConfigError(
@@ -204,21 +210,7 @@ def _validate_tokenizer(model) -> None:
         )
 
 
-def _validate_choices(model, known) -> None:
-    for field, choices in known.items():
-        if model[field] not in choices:
-            raise ConfigError(f"model.{field} is {model[field]!r}, expected one of {choices}")
-
-
-def _validate_counts(model, fields: tuple[str, ...]) -> None:
-    for field in fields:
-        if model[field] < 1:
-            raise ConfigError(f"model.{field} is {model[field]}, expected at least 1")
-
-
 def _validate_prior(model) -> None:
-    _validate_choices(model, _PRIOR_CHOICES)
-    _validate_counts(model, _PRIOR_COUNTS)
     if model.width % model.heads:
         raise ConfigError(
             f"model.width is {model.width}, expected a multiple of the {model.heads} heads"
@@ -256,9 +248,10 @@ def _validate_grid(model) -> None:
 
 
 def pooled_grids(latent_tokens: int) -> list[tuple[int, int]]:
-    """(columns, rows) of each level of pooled queries; their areas sum to `latent_tokens`.
+    """Grid (columns, rows) of each level of pooled queries; the areas sum to `latent_tokens`.
 
-    Levels double, columns first: 1, 1, 2, 4, ...; the first two are both the global mean.
+    The areas are 1, 1, 2, 4, ...: columns double first, and the first two levels are both the mean
+    of the whole image grid.
     """
     levels = int(math.log2(latent_tokens))
     split = [(2 ** ((level + 1) // 2), 2 ** (level // 2)) for level in range(levels)]

@@ -1,25 +1,25 @@
-"""Codes drawn from a prior: guidance over positions, filters, and the loop as one program.
+"""Sampling of codes from a prior: guidance over positions, filters, the loop as one program.
 
 Axes: b batch, n codes of an image, v vocabulary.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gigatok_jax.errors import ConfigError
+from gigatok_jax.errors import ConfigError, one_of
 from gigatok_jax.models import ar, ar_decoding
 
-SEGMENT = (
-    64  # positions that read the same length of the cache; shorter reads less, compiles longer
-)
-NEARLY_ONE = 1.0001  # where a schedule asks for no guidance, as the original has it
-PEAK = 0.5  # of the triangular schedule
+# Positions that read the same length of the cache: fewer of them read less and compile longer.
+SEGMENT = 64
+NEARLY_ONE = 1.0001  # weight without guidance in a schedule with a window, as in the original
+PEAK = 0.5  # position of the triangular schedule's peak
 
-SCHEDULES = {  # share of (scale - 1) at a share `x` of the way, inside or outside the window
+SCHEDULES = {  # share of (scale - 1), by the share `x` of the positions and whether in the window
     "constant": lambda x, inside: np.ones_like(x),
     "linear": lambda x, inside: x,
     "linear_re": lambda x, inside: 1 - x,
@@ -32,7 +32,7 @@ RAISED = ("linear", "linear_re", "triangular")  # the original adds 1e-4 to thes
 
 
 class Draw(NamedTuple):
-    """How a code is drawn from guided logits; arrays, so that other values compile nothing."""
+    """Settings of drawing a code from logits; arrays, so that other values compile no program."""
 
     temperature: jax.Array  # f32[]; 0 takes the most likely code
     top_k: jax.Array  # i32[]; 0 keeps all
@@ -49,22 +49,23 @@ def weights(
 ) -> np.ndarray:
     """Guidance weight of each position.
 
-    The first code always has the whole scale; the schedule runs over the others, the last of which
-    is at 1. "step" and "rectangular" are the same: the scale from `start` to `end`, 1.0001 outside.
-    "cosine" falls from the scale to 1, which the original meant but could not run.
+    The first code always has the whole scale; the schedule runs over the other codes, and ends at
+    the last of them. "step" and "rectangular" are the same: the scale inside the window, 1.0001
+    outside. "cosine" falls from the scale to 1, which the original intends but cannot run.
 
     Args:
         tokens: codes of an image.
-        scale: 1 is no guidance.
+        scale: guidance scale, >= 1; 1 is no guidance.
         schedule: a key of `SCHEDULES`.
-        start, end: window in [0, 1] of "step" and "rectangular"; the other schedules ignore it.
-        interval: positions after this many decoded codes take the condition alone; -1 is never.
+        start, end: window of "step" and "rectangular", shares of the positions in [0, 1]; the
+            other schedules ignore it.
+        interval: number of decoded codes after which guidance ends; -1 is never.
 
     Returns:
-        f32[tokens]; exactly 1 is the condition alone.
+        f32[tokens]; exactly 1 takes the logits with the class alone.
 
     Raises:
-        ConfigError: unknown schedule, a scale under 1 or a window that is none.
+        ConfigError: the schedule is unknown, the scale is below 1, or the window is not in [0, 1].
 
     Source: guided = uncond + (cond - uncond) * weight (arXiv:2207.12598); the original's schedules.
     """
@@ -83,10 +84,8 @@ def weights(
 
 
 def check_guidance(scale: float, schedule: str, start: float, end: float) -> None:
-    """Raises ConfigError, one line, for guidance settings that mean nothing."""
-    if schedule not in SCHEDULES:
-        known = ", ".join(SCHEDULES)
-        raise ConfigError(f"guidance schedule {schedule!r} is unknown, choose one of {known}")
+    """Raises ConfigError unless guidance settings are as `weights` describes them."""
+    one_of("guidance schedule", schedule, SCHEDULES)
     if not 1 <= scale < float("inf"):
         raise ConfigError(f"guidance scale is {scale}, expected 1 (no guidance) or more")
     if not 0 <= start <= end <= 1:
@@ -97,10 +96,15 @@ def check_guidance(scale: float, schedule: str, start: float, end: float) -> Non
 
 
 def make_draw(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Draw:
-    """Checked settings of a draw.
+    """Makes the settings of a draw.
+
+    Args:
+        temperature: divisor of the logits, >= 0; 0 takes the most likely code.
+        top_k: number of codes that are kept, >= 0; 0 keeps all.
+        top_p: probability of the codes that are kept, in (0, 1]; 1 keeps all.
 
     Raises:
-        ConfigError: a value outside its range.
+        ConfigError: a value is outside its range.
     """
     if not 0 <= temperature < float("inf"):
         raise ConfigError(f"temperature is {temperature}, expected 0 (most likely code) or more")
@@ -112,9 +116,9 @@ def make_draw(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> D
 
 
 def filtered(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Logits with -inf where top-k, then top-p of what is left, drop a code.
+    """Logits f32[b v] with -inf for the codes that top-k, and then top-p of the rest, drop.
 
-    Codes that tie with the last one kept stay. Top-p keeps the code that crosses the threshold.
+    Codes as likely as the last kept code stay. Top-p keeps the code that crosses the threshold.
 
     Args:
         logits: f32[b v], after the temperature.
@@ -127,7 +131,7 @@ def filtered(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array
     size = logits.shape[-1]
     kept = jnp.where(top_k > 0, jnp.minimum(top_k, size), size)
     falling = jnp.where(jnp.arange(size) < kept, falling, -jnp.inf)
-    # The sum before each code: the code that crosses the threshold is kept, the first one always.
+    # The sum before each code: the code that crosses the threshold is kept, the first code always.
     probability = jax.nn.softmax(falling, axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
     inside = (before <= top_p) | (top_p >= 1)
@@ -136,9 +140,9 @@ def filtered(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array
 
 
 def draw(logits: jax.Array, keys: jax.Array, position, settings: Draw, filters: bool) -> jax.Array:
-    """One code of each image: f32[b v], keys[b] -> i32[b].
+    """Draws one code for each image: logits f32[b v], keys[b] -> i32[b].
 
-    The draw of an image depends on its key and the position alone, never on its neighbours.
+    The draw of an image depends on its key and position alone, not on other images of the batch.
     """
     cold = settings.temperature == 0
     logits = logits / jnp.where(cold, 1.0, settings.temperature)
@@ -153,7 +157,7 @@ def draw(logits: jax.Array, keys: jax.Array, position, settings: Draw, filters: 
 
 
 def guide(logits: jax.Array, weight: jax.Array) -> jax.Array:
-    """f32[2b v], each image with and then without its class -> f32[b v]."""
+    """Guided logits f32[b v], from f32[2b v]: each image with and then without its class."""
     with_class, without = jnp.moveaxis(logits.reshape(-1, 2, logits.shape[-1]), 1, 0)
     guided = without + (with_class - without) * weight
     return jnp.where(weight == 1, with_class, guided)
@@ -162,7 +166,7 @@ def guide(logits: jax.Array, weight: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnames=("prior", "guided", "filters"))
 def generate(
     prior: ar.Prior,
-    params,
+    params: Mapping[str, Any],
     class_ids: jax.Array,
     image_ids: jax.Array,
     rng: jax.Array,
@@ -172,26 +176,28 @@ def generate(
     guided: bool,
     filters: bool,
 ) -> jax.Array:
-    """Codes of a batch: the whole loop is one program.
+    """Samples the codes of a batch; the loop over positions is one program.
 
     Args:
-        prior: made without dropouts.
-        params: of the prior.
+        prior: module without dropouts.
+        params: parameters of the prior.
         class_ids: i32[b] in [0, classes].
-        image_ids: i32[b], names of the draws: the same key and id give the same image.
+        image_ids: i32[b]; the same key, image id and class give the same image in any batch.
         rng: key of the seed.
         weight: f32[n], from `weights`.
         settings: from `make_draw`.
-        guided: False leaves out the pass without the class; every weight is then taken as 1.
+        guided: False leaves out the pass without the class; every weight then counts as 1.
         filters: whether top-k or top-p can drop anything.
 
     Returns:
         i32[b n] in [0, vocab).
     """
-    params = _for_decoding(prior, params)
+    # Each step reads all parameters: apart by block, and matrices in the compute type already.
+    params = params | {"blocks": ar_decoding.unstack(params["blocks"])}
+    params = jax.tree.map(lambda x: x.astype(prior.dtype) if x.ndim > 1 else x, params)
     keys = jax.vmap(lambda image: jax.random.fold_in(rng, image))(image_ids)
     rows = class_ids
-    if guided:  # neighbours in one batch, so that splitting it keeps them together
+    if guided:  # both rows of an image are neighbours, so that splitting keeps them together
         rows = jnp.stack([class_ids, jnp.full_like(class_ids, prior.classes)], 1).reshape(-1)
 
     def choose(logits, position):
@@ -200,9 +206,9 @@ def generate(
 
     def step(carry, position, *, read):
         codes, cache = carry
-        given = jnp.repeat(codes, 2) if guided else codes
+        inputs = jnp.repeat(codes, 2) if guided else codes
         place = ar.Place(position, read)
-        logits, cache = ar_decoding.decode_step(prior, params, given, cache, place)
+        logits, cache = ar_decoding.decode_step(prior, params, inputs, cache, place)
         codes = choose(logits, position)
         return (codes, cache), codes
 
@@ -210,16 +216,10 @@ def generate(
         prior, params, rows, ar_decoding.empty_cache(prior, len(rows))
     )
     first = choose(logits, jnp.int32(0))
-    parts, carry = [first[None]], (first, cache)
+    segments, carry = [first[None]], (first, cache)
     for start in range(0, prior.tokens, SEGMENT):
         end = min(start + SEGMENT, prior.tokens)
         positions = jnp.arange(max(start, 1), end)
         carry, codes = jax.lax.scan(functools.partial(step, read=end), carry, positions)
-        parts.append(codes)
-    return jnp.concatenate(parts).T  # [b n]
-
-
-def _for_decoding(prior: ar.Prior, params):
-    """One tree per block, matrices in the compute type: what each of the steps reads whole."""
-    split = params | {"blocks": ar_decoding.unstack(params["blocks"])}
-    return jax.tree.map(lambda x: x.astype(prior.dtype) if x.ndim > 1 else x, split)
+        segments.append(codes)
+    return jnp.concatenate(segments).T  # [b n]

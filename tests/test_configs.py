@@ -156,7 +156,7 @@ def test_small_priors_need_no_tokenizer(arg):
 
 
 def test_a_prior_of_no_known_size_is_refused():
-    with pytest.raises(errors.ConfigError, match=r"no model 'prior-S'; there are .*prior-B"):
+    with pytest.raises(errors.ConfigError, match=r"model is 'prior-S', expected one of prior-B"):
         get("ar", "size=s")
 
 

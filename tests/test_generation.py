@@ -237,7 +237,10 @@ def test_killed_at_random_nothing_is_lost_doubled_or_half_written(models, tmp_pa
         ({"cfg": {"start": -0.1}}, "guidance window is -0.1 to 1.0, expected 0 <= start"),
         ({"cfg": {"end": 1.1}}, "guidance window is 0.18 to 1.1"),
         ({"cfg": {"start": 0.8, "end": 0.2}}, "guidance window is 0.8 to 0.2"),
-        ({"cfg": {"schedule": "sigmoid"}}, "guidance schedule 'sigmoid' is unknown, choose one"),
+        (
+            {"cfg": {"schedule": "sigmoid"}},
+            "guidance schedule is 'sigmoid', expected one of constant",
+        ),
         ({"cfg": {"interval": -2}}, "cfg.interval is -2, expected -1 or more"),
         ({"num_images": -1}, "num_images is -1, expected 0 or more"),
         ({"batch": 0}, "batch is 0, expected 1 or more"),

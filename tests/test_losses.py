@@ -134,7 +134,7 @@ def test_bfloat16_inputs_are_reduced_in_float32():
 
 
 def test_unknown_kinds_are_named():
-    with pytest.raises(ConfigError, match="'l3' is unknown"):
+    with pytest.raises(ConfigError, match="kind is 'l3', expected one of l2, l1"):
         losses.reconstruction(jnp.zeros(3), jnp.zeros(3), "l3")
     with pytest.raises(ConfigError, match="non_saturating"):
         losses.adversarial_generator(jnp.zeros(3), "wasserstein")

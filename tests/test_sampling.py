@@ -265,7 +265,7 @@ def test_codes_are_the_same_for_any_batch_and_mesh():
         ({"top_k": -1}, "top_k is -1"),
         ({"temperature": -0.5}, "temperature is -0.5"),
         ({"cfg_scale": 0.5}, "guidance scale is 0.5, expected 1"),
-        ({"cfg_schedule": "sigmoid"}, "guidance schedule 'sigmoid' is unknown, choose one of"),
+        ({"cfg_schedule": "sigmoid"}, "guidance schedule is 'sigmoid', expected one of"),
         ({"cfg_start": -0.1}, "guidance window is -0.1 to 1.0"),
         ({"cfg_start": 0.8, "cfg_end": 0.2}, "guidance window is 0.8 to 0.2"),
     ],

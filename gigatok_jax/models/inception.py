@@ -1,8 +1,8 @@
-"""Inception V3 as metrics of generated images read it. Axes: b batch, h w position, c channel.
+"""Inception V3 for metrics of generated images. Axes: b batch, h w position, c channel.
 
-The network of 2015 that FID is defined by, not the later one of the same name: its average pooling
-leaves out the padding, and its last block pools by the maximum. Blocks and layers have the names
-that torch-fidelity gives them, since its file brings the weights.
+FID is defined by the network of 2015, not by the later one of the same name: its average pooling
+leaves out the padding, and its last block pools by the maximum. Blocks and layers are named as in
+torch-fidelity, whose file holds the weights.
 """
 
 from typing import NamedTuple
@@ -12,37 +12,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SIZE = 299  # pixels a side of what the network sees
+SIZE = 299  # side of the network's input in pixels
 CLASSES = 1008
 SPATIAL = 7  # channels of the spatial features
 
 
 class Features(NamedTuple):
-    pool: jax.Array  # f32[b 2048], of FID, precision and recall
-    spatial: jax.Array  # f32[b 17 17 7], of sFID
+    pool: jax.Array  # f32[b 2048], for FID, precision and recall
+    spatial: jax.Array  # f32[b 17 17 7], for sFID
     logits: jax.Array  # f32[b 1008]
-    unbiased: jax.Array  # f32[b 1008], logits without the bias, of the Inception score
+    unbiased: jax.Array  # f32[b 1008], logits without the bias, for the Inception score
 
 
 def resize(images: jax.Array, size: int = SIZE) -> jax.Array:
-    """f32[b size size c] of float[b h w c] as TensorFlow 1 resized: no antialiasing, no half pixel.
+    """Bilinear resize as in TensorFlow 1, without antialiasing: float[b h w c] -> f32[b s s c].
 
-    Pixel i of the result lies at i * h / size of the image; beyond the last pixel it repeats.
+    Pixel i of the result lies at i * h / size in the image, without an offset of half a pixel;
+    beyond the last pixel the image repeats it.
     """
     images = images.astype(jnp.float32)
     for axis in (1, 2):
-        here, there, share = _neighbours(images.shape[axis], size)
-        low, high = jnp.take(images, here, axis), jnp.take(images, there, axis)
-        share = share.reshape([-1 if i == axis else 1 for i in range(4)])
-        images = low + (high - low) * share
+        source = images.shape[axis]
+        position = np.arange(size, dtype=np.float32) * np.float32(source / size)
+        index = position.astype(int)
+        weight = (position - index.astype(np.float32)).reshape(
+            [-1 if i == axis else 1 for i in range(4)]
+        )
+        low = jnp.take(images, index, axis)
+        high = jnp.take(images, np.minimum(index + 1, source - 1), axis)
+        images = low + (high - low) * weight
     return images
-
-
-def _neighbours(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each position: the pixel at or before it, the next one, and the share of that."""
-    at = np.arange(target, dtype=np.float32) * np.float32(source / target)
-    low = at.astype(int)
-    return low, np.minimum(low + 1, source - 1), at - low.astype(np.float32)
 
 
 class ConvNorm(nn.Module):
@@ -86,7 +85,7 @@ def _join(*branches: jax.Array) -> jax.Array:
 
 
 class BlockA(nn.Module):
-    """35 x 35: kernels of 1, 5, and 3 twice."""
+    """Block at 35 x 35: kernels of 1, of 5, and of 3 twice."""
 
     pool_width: int
 
@@ -103,7 +102,7 @@ class BlockA(nn.Module):
 
 
 class BlockB(nn.Module):
-    """35 x 35 to 17 x 17."""
+    """Block from 35 x 35 to 17 x 17."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -115,7 +114,7 @@ class BlockB(nn.Module):
 
 
 class BlockC(nn.Module):
-    """17 x 17: kernels of 1, and 7 x 7 as rows and columns, once and twice."""
+    """Block at 17 x 17: kernels of 1, and 7 x 7 as rows and columns, once and twice."""
 
     width: int
 
@@ -136,7 +135,7 @@ class BlockC(nn.Module):
 
 
 class BlockD(nn.Module):
-    """17 x 17 to 8 x 8."""
+    """Block from 17 x 17 to 8 x 8."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -150,7 +149,7 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
-    """8 x 8: kernels of 1, and 3 x 3 as a row beside a column."""
+    """Block at 8 x 8: kernels of 1, and 3 x 3 as a row beside a column."""
 
     max_pool: bool
 
@@ -171,14 +170,14 @@ class BlockE(nn.Module):
 
 
 class Inception(nn.Module):
-    """Features of images for FID, sFID, Inception score, precision and recall.
+    """Network whose features FID, sFID, Inception score, precision and recall compare.
 
-    Source: arXiv:1512.00567; weights of 2015-12-05, read out as in arXiv:1706.08500.
+    Source: arXiv:1512.00567; weights of 2015-12-05, layers as in arXiv:1706.08500.
     """
 
     @nn.compact
     def __call__(self, images: jax.Array) -> Features:
-        """Features of uint8[b h w 3], or of float[b h w 3] in [0, 255]; any size."""
+        """Features of images of any size, uint8[b h w 3] or float[b h w 3] in [0, 255]."""
         x = (resize(images) - 128) / 128  # [b 299 299 3]
         x = ConvNorm(32, (3, 3), 2, "VALID", name="Conv2d_1a_3x3")(x)
         x = ConvNorm(32, (3, 3), 1, "VALID", name="Conv2d_2a_3x3")(x)
@@ -190,15 +189,12 @@ class Inception(nn.Module):
         x = BlockB(name="Mixed_6a")(x)  # [b 17 17 768]
         for name, width in (("6b", 128), ("6c", 160), ("6d", 160)):
             x = BlockC(width, name=f"Mixed_{name}")(x)
-        spatial = x[..., :SPATIAL]  # of its first branch, "mixed_6/conv" in TensorFlow's graph
+        spatial = x[..., :SPATIAL]  # from the first branch, "mixed_6/conv" in TensorFlow's graph
         x = BlockC(192, name="Mixed_6e")(x)
         x = BlockD(name="Mixed_7a")(x)  # [b 8 8 1280]
         x = BlockE(False, name="Mixed_7b")(x)
         x = BlockE(True, name="Mixed_7c")(x)  # [b 8 8 2048]
-        return self._read(x.mean((1, 2)), spatial)
-
-    def _read(self, pool: jax.Array, spatial: jax.Array) -> Features:
-        """The last layer: f32[b 2048] -> logits."""
+        pool = x.mean((1, 2))  # [b 2048]
         shape = (pool.shape[-1], CLASSES)
         kernel = self.param("fc_kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("fc_bias", nn.initializers.zeros, (CLASSES,))

@@ -13,14 +13,14 @@ _SCALE = np.array([0.458, 0.448, 0.450], np.float32)
 
 
 class VGG16(nn.Module):
-    """The convolutions of VGG16 (arXiv:1409.1556); returns the output of each stage."""
+    """Convolutions of VGG16 (arXiv:1409.1556), with the output of each of the five stages."""
 
     widths: tuple[int, ...] = WIDTHS
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> list[jax.Array]:
-        """Five maps [b h w c], [b h/2 w/2 c], ... after ReLU, of scaled images [b h w 3]."""
+        """Scaled images f[b h w 3] -> five maps after ReLU, f[b h w c], f[b h/2 w/2 c], ..."""
         stages = []
         for i, (width, depth) in enumerate(zip(self.widths, DEPTHS, strict=True), start=1):
             if i > 1:
@@ -33,22 +33,22 @@ class VGG16(nn.Module):
 
 
 def unit_channels(x: jax.Array) -> jax.Array:
-    """f32[b h w c] with channels divided by their length plus 1e-10.
+    """Features f[b h w c] divided by their length over channels plus 1e-10, f32[b h w c].
 
-    The original's gradient is not finite where every channel is zero (the root of zero);
-    here such a position has value and gradient zero.
+    Where every channel is zero, value and gradient are zero; the gradient of the original is not
+    finite there (the root of zero).
     """
     x = x.astype(jnp.float32)
     square = jnp.square(x).sum(-1, keepdims=True)  # [b h w 1]
-    some = square > 0
-    length = jnp.sqrt(jnp.where(some, square, 1.0))
-    return jnp.where(some, x / (length + 1e-10), 0.0)
+    nonzero = square > 0
+    length = jnp.sqrt(jnp.where(nonzero, square, 1.0))
+    return jnp.where(nonzero, x / (length + 1e-10), 0.0)
 
 
 class LPIPS(nn.Module):
     """Learned perceptual distance of two images, version 0.1 with VGG16.
 
-    Differs from the training code of the original in having no dropout before the heads.
+    Unlike the training code of the original it has no dropout before the heads.
 
     Source: arXiv:1801.03924.
     """
@@ -64,13 +64,13 @@ class LPIPS(nn.Module):
         ]
 
     def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
-        """Distance f32[b] >= 0 of images float[b h w 3] in [-1, 1], h and w at least 16."""
-        # Two passes: the images that need no gradient then keep no activations.
+        """Distances f32[b], >= 0, of images float[b h w 3] in [-1, 1], h and w at least 16."""
+        # Two passes, so that images without a gradient keep no activations.
         pairs = zip(self.features(a), self.features(b), self.heads, strict=True)
         return sum(_stage_distance(x, y, head) for x, y, head in pairs)
 
     def features(self, images: jax.Array) -> list[jax.Array]:
-        """VGG16 stages of float[b h w 3] in [-1, 1] after the scaling layer."""
+        """Outputs of the five VGG16 stages for images float[b h w 3] in [-1, 1]."""
         return self.vgg((images.astype(jnp.float32) - _SHIFT) / _SCALE)
 
 

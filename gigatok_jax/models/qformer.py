@@ -1,4 +1,7 @@
-"""Q-Formers: a 2D grid to 1D latent tokens and back. Axes: b batch, m grid, n latents, c width."""
+"""Q-Formers between a 2D grid and 1D latent tokens.
+
+Axes: b batch, h w image grid, n latent tokens, c width, t width of the teacher.
+"""
 
 from typing import NamedTuple
 
@@ -13,22 +16,26 @@ from gigatok_jax.models.layers import dense, layer_norm, position_init
 
 
 class Encoded(NamedTuple):
-    tokens: jax.Array  # f[b n c], after the last norm: what encoder probing uses
+    """Output of an encoder's transformer."""
+
+    tokens: jax.Array  # f[b n c], after the last norm, for probing the encoder
     projected: jax.Array  # f[b n 256]
 
 
 class Decoded(NamedTuple):
+    """Output of a decoder's transformer."""
+
     tapped: jax.Array | None  # f[b hw c], output of the alignment block
-    aligned: jax.Array | None  # f[b hw t], the same through the alignment MLP
+    aligned: jax.Array | None  # f[b hw t], output of the alignment MLP for it
     features: jax.Array  # f[b h w 256], for the CNN decoder
 
 
 def pooled_queries(grid: jax.Array, latent_tokens: int) -> jax.Array:
-    """Average-pooled tokens from coarse to fine.
+    """Tokens average-pooled from a grid, from coarse to fine.
 
     Args:
         grid: f[b h w c].
-        latent_tokens: a power of two; levels of 1, 1, 2, 4, ... tokens sum to it.
+        latent_tokens: a power of two, the sum of levels with 1, 1, 2, 4, ... tokens.
 
     Returns:
         f[b latent_tokens c]; tokens 0 and 1 are both the mean of the grid.
@@ -42,20 +49,20 @@ def pooled_queries(grid: jax.Array, latent_tokens: int) -> jax.Array:
 
 
 class QFormerEncoder(nn.Module):
-    """Queries that start as pooled features and read the feature grid."""
+    """Encoder to latent tokens: queries, by default pooled features, attend to the feature grid."""
 
     layers: int
     heads: int
     width: int
     latent_tokens: int = 256
-    query_init: str = "multi_level"  # "mean": the global mean for all; "learnable": parameters
+    query_init: str = "multi_level"  # "mean": the grid's mean for all; "learnable": parameters
     qk_norm: bool = False
     loop: layers.Loop = layers.SCANNED
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, features: jax.Array) -> Encoded:
-        """f[b h w 256] -> tokens f[b n c] and f[b n 256]."""
+        """Features f[b h w 256] -> tokens f[b n c] and their projection f[b n 256]."""
         b, h, w, _ = features.shape
         memory = dense(self.width, self.dtype, "embed")(layer_norm(self.dtype, "norm_in")(features))
         x = self.queries(memory)  # [b n c]
@@ -74,7 +81,7 @@ class QFormerEncoder(nn.Module):
         return self.param(name, position_init, (length, self.width)).astype(self.dtype)
 
     def queries(self, grid: jax.Array) -> jax.Array:
-        """f[b h w c] -> f[b n c]."""
+        """Start of the queries, f[b n c], for a grid f[b h w c]."""
         shape = (grid.shape[0], self.latent_tokens, self.width)
         if self.query_init == "learnable":
             return jnp.broadcast_to(self.positions("queries", self.latent_tokens), shape)
@@ -87,13 +94,13 @@ class QFormerEncoder(nn.Module):
 
 
 class QFormerDecoder(nn.Module):
-    """Grid queries that read the latent tokens; an early block is tapped for the alignment."""
+    """Decoder from latent tokens: grid queries attend to them; an early block has a tap."""
 
     layers: int
     heads: int
     width: int
     grid: int  # tokens along one side of the image grid
-    query_init: str = "first"  # the first latent token everywhere; "learnable": parameters
+    query_init: str = "first"  # every query is the first latent token; "learnable": parameters
     qk_norm: bool = False
     align_block: int = 3
     align_width: int = 768
@@ -102,7 +109,7 @@ class QFormerDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, latents: jax.Array) -> Decoded:
-        """f[b n 256] -> features f[b h w 256] and what the alignment needs."""
+        """Latents f[b n 256] -> features f[b h w 256], and the tapped ones for the alignment."""
         b, n, _ = latents.shape
         memory = dense(self.width, self.dtype, "embed")(layer_norm(self.dtype, "norm_in")(latents))
         x = self.queries(memory)
@@ -118,18 +125,28 @@ class QFormerDecoder(nn.Module):
         return self.param(name, position_init, (length, self.width)).astype(self.dtype)
 
     def queries(self, memory: jax.Array) -> jax.Array:
-        """f[b n c] -> f[b hw c]."""
+        """Start of the queries, f[b hw c], for a memory f[b n c]."""
         shape = (memory.shape[0], self.grid**2, self.width)
         if self.query_init == "learnable":
             return jnp.broadcast_to(self.positions("queries", self.grid**2), shape)
         return jnp.broadcast_to(memory[:, :1], shape)
 
 
-def run_tapped(decoder: nn.Module, block, fields: dict, x: jax.Array, context: tuple):
-    """All blocks of a decoder as two scans with the alignment tap between them.
+def run_tapped(
+    decoder: nn.Module, block: type[nn.Module], fields: dict, x: jax.Array, context: tuple
+) -> tuple[jax.Array | None, jax.Array | None, jax.Array]:
+    """Runs all blocks of a decoder, as two scans with the alignment tap between them.
+
+    Args:
+        decoder: module with the fields layers, align_block, align_width, loop and dtype.
+        block: class of the blocks.
+        fields: constructor arguments of a block.
+        x: f[b hw c], the stream before the first block.
+        context: further inputs, the same for all blocks.
 
     Returns:
-        (tapped f[b hw c] | None, aligned f[b hw t] | None, f[b hw c] after the last block).
+        The stream at the tap f[b hw c] and the alignment MLP's output f[b hw t], both None without
+        alignment, and the stream after the last block f[b hw c].
     """
     tapped = aligned = None
     if decoder.align_block:
@@ -146,6 +163,6 @@ def run_tapped(decoder: nn.Module, block, fields: dict, x: jax.Array, context: t
 
 
 def grid_out(decoder: nn.Module, x: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
-    """f[b hw c] -> f[b h w 256]: norm and a 3x3 convolution on the grid."""
+    """Features for the CNN decoder by a norm and a 3x3 convolution: f[b hw c] -> f[b h w 256]."""
     x = layer_norm(decoder.dtype, "norm_out")(x).reshape(*shape, x.shape[-1])
     return conv(TOKEN_WIDTH, decoder.dtype, "conv_out")(x)

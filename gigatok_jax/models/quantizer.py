@@ -30,11 +30,11 @@ class VectorQuantizer(nn.Module):
         self.codebook = self.param("codebook", init, (self.codebook_size, self.codebook_width))
 
     def table(self) -> jax.Array:
-        """The rows as they are used: f32[k e]."""
+        """Codebook f32[k e] as codes refer to it: unit rows if `l2_norm`."""
         return quantize.unit(self.codebook) if self.l2_norm else self.codebook
 
     def __call__(self, z: jax.Array) -> Quantized:
-        """f[b n e] -> codes and what the losses need."""
+        """Latents f[b n e] -> codes, quantized latents, and the inputs of the losses."""
         if z.shape[-1] != self.codebook_width:
             raise ValueError(f"latents are {z.shape[-1]} wide, expected {self.codebook_width}")
         table = self.table()
@@ -46,5 +46,5 @@ class VectorQuantizer(nn.Module):
         return Quantized(inputs=z, latents=join(z, rows), rows=rows, codes=codes)
 
     def lookup(self, codes: jax.Array) -> jax.Array:
-        """i32[b n] -> f32[b n e], the exact rows."""
+        """Codes i32[b n] -> their exact rows f32[b n e]."""
         return self.table()[codes]

@@ -1,4 +1,8 @@
-"""The tokenizer: images to codes and back. Axes: b batch, n latent tokens, h w image grid."""
+"""The tokenizer: images to codes and back.
+
+Axes: b batch, H W pixels, h w image grid, n latent tokens, c width, e codebook width, t teacher's
+width.
+"""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,16 +20,20 @@ from gigatok_jax.ops.image import to_pixels
 
 
 class Encoding(NamedTuple):
-    features: jax.Array  # f[b h w 256], of the CNN
-    tokens: jax.Array  # f[b n c], of the transformer after its last norm
+    """Every stage from an image to its codes."""
+
+    features: jax.Array  # f[b h w 256], from the CNN
+    tokens: jax.Array  # f[b n c], from the transformer after its last norm
     projected: jax.Array  # f[b n 256]
     latents: jax.Array  # f[b n e], before quantization
     quantized: Quantized
 
 
 class Decoding(NamedTuple):
+    """Every stage from quantized latents to an image."""
+
     tapped: jax.Array | None  # f[b hw c], output of the alignment block
-    aligned: jax.Array | None  # f[b hw t], the same through the alignment MLP
+    aligned: jax.Array | None  # f[b hw t], output of the alignment MLP for it
     features: jax.Array  # f[b h w 256], for the CNN
     images: jax.Array  # f32[b H W 3], nominally in [-1, 1]
 
@@ -47,38 +55,42 @@ class Tokenizer(nn.Module):
         self.post_quant = nn.Dense(TOKEN_WIDTH, dtype=self.dtype, kernel_init=out, bias_init=out)
 
     def encode(self, images: jax.Array) -> Encoding:
-        """f[b H W 3] in [-1, 1] -> everything from features to codes."""
+        """Images f[b H W 3] in [-1, 1] -> every stage from features to codes."""
         features = self.cnn_encoder(images.astype(self.dtype))
         encoded = self.encoder(features)
         latents = self.pre_quant(encoded.projected)
         return Encoding(features, *encoded, latents, self.quantizer(latents))
 
     def decode(self, latents: jax.Array) -> Decoding:
-        """f[b n e], quantized latents -> image and the features on the way."""
+        """Quantized latents f[b n e] -> images, and the features before them."""
         decoded = self.decoder(self.post_quant(latents.astype(self.dtype)))
         return Decoding(*decoded, self.decode_features(decoded.features))
 
     def decode_features(self, features: jax.Array) -> jax.Array:
-        """f[b h w 256] -> f32[b H W 3]: the CNN decoder alone, also the shortcut of training."""
+        """Features f[b h w 256] -> images f32[b H W 3], by the CNN decoder alone."""
         return self.cnn_decoder(features).astype(jnp.float32)
 
     def decode_codes(self, codes: jax.Array) -> Decoding:
-        """i32[b n] -> image and the features on the way."""
+        """Codes i32[b n] -> images, and the features before them."""
         return self.decode(self.quantizer.lookup(codes))
 
     def __call__(self, images: jax.Array) -> tuple[Encoding, Decoding]:
-        """The whole journey; also creates every parameter."""
+        """Encodes and decodes images f[b H W 3] in [-1, 1]; `init` creates every parameter."""
         encoding = self.encode(images)
         return encoding, self.decode(encoding.quantized.latents)
 
 
-def make(model, dtype=jnp.float32, loop: layers.Loop = layers.SCANNED) -> Tokenizer:
-    """The module of a config from `model_config`.
+def make(
+    model: ml_collections.ConfigDict,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    loop: layers.Loop = layers.SCANNED,
+) -> Tokenizer:
+    """Makes the module of a tokenizer's config.
 
     Args:
-        model: ConfigDict of a tokenizer.
+        model: config of a tokenizer, from `model_config`.
         dtype: compute type; parameters are float32.
-        loop: of the transformers' blocks; `remat="full"` is for the CNN too.
+        loop: how the transformers' blocks are compiled; `remat="full"` holds for the CNN too.
     """
     shared = {"dtype": dtype, "loop": loop}
     encoder = dict(zip(("layers", "heads", "width"), SIZES[model.encoder], strict=True))
@@ -92,21 +104,20 @@ def make(model, dtype=jnp.float32, loop: layers.Loop = layers.SCANNED) -> Tokeni
         encoder |= {"latent_tokens": model.latent_tokens, "query_init": model.query_init}
         decoder |= {"query_init": model.decoder_query_init}
         shared |= {"qk_norm": model.qk_norm}
-        parts = (
-            qformer.QFormerEncoder(**encoder, **shared),
-            qformer.QFormerDecoder(**decoder, **shared),
-        )
+        classes = qformer.QFormerEncoder, qformer.QFormerDecoder
     else:
         shared |= {"layer": model.layer_2d}
-        parts = vit2d.Encoder2D(**encoder, **shared), vit2d.Decoder2D(**decoder, **shared)
+        classes = vit2d.Encoder2D, vit2d.Decoder2D
     stem_in, stem_out = _stems(model, dtype, loop.remat == "full")
     quantizer = VectorQuantizer(
         model.codebook_size, model.codebook_width, model.l2_norm, model.rotation
     )
-    return Tokenizer(stem_in, parts[0], quantizer, parts[1], stem_out, dtype)
+    encoder, decoder = classes[0](**encoder, **shared), classes[1](**decoder, **shared)
+    return Tokenizer(stem_in, encoder, quantizer, decoder, stem_out, dtype)
 
 
 def _stems(model, dtype, remat: bool) -> tuple[nn.Module, nn.Module]:
+    """Modules between pixels and the feature grid: encoder and decoder."""
     if model.stem == "patch":
         return cnn.PatchEncoder(model.patch_size, dtype), cnn.PatchDecoder(model.patch_size, dtype)
     fields = {

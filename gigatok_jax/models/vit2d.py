@@ -1,4 +1,4 @@
-"""Transformers of the 2D tokenizers, one token per patch. Axes: b batch, m grid, c width."""
+"""Transformers of the 2D tokenizers, one token per patch. Axes: b batch, h w grid, c width."""
 
 import flax.linen as nn
 import jax
@@ -11,19 +11,19 @@ from gigatok_jax.models.qformer import Decoded, Encoded, grid_out, run_tapped
 
 
 def _start(module: nn.Module, x: jax.Array):
-    """Embedded tokens, the block, its fields and what all its layers share."""
+    """Embedded tokens, class of the block, its constructor arguments, and its shared inputs."""
     x = dense(module.width, module.dtype, "embed")(layer_norm(module.dtype, "norm_in")(x))
     positions = module.param("positions", position_init, (x.shape[1], module.width))
     positions = positions.astype(module.dtype)
     fields = {"heads": module.heads, "dtype": module.dtype}
     if module.layer == "transformer":
         return x + positions, layers.TransformerBlock, fields, ()
-    # The memory is each block's own input, so nothing is shared in its place.
+    # The memory of each block is its own input: the shared memory is None.
     return x, layers.QFormerBlock, fields | {"own_memory": True}, (None, positions, positions)
 
 
 class Encoder2D(nn.Module):
-    """Grid features to one token per patch."""
+    """Encoder from grid features to one token per patch."""
 
     layers: int
     heads: int
@@ -34,7 +34,7 @@ class Encoder2D(nn.Module):
 
     @nn.compact
     def __call__(self, features: jax.Array) -> Encoded:
-        """f[b h w 256] -> tokens f[b hw c] and f[b hw 256]."""
+        """Features f[b h w 256] -> tokens f[b hw c] and their projection f[b hw 256]."""
         b, h, w, c = features.shape
         x, block, fields, context = _start(self, features.reshape(b, h * w, c))
         x, _ = layers.scan(block, self.layers, self.loop, name="blocks", **fields)(x, *context)
@@ -43,7 +43,7 @@ class Encoder2D(nn.Module):
 
 
 class Decoder2D(nn.Module):
-    """One token per patch back to grid features."""
+    """Decoder from one token per patch to grid features."""
 
     layers: int
     heads: int
@@ -57,7 +57,7 @@ class Decoder2D(nn.Module):
 
     @nn.compact
     def __call__(self, latents: jax.Array) -> Decoded:
-        """f[b hw 256] -> features f[b h w 256] and what the alignment needs."""
+        """Latents f[b hw 256] -> features f[b h w 256], and the tapped ones for the alignment."""
         x, block, fields, context = _start(self, latents)
         tapped, aligned, x = run_tapped(self, block, fields, x, context)
         return Decoded(tapped, aligned, grid_out(self, x, (x.shape[0], self.grid, self.grid)))
