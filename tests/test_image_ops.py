@@ -58,7 +58,7 @@ def test_teacher_input_has_the_normalisation_of_its_teacher():
     for teacher, (mean, deviation) in image.NORMALISATION.items():
         seen = np.asarray(image.teacher_input(x, teacher, size=64))  # the same size: no resize
         np.testing.assert_allclose((seen * deviation + mean) * 2 - 1, x, atol=1e-5)
-    with pytest.raises(errors.ConfigError, match="'vgg' is unknown"):
+    with pytest.raises(errors.ConfigError, match="teacher is 'vgg', expected one of dinov2"):
         image.teacher_input(x, "vgg")
 
 

@@ -1,1 +1,1 @@
-"""Metrics as pure functions, and the tasks that compute them."""
+"""Metrics as pure functions, and the tasks that evaluate models and generate images."""

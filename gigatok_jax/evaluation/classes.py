@@ -1,4 +1,4 @@
-"""Names of classes, and text that names some of them: "207", "0-9", "all", "panda"."""
+"""Names of classes, and class ids from text such as "207", "0-9", "all" or "panda"."""
 
 import difflib
 import functools
@@ -8,34 +8,30 @@ from importlib import resources
 
 from gigatok_jax.errors import ConfigError
 
-SHOWN = 5  # candidates that a message lists
-MOST = 2**31 - 1  # an image id
+SHOWN = 5  # most candidates that a message lists
+MOST = 2**31 - 1  # largest image id
 
 Names = Sequence[Sequence[str]]  # the names of each class, most common first
 
 
 @functools.cache
 def imagenet() -> tuple[tuple[str, ...], ...]:
-    """Names of the 1000 ImageNet classes in the order of their labels; the synset id is last.
+    """Names of each of the 1000 ImageNet classes, in the order of their ids; the synset id is last.
 
     Source: WordNet 3.0, as in `imagenet_classes.txt`.
     """
-    text = (
-        resources.files("gigatok_jax.evaluation")
-        .joinpath("imagenet_classes.txt")
-        .read_text("utf-8")
-    )
-    lines = (line.split(" ", 1) for line in text.splitlines())
+    file = resources.files("gigatok_jax.evaluation").joinpath("imagenet_classes.txt")
+    lines = (line.split(" ", 1) for line in file.read_text("utf-8").splitlines())
     return tuple((*names.split(", "), synset) for synset, names in lines)
 
 
 def names_of(count: int, own: Sequence[str] = ()) -> Names:
-    """Names of the classes of a prior.
+    """Names of a prior's classes: those of its dataset, ImageNet's, or else their numbers.
 
     Args:
-        count: of classes.
-        own: names in the dataset it was trained on, if they are known. A thousand without names,
-            or named by ImageNet's synset ids, are ImageNet's classes.
+        count: number of classes.
+        own: names in the dataset that the prior was trained on, empty if unknown. A thousand
+            classes without names, or named by synset ids, are those of ImageNet.
     """
     if count == len(imagenet()) and (not own or own[0] == imagenet()[0][-1]):
         return imagenet()
@@ -45,19 +41,19 @@ def names_of(count: int, own: Sequence[str] = ()) -> Names:
 
 
 def parse(text: str, names: Names) -> list[int]:
-    """Class ids that a text names, in its order.
+    """Class ids that a text names, in the order of the text.
 
     Args:
-        text: parts between commas. A part is a number, a range "0-9" with both its ends, "all", a
-            name, or a piece of a name that only one class has; case does not matter. A name that
-            several classes bear goes to the one that lists it first: "panda" is the giant panda.
-        names: of each class, from `names_of`.
+        text: words between commas. A word is a number, a range such as "0-9" with both ends, "all",
+            a name, or a piece of the names of a single class; case does not matter. A name of
+            several classes means the class that lists it first: "panda" is the giant panda.
+        names: names of each class, from `names_of`.
 
     Raises:
-        ConfigError: no such class, with near names, or a piece of several names, with their ids.
+        ConfigError: no class has the name (the message lists similar names), or the piece is in
+            names of several classes (the message lists their ids).
     """
-    parts = [part.strip() for part in text.split(",")]
-    ids = [i for part in parts if part for i in _part(part, names)]
+    ids = [i for word in _words(text) for i in _ids(word, names)]
     if not ids:
         raise ConfigError("no class is named: give numbers, a range like 0-9, names, or all")
     return ids
@@ -67,51 +63,56 @@ def numbers(text: str) -> Iterator[int]:
     """Integers of a text like "5, 9, 20-30"; both ends of a range are in it.
 
     Raises:
-        ConfigError: a part is neither a number in [0, 2^31) nor a range of them that rises.
+        ConfigError: a word is neither a number in [0, 2^31) nor a rising range of such numbers.
     """
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        span = _span(part)
+    for word in _words(text):
+        span = _span(word)
         if span is None or span[0] < 0 or span[-1] > MOST:
-            raise ConfigError(f"{part!r} is no number or range of 0 to {MOST}, like 5 or 20-30")
+            raise ConfigError(f"{word!r} is no number or range of 0 to {MOST}, like 5 or 20-30")
         yield from span
 
 
-def _part(part: str, names: Names) -> Sequence[int]:
-    if part.lower() == "all":
+def _words(text: str) -> Iterator[str]:
+    return filter(None, map(str.strip, text.split(",")))
+
+
+def _ids(word: str, names: Names) -> Sequence[int]:
+    if word.lower() == "all":
         return range(len(names))
-    span = _span(part)
+    span = _span(word)
     if span is None:
-        return [_named(part.lower(), names)]
+        return [_named(word.lower(), names)]
     for end in (span[0], span[-1]):
         if not 0 <= end < len(names):
             raise ConfigError(f"class {end} does not exist, expected 0 to {len(names) - 1}")
     return span
 
 
-def _span(part: str) -> range | None:
-    """A number or a range of them, None for other text."""
-    match = re.fullmatch(r"(-?\d+)(?:\s*-\s*(\d+))?", part)
+def _span(word: str) -> range | None:
+    """Range that a number or a range of numbers means; None for other text."""
+    match = re.fullmatch(r"(-?\d+)(?:\s*-\s*(\d+))?", word)
     if not match:
         return None
     first, last = int(match[1]), int(match[2] or match[1])
     if last < first:
-        raise ConfigError(f"range {part!r} falls, expected one like {last}-{first}")
+        raise ConfigError(f"range {word!r} falls, expected one like {last}-{first}")
     return range(first, last + 1)
 
 
 def _named(wanted: str, names: Names) -> int:
-    found = _bearers(wanted, names)
-    if not found:
-        found = [i for i, own in enumerate(names) if any(wanted in name.lower() for name in own)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise ConfigError(f"{wanted!r} may be {_listed(found, names)}: give the number or more")
+    """Id of the only class with a name, or with a name that contains `wanted`."""
+    ids = _bearers(wanted, names)
+    if not ids:
+        ids = [i for i, own in enumerate(names) if any(wanted in name.lower() for name in own)]
+    if len(ids) == 1:
+        return ids[0]
+    if ids:
+        raise ConfigError(f"{wanted!r} may be {_listed(ids, names)}: give the number or more")
     raise ConfigError(f"no class {wanted!r}{_near(wanted, names)}")
 
 
 def _bearers(wanted: str, names: Names) -> list[int]:
-    """Classes that bear a name, of those the ones that list it first."""
+    """Ids of the classes with a name, limited to those that list it earliest."""
     ranks = {}
     for i, own in enumerate(names):
         lower = [name.lower() for name in own]
@@ -121,10 +122,11 @@ def _bearers(wanted: str, names: Names) -> list[int]:
 
 
 def _near(wanted: str, names: Names) -> str:
+    """Hint with the classes of similar names, or else the range of ids."""
     known = {name.lower() for own in names for name in own}
-    near = difflib.get_close_matches(wanted, sorted(known), SHOWN)
-    found = list(dict.fromkeys(i for name in near for i in _bearers(name, names)))
-    return f"; near: {_listed(found, names)}" if found else f"; there are 0 to {len(names) - 1}"
+    similar = difflib.get_close_matches(wanted, sorted(known), SHOWN)
+    ids = list(dict.fromkeys(i for name in similar for i in _bearers(name, names)))
+    return f"; near: {_listed(ids, names)}" if ids else f"; there are 0 to {len(names) - 1}"
 
 
 def _listed(ids: Sequence[int], names: Names) -> str:

@@ -1,4 +1,4 @@
-"""Figures of merit as pure functions, on the host unless said otherwise.
+"""Metrics of images, codes and features as pure functions, on the host unless noted.
 
 Axes: b images, h w position, k codebook rows, m and n feature vectors, c their width.
 """
@@ -10,24 +10,28 @@ import jax.numpy as jnp
 import numpy as np
 
 WINDOW = 7  # pixels, side of SSIM's uniform window
-PUBLISHED_SSIM_RANGE = 2.0
+PUBLISHED_SSIM_RANGE = 2.0  # range that the published numbers assume for pixels in [0, 1]
 
 
 class CodebookUse(NamedTuple):
-    usage: float  # fraction of rows used, in [0, 1]
-    perplexity: float  # exp of the entropy of their frequencies, in [1, k]
-    dead_codes: int  # rows never used
+    """Use of a codebook in a set of tokens."""
+
+    usage: float  # fraction of rows that are used, in [0, 1]
+    perplexity: float  # exp of the entropy of the codes' frequencies, in [1, k]
+    dead_codes: int  # rows that are never used
 
 
 class Gaussian(NamedTuple):
+    """Normal distribution of features."""
+
     mean: np.ndarray  # f64[c]
     covariance: np.ndarray  # f64[c c], unbiased
 
 
-def to_uint8(images) -> np.ndarray:
-    """Pixels in [-1, 1] to uint8 as the original: clamp(127.5 x + 128, 0, 255), then truncate.
+def to_uint8(images: np.ndarray | jax.Array) -> np.ndarray:
+    """Converts pixels in [-1, 1] to uint8 as the original does: clamps 127.5 x + 128, truncates.
 
-    The inverse of `x / 127.5 - 1` for every uint8 value.
+    This inverts `x / 127.5 - 1` for every uint8 value.
 
     Args:
         images: float of any shape, nominally in [-1, 1].
@@ -38,17 +42,17 @@ def to_uint8(images) -> np.ndarray:
     return np.clip(127.5 * np.asarray(images, np.float32) + 128.0, 0, 255).astype(np.uint8)
 
 
-def psnr(images, reconstructed) -> np.ndarray:
+def psnr(images: np.ndarray, reconstructed: np.ndarray) -> np.ndarray:
     """Peak signal-to-noise ratio of each image, over all pixels and channels.
 
-    The published numbers compare images as the model sees them with `to_uint8(reconstructed)`.
+    The published numbers compare the images that the model sees with `to_uint8(reconstructed)`.
 
     Args:
         images: uint8 or float in [-1, 1], [b h w 3].
         reconstructed: uint8 or float in [-1, 1], [b h w 3].
 
     Returns:
-        f64[b] in dB, peak 1 for pixels in [0, 1]; infinite where the two are equal.
+        f64[b] in dB, with peak 1 for pixels in [0, 1]; infinite for equal images.
 
     Raises:
         ValueError: the shapes differ.
@@ -59,16 +63,18 @@ def psnr(images, reconstructed) -> np.ndarray:
         return -10 * np.log10(error)
 
 
-def ssim(images, reconstructed, data_range: float = PUBLISHED_SSIM_RANGE) -> np.ndarray:
-    """Structural similarity of each image: 7 x 7 uniform window, mean over channels.
+def ssim(
+    images: np.ndarray, reconstructed: np.ndarray, data_range: float = PUBLISHED_SSIM_RANGE
+) -> np.ndarray:
+    """Structural similarity of each image, with a uniform 7 x 7 window, mean over channels.
 
-    The published numbers take a range of 2 for pixels in [0, 1], which raises them;
-    `data_range=1` is the value that other work reports.
+    The published numbers assume a range of 2 for pixels in [0, 1], which raises them; other work
+    reports `data_range=1`.
 
     Args:
         images: uint8 or float in [-1, 1], [b h w 3].
         reconstructed: uint8 or float in [-1, 1], [b h w 3]; see `psnr`.
-        data_range: distance between the largest and the smallest pixel value.
+        data_range: distance between the largest and the smallest possible pixel in [0, 1].
 
     Returns:
         f64[b], in [-1, 1].
@@ -76,19 +82,19 @@ def ssim(images, reconstructed, data_range: float = PUBLISHED_SSIM_RANGE) -> np.
     Raises:
         ValueError: the shapes differ, or a side is shorter than the window.
 
-    Source: Wang et al. 2004, doi:10.1109/TIP.2003.819861, with K1 0.01, K2 0.03 and, as
-        scikit-image has it, unbiased variances and no border of half a window.
+    Source: Wang et al. 2004, doi:10.1109/TIP.2003.819861, with K1 0.01, K2 0.03 and, as in
+        scikit-image, unbiased variances and without a border of half a window.
     """
     if min(np.shape(images)[1:3]) < WINDOW:
         raise ValueError(f"images are {np.shape(images)}, expected sides of at least {WINDOW}")
     return np.array([_ssim(x, y, data_range) for x, y in _pairs(images, reconstructed)])
 
 
-def codebook_use(counts) -> CodebookUse:
-    """How a codebook is used, from int[k] counts of its codes in a stated set of tokens.
+def codebook_use(counts: np.ndarray) -> CodebookUse:
+    """Use of a codebook, from the number of times int[k] that each code occurs.
 
     Raises:
-        ValueError: no code was counted.
+        ValueError: all counts are zero.
     """
     counts = np.asarray(counts, np.float64)
     if counts.sum() == 0:
@@ -99,17 +105,17 @@ def codebook_use(counts) -> CodebookUse:
     return CodebookUse(1 - dead / len(counts), float(perplexity), dead)
 
 
-def gaussian(features) -> Gaussian:
+def gaussian(features: np.ndarray) -> Gaussian:
     """Mean and covariance of float[n c] features, n >= 2, in float64."""
     features = np.asarray(features, np.float64)
     return Gaussian(features.mean(axis=0), np.cov(features, rowvar=False))
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """Squared Frechet distance of two Gaussians; of Inception features it is the FID.
+    """Squared Frechet distance of two Gaussians; the FID if they are of Inception features.
 
-    The trace of sqrt(A B) is the sum of the singular values of sqrt(A) sqrt(B), which stays
-    real for the singular covariances of few samples.
+    The trace of sqrt(A B) is computed as the sum of the singular values of sqrt(A) sqrt(B), which
+    stays real for the singular covariances of few samples.
 
     Source: arXiv:1706.08500, eq. 6.
     """
@@ -118,40 +124,40 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return float(np.sum(np.square(a.mean - b.mean)) + spread - 2 * cross)
 
 
-def inception_score(probabilities, split: int = 5000) -> float:
-    """exp of the mean divergence from the marginal, averaged over parts of `split` rows.
+def inception_score(probabilities: np.ndarray, split: int = 5000) -> float:
+    """Inception score: exp of the mean divergence from the marginal, averaged over splits.
 
     Args:
         probabilities: float[n classes], rows that sum to one and hold no zero.
-        split: rows in a part; the last part may be shorter.
+        split: rows of a split; the last may be shorter.
 
     Returns:
         A number in [1, classes].
 
-    Source: arXiv:1606.03498; parts of 5000 as in the evaluation of arXiv:2105.05233.
+    Source: arXiv:1606.03498; splits of 5000 as in the evaluation of arXiv:2105.05233.
     """
     probabilities = np.asarray(probabilities, np.float64)
     scores = []
     for start in range(0, len(probabilities), split):
-        part = probabilities[start : start + split]
-        divergence = np.sum(part * (np.log(part) - np.log(part.mean(axis=0))), axis=1)
+        rows = probabilities[start : start + split]
+        divergence = np.sum(rows * (np.log(rows) - np.log(rows.mean(axis=0))), axis=1)
         scores.append(np.exp(divergence.mean()))
     return float(np.mean(scores))
 
 
 def precision_recall(
-    reference, samples, neighbours: int = 3, block: int = 1024
+    reference: np.ndarray, samples: np.ndarray, neighbours: int = 3, block: int = 1024
 ) -> tuple[float, float]:
-    """Share of samples inside the manifold of the reference, and the other way round.
+    """Share of samples inside the manifold of the reference, and of the reference inside theirs.
 
-    A manifold is the union of balls around its points, each as wide as the distance to the
-    point's k-th neighbour. Runs on jax's device in float32, `block` points at a time.
+    A manifold is the union of balls around its points; the radius of a ball is the distance to the
+    point's k-th neighbour. Computed on jax's default device in float32, `block` points at a time.
 
     Args:
         reference: float[m c], features of real images.
         samples: float[n c], features of generated images.
-        neighbours: k.
-        block: rows of the distance matrix held at once.
+        neighbours: the k of the k-th neighbour.
+        block: rows of the distance matrix that are held at once.
 
     Returns:
         Precision and recall, each in [0, 1].
@@ -165,7 +171,7 @@ def precision_recall(
 
 
 def _pairs(images, reconstructed):
-    """Each image with its reconstruction, float64 in [0, 1]; one at a time for memory's sake."""
+    """Each image with its reconstruction, float64 in [0, 1], lazily to save memory."""
     images, reconstructed = np.asarray(images), np.asarray(reconstructed)
     if images.shape != reconstructed.shape:
         raise ValueError(f"images {images.shape} and {reconstructed.shape} must agree in shape")
@@ -173,6 +179,7 @@ def _pairs(images, reconstructed):
 
 
 def _unit_range(image):
+    """Pixels as float64 in [0, 1]."""
     if image.dtype == np.uint8:
         return image / 255.0
     return (image.astype(np.float64) + 1) / 2
@@ -189,7 +196,7 @@ def _ssim(x, y, data_range):
 
 
 def _window_mean(x):
-    """Mean over every whole window of [h w c], by differences of running sums."""
+    """Means over every whole window of an image [h w c], by differences of running sums."""
     for axis in (0, 1):
         sums = np.insert(np.cumsum(x, axis=axis), 0, 0, axis=axis)
         size = sums.shape[axis]
@@ -199,7 +206,7 @@ def _window_mean(x):
 
 
 def _root(covariance):
-    """Symmetric square root; eigenvalues that rounding made negative count as zero."""
+    """Symmetric square root; eigenvalues that are negative by rounding count as zero."""
     values, vectors = np.linalg.eigh(covariance)
     return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
 
@@ -212,15 +219,16 @@ def _square_distances(a, b):
 
 
 def _radii(points, neighbours, block):
-    """Squared distance of each point to its k-th neighbour; the point itself is the 0-th."""
-    parts = []
+    """Squared distance of each point to its k-th neighbour; the 0-th is the point itself."""
+    radii = []
     for start in range(0, len(points), block):
         distances = _square_distances(points[start : start + block], points)
-        parts.append(-jax.lax.top_k(-distances, neighbours + 1)[0][:, -1])
-    return jnp.concatenate(parts)
+        radii.append(-jax.lax.top_k(-distances, neighbours + 1)[0][:, -1])
+    return jnp.concatenate(radii)
 
 
 def _share_inside(points, centres, radii, block):
+    """Share of points inside any of the balls, whose `radii` are squared."""
     inside = 0
     for start in range(0, len(points), block):
         distances = _square_distances(points[start : start + block], centres)

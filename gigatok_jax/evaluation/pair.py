@@ -1,44 +1,45 @@
-"""A prior and the tokenizer whose codes it learned: loaded alike, and checked to fit."""
+"""Loading of a prior and its tokenizer alike, and the check that they belong together."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from gigatok_jax import library, parallel
-from gigatok_jax.errors import ConfigError
+from gigatok_jax.errors import ConfigError, one_of
 
 
-def placement(config) -> dict:
-    """`dtype` and `sharding` of the loaders in `library`, from `config.dtype` and `config.mesh`.
+def placement(config: ConfigDict) -> dict[str, Any]:
+    """Arguments `dtype` and `sharding` for `library.load_*`, from `config.dtype` and `config.mesh`.
 
     Raises:
-        ConfigError: an unknown type, or a mesh that does not fit the devices.
+        ConfigError: the dtype is unknown, or the mesh does not fit the devices.
     """
     mesh = parallel.make_mesh(config.mesh)
     return {"dtype": compute_type(config.dtype), "sharding": parallel.replicated(mesh)}
 
 
 def compute_type(name: str) -> jnp.dtype:
-    """Type of that name; "auto" is bfloat16 on accelerators and float32 on a CPU."""
-    choices = ("auto", "float32", "bfloat16")
-    if name not in choices:
-        raise ConfigError(f"dtype is {name!r}, expected one of {', '.join(choices)}")
+    """Dtype of computation by name; "auto" is bfloat16 on accelerators and float32 on a CPU."""
+    one_of("dtype", name, ("auto", "float32", "bfloat16"))
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 
 def check(prior: library.Prior, tokens: int, vocab: int, fingerprint: str) -> None:
-    """Refuses a tokenizer, or its codes, of another kind than the prior writes.
+    """Refuses a tokenizer, or its codes, that the prior was not trained with.
 
     Args:
         prior: the prior.
         tokens: codes of an image.
         vocab: rows of the codebook.
-        fingerprint: of the tokenizer.
+        fingerprint: fingerprint of the tokenizer.
 
     Raises:
-        ConfigError: another number of codes or rows, or another tokenizer than the prior learned
-            from, when that is known.
+        ConfigError: the prior has another number of codes or values, or a known tokenizer with
+            another fingerprint.
     """
     model = prior.config
     change = "name the tokenizer that the prior was trained with"
@@ -55,6 +56,6 @@ def check(prior: library.Prior, tokens: int, vocab: int, fingerprint: str) -> No
 
 
 def check_tokenizer(prior: library.Prior, tokenizer: library.Tokenizer) -> None:
-    """`check` of a loaded tokenizer."""
+    """Refuses a loaded tokenizer as `check` does."""
     model = tokenizer.config
     check(prior, tokenizer.num_tokens, model.codebook_size, tokenizer.fingerprint)

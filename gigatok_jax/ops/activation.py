@@ -1,7 +1,7 @@
-"""Activations whose derivative is written out, so that it moves no more memory than it has to.
+"""Activations with derivatives of their own, which read and write less memory than XLA's.
 
-A matrix product's input is as large as its output, and these come between two of the largest. Their
-backward passes keep what they were given and nothing else; values are in float32 or wider inside.
+They stand between the two largest matrix products of a block. Their backward passes keep the
+input alone; inside, values are float32 or wider.
 """
 
 import flax.linen as nn
@@ -13,9 +13,9 @@ from gigatok_jax.ops.constrain import BATCH, SPLIT, constrain
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """x Phi(x), Phi the normal distribution's (arXiv:1606.08415); shape and dtype of x.
+    """Exact GELU, x Phi(x) with the normal distribution's Phi (arXiv:1606.08415), in x's dtype.
 
-    XLA alone writes Phi to memory as well, in both passes: 14 times x is read or written, not 6.
+    Left to XLA, both passes also write Phi to memory: the size of x is moved 14 times, not 6.
     """
     return (_wide(x) * _normal_cdf(_wide(x))).astype(x.dtype)
 
@@ -36,9 +36,9 @@ gelu.defvjp(_gelu_forward, _gelu_backward)
 
 @jax.custom_vjp
 def gate(both: jax.Array) -> jax.Array:
-    """silu of the first half of the features of f[b n 2h], times the second half: f[b n h].
+    """Gated activation f[b n 2h] -> f[b n h]: silu of the first half times the second half.
 
-    XLA alone writes the gradients of the halves, and copies them into one array.
+    Left to XLA, the backward pass writes the gradients of both halves and copies them together.
     """
     first, second = _halves(both)
     return (nn.silu(first) * second).astype(both.dtype)
@@ -50,9 +50,9 @@ def _gate_forward(both):
 
 def _gate_backward(both, gradient):
     first, second = _halves(both)
-    gradient, share = _wide(gradient), nn.sigmoid(first)
-    of_first = gradient * second * share * (1 + first * (1 - share))
-    of_second = gradient * first * share
+    gradient, sigmoid = _wide(gradient), nn.sigmoid(first)
+    of_first = gradient * second * sigmoid * (1 + first * (1 - sigmoid))
+    of_second = gradient * first * sigmoid
     width = of_first.shape[-1]
     return (_between(0, of_first, width, both.dtype) + _between(width, of_second, 0, both.dtype),)
 
@@ -61,7 +61,7 @@ gate.defvjp(_gate_forward, _gate_backward)
 
 
 def _between(before: int, x: jax.Array, after: int, dtype) -> jax.Array:
-    """x with so many zero features on its sides: a sum of such is one pass, joining a copy."""
+    """Features of x with zeros before and after; adding two such arrays is one pass, no copy."""
     sides = [(0, 0, 0)] * (x.ndim - 1) + [(before, after, 0)]
     return jax.lax.pad(x.astype(dtype), jnp.zeros((), dtype), sides)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from gigatok_jax.ops import implementation
 
-WIDEST = 128  # head that cuDNN takes wherever it has the kernel; from Hopper on it is 256
+WIDEST = 128  # widest head of cuDNN's kernel on every GPU that has it; from Hopper on 256
 
 
 def attend(
@@ -21,19 +21,20 @@ def attend(
     causal: bool = False,
     gradient: bool = True,
 ) -> jax.Array:
-    """Softmax attention; scores and softmax in float32.
+    """Softmax attention with scores and softmax in float32.
 
-    The fused cuDNN kernel serves half precision on a GPU, XLA everything else.
+    In half precision on a GPU the fused cuDNN kernel runs; otherwise XLA.
 
     Args:
         query: f[b n h d].
-        key: f[b m g d], as `value`; `m` equals `n` when causal, g divides h.
-        causal: position i sees positions 0..i only.
-        gradient: False for a frozen network that nothing is differentiated through; the fused
-            kernel then takes odd lengths too, whose gradient cuDNN does not have.
+        key: f[b m g d]; g divides h, and m equals n if causal.
+        value: f[b m g d].
+        causal: whether position i attends to positions 0 .. i alone.
+        gradient: False if the result is never differentiated; the fused kernel then takes odd
+            lengths too, which cuDNN cannot differentiate.
 
     Returns:
-        f[b n h d] in the type of `query`.
+        f[b n h d] in the dtype of `query`.
 
     Source: arXiv:1706.03762, eq. 1.
     """
@@ -44,7 +45,7 @@ def attend(
     fused = half and fits and implementation.platform() == "gpu"
     library = "cudnn" if fused and implementation.is_here() else "xla"
     run = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation=library)
-    # For GPUs that are not here, which cuDNN cannot be asked for: it too keeps no scores.
+    # For GPUs of a plan XLA stands in for cuDNN; like cuDNN it then keeps no scores.
     return (jax.checkpoint(run) if fused and library == "xla" else run)(query, key, value)
 
 
@@ -55,11 +56,12 @@ def attend_cached(
 
     Args:
         query: f[b h d].
-        keys: f[b g m d], as `values`; g divides h, and m exceeds the position.
-        position: i32[], of the query; later ones are not read.
+        keys: f[b g m d]; g divides h, and m exceeds the position.
+        values: f[b g m d].
+        position: i32[], position of the query; later positions get no weight.
 
     Returns:
-        f[b h d] in the type of `query`.
+        f[b h d] in the dtype of `query`.
     """
     batch, groups, _, width = keys.shape
     grouped = query.reshape(batch, groups, -1, width)  # [b g r d]

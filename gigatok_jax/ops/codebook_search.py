@@ -1,4 +1,4 @@
-"""Nearest codebook row of every token. Axes: b batch, n tokens, e width, k rows."""
+"""Nearest codebook row of every token. Axes: m tokens, e width, k rows."""
 
 import functools
 import importlib
@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gigatok_jax.ops import implementation
 from gigatok_jax.ops.constrain import batch_axes, per_device
 
-_CHUNK = 1 << 26  # score elements held at a time: 256 MB of float32
-_WIDTHS = range(1, 65)  # that the kernels have been tried on
+_CHUNK = 1 << 26  # scores held at a time: 256 MB of float32
+_WIDTHS = range(1, 65)  # widths that the kernels are tested with
 
 
 def nearest(
@@ -21,16 +21,16 @@ def nearest(
 ) -> jax.Array:
     """Index of the codebook row nearest to each token in squared euclidean distance.
 
-    Accurate to float32 whatever the input: the distance of the chosen row exceeds the smallest by
-    1e-6 (|z|^2 + |e|^2) at most, and of equal rows the lowest is taken. A token with a NaN gets
-    some row. No gradient. On a mesh each device searches for the tokens that it holds, in the whole
-    codebook, which is gathered if it is sharded.
+    Accurate to float32 for any input dtype: the distance to the chosen row exceeds the smallest
+    distance by at most 1e-6 (|z|^2 + |e|^2), and of equal rows the lowest is chosen. A token with a
+    NaN gets an arbitrary row. No gradient. On a mesh each device searches the whole codebook, which
+    is gathered if it is sharded, for the tokens that it holds.
 
     Args:
         z: float[... e], any scale.
         codebook: float[k e], same scale as `z`.
-        impl: one of `implementation.NAMES`. A named one runs or raises; None takes the fastest that
-            this device and these shapes allow, and logs its choice once.
+        impl: one of `implementation.NAMES`, which runs or raises; None chooses the fastest that the
+            device and the shapes allow, and logs the choice once.
         interpret: run a Pallas implementation in its interpreter (tests on CPU).
 
     Returns:
@@ -66,14 +66,14 @@ def _per_shard(z, codebook, impl, interpret):
     elif impl == "pallas_tpu":
         module = importlib.import_module(f"{__name__}_tpu")
         codes = module.search(*_moderate(tokens, codebook), interpret=interpret)
-    else:  # scales where it has to
+    else:  # this kernel scales extreme values itself
         module = importlib.import_module(f"{__name__}_gpu")
         codes = module.search(tokens, codebook, interpret=interpret)
     return codes.reshape(z.shape[:-1])
 
 
 def _shardings(mesh, arg_shapes):
-    """Of the two arguments and of the result: tokens stay where they are, whole."""
+    """Shardings of tokens and codebook, and of the codes: vectors are whole, tokens stay put."""
     spec = arg_shapes[0].sharding.spec
     spec = (*spec, *[None] * (arg_shapes[0].ndim - len(spec)))[:-1]
     tokens, rows = PartitionSpec(*spec, None), PartitionSpec(None, None)
@@ -100,7 +100,7 @@ _per_shard.def_partition(
 
 
 def _moderate(tokens, table):
-    """Both by a power of two, where squares of the codebook would leave float32's range."""
+    """Tokens and codebook, scaled by a power of two if squares would leave float32's range."""
     largest = jnp.max(jnp.where(jnp.isfinite(table), jnp.abs(table), 0))
     _, exponent = jnp.frexp(largest)
     scale = jnp.ldexp(jnp.float32(1), jnp.clip(-exponent, -126, 126))
@@ -109,10 +109,10 @@ def _moderate(tokens, table):
 
 
 def _search(tokens, table):
-    """f32[m e], f32[k e] -> i32[m], with XLA."""
+    """Codes i32[m] of tokens f32[m e] in a codebook f32[k e], with XLA."""
     offset = 0.5 * jnp.sum(jnp.square(table), axis=-1)  # |z|^2 is the same for all rows
-    there = jnp.isfinite(offset)
-    table, offset = jnp.where(there[:, None], table, 0), jnp.where(there, offset, jnp.inf)
+    finite = jnp.isfinite(offset)
+    table, offset = jnp.where(finite[:, None], table, 0), jnp.where(finite, offset, jnp.inf)
 
     def search(tokens):
         scores = jnp.dot(tokens, table.T, precision=lax.Precision.HIGHEST) - offset

@@ -1,14 +1,14 @@
 """Nearest codebook row on a GPU, in the Triton dialect of Pallas.
 
-Axes: m tokens, k rows, e width, c packed width, w column classes, s splits, a tokens and r rows
-compared at once.
+Axes: m tokens, k rows, e width, c packed width, w column classes, s splits, a tokens that are
+compared with all rows at once.
 
-Scores z.e - |e|^2 / 2 come from tensor cores, good to a few 1e-7. A program keeps, for each class
-of columns (those that one thread holds), the best score and the group of rows that it came from.
-The rows of the best group are then compared by their float32 distances. Where scores cannot decide,
-distances do: a second group as near as the first is compared as well, and in closer company, or for
-norms that the scores do not serve, all rows are. So the row is the nearest one to within rounding,
-and the lowest of equal ones.
+Scores z.e - |e|^2 / 2 come from tensor cores, accurate to a few 1e-7. For each class of columns
+(the columns that one thread holds) a program keeps the best score and the group of rows behind it.
+The rows of the best group are then compared by their float32 distances. If a second group is as
+near as the first, its rows are compared as well. If a third group is as near, two rows of a group
+are, or norms are outside the range in which scores are accurate, all rows are compared. So the
+chosen row is the nearest up to rounding, and the lowest of equal rows.
 """
 
 import functools
@@ -22,35 +22,37 @@ from jax.experimental.pallas import triton as plt
 
 from gigatok_jax.ops import split_product
 
-_CLASSES = 8  # columns apart, in the tensor cores' result, of what one thread holds of a row
-_GUARD = 2e-6  # more than the error of a difference of two scores
-_BIAS = 1.5  # keeps the scores of unit vectors positive: such floats are ordered as integers
-_LOW, _HIGH = 0.01, 2.6  # scores, with the bias, that can be trusted
-_SHORT, _LONG = 0.2, 1.05  # squared norms that the scores serve
-_NEVER, _ALWAYS = -60000.0, 30000.0  # offsets of a row that is not there, of one not served
-_ROUNDING = 4e-7  # of a distance, relative
-_PROGRAMS = 128  # at least, where tokens are few
-_GATHERED = 64  # floats of codebook rows that a thread has under way at a time
-_EXACT_TOKENS, _EXACT_ELEMENTS = 8, 2048  # compared with all rows at a time
+_CLASSES = 8  # stride between the columns that one thread holds of the tensor cores' result
+_GUARD = 2e-6  # bound on the error of a difference of two scores
+_BIAS = 1.5  # keeps the scores of unit vectors positive: positive floats are ordered as integers
+_LOW, _HIGH = 0.01, 2.6  # range of biased scores that are accurate
+_SHORT, _LONG = 0.2, 1.05  # range of squared norms for which scores are accurate
+_NEVER, _ALWAYS = -60000.0, 30000.0  # offset of a padding row; of a row with inaccurate scores
+_ROUNDING = 4e-7  # relative error of a distance
+_PROGRAMS = 128  # smallest number of programs, if need be by splits of the codebook
+_GATHERED = 64  # floats of codebook rows that a thread loads at a time
+_EXACT_TOKENS, _EXACT_ELEMENTS = 8, 2048  # tokens, and loaded floats, of a search in all rows
 
 
 class Tiling(NamedTuple):
-    tokens: int = 128  # of one program
-    rows: int = 128  # of one matrix product
-    unroll: int = 1  # products to a group
+    """Sizes that a kernel is compiled for."""
+
+    tokens: int = 128  # tokens of one program
+    rows: int = 128  # rows of one matrix product
+    unroll: int = 1  # matrix products per step, and so per group
     warps: int = 4
     stages: int = 3
     splits: int = 1  # programs that share the codebook among them
 
     @property
     def span(self) -> int:
-        """Rows that one step of a program goes through."""
+        """Number of rows in one step of a program."""
         return self.rows * self.unroll
 
 
 def choose_tiling(tokens: int, rows: int, width: int) -> Tiling:
-    """What was fastest on an H200 (132 multiprocessors), of about 30 tried."""
-    if width > 16:  # what fits into shared memory
+    """Fastest tiling on an H200 (132 multiprocessors), of about 30 that were tried."""
+    if width > 16:  # as much as fits into shared memory
         tiling = Tiling(tokens=64, rows=64)
     elif tokens > 2**15:
         return Tiling()
@@ -62,11 +64,11 @@ def choose_tiling(tokens: int, rows: int, width: int) -> Tiling:
 
 
 def search(z, codebook, *, tiling: Tiling | None = None, interpret: bool = False) -> jax.Array:
-    """f32[m e], f32[k e] -> i32[m]."""
+    """Codes i32[m] of tokens f32[m e] in a codebook f32[k e]."""
     m, (k, e) = z.shape[0], codebook.shape
     tiling = tiling or choose_tiling(m, k, e)
     wide = ((0, 0), (0, pl.next_power_of_2(e) - e))
-    groups = pl.cdiv(k, tiling.span * tiling.splits)  # of one split
+    groups = pl.cdiv(k, tiling.span * tiling.splits)  # per split
     packed = _pack_rows(codebook, groups * tiling.splits, tiling)
     tokens = split_product.left(jnp.pad(z, ((0, -m % tiling.tokens), (0, 0))))
     shape = (tiling.splits, m)
@@ -84,15 +86,16 @@ def search(z, codebook, *, tiling: Tiling | None = None, interpret: bool = False
     )(tokens, packed, jnp.pad(z, wide), jnp.pad(codebook, wide))
     if tiling.splits == 1:
         return code[0]
-    # The first of equals has the lowest rows; their distances may be rounded differently.
+    # Of splits at equal distance, up to rounding, the first has the lowest rows.
     split = jnp.argmax(distance <= (1 + _ROUNDING) * jnp.min(distance, axis=0), axis=0)
     return jnp.take_along_axis(code, split[None], axis=0)[0]
 
 
 def _pack_rows(codebook, groups, tiling):
-    """f32[k e] -> f16[c k], the second operand of the products.
+    """Second operand of the products, f32[k e] -> f16[c k].
 
-    A product's columns are dealt out to the classes, so that a group's rows lie together.
+    The columns of a product are dealt out to the classes, so that the rows of a group are
+    neighbours.
     """
     norm = jnp.sum(jnp.square(codebook), axis=1)
     served = (norm >= _SHORT) & (norm <= _LONG)
@@ -138,8 +141,8 @@ def _kernel(tokens_ref, packed_ref, z_ref, e_ref, distance_ref, code_ref, *, til
             def _():
                 token = begin + part * _EXACT_TOKENS + lax.iota(jnp.int32, _EXACT_TOKENS)
                 rows = groups * tiling.span
-                found = _nearest_of_all(z_ref, e_ref, token, scale, split * rows, rows)
-                _store(distance_ref, code_ref, split, token, *found, token >= 0)
+                nearest = _nearest_of_all(z_ref, e_ref, token, scale, split * rows, rows)
+                _store(distance_ref, code_ref, split, token, *nearest, token >= 0)
 
             return 0
 
@@ -157,7 +160,7 @@ def _store(distance_ref, code_ref, split, token, distance, code, mask):
 
 
 def _rows_at(ref, row, lane=None):
-    """ref[row] f32[.. lanes], infinity past its end."""
+    """Rows ref[row] f32[.. lanes]; infinity past the end of `ref`."""
     if lane is None:
         lane = lax.iota(jnp.int32, ref.shape[1])
     row, lane = jnp.broadcast_arrays(row[:, None], lane[None])
@@ -165,7 +168,7 @@ def _rows_at(ref, row, lane=None):
 
 
 def _best_groups(tokens_ref, packed_ref, tiling, start, groups):
-    """Bits i32[m w] of the best score of each class, and the group i32[m w] that it came from."""
+    """Bits i32[m w] of the best score of each class, and the group i32[m w] of that score."""
     z = tokens_ref[:, :]
 
     def step(i, carry):
@@ -185,7 +188,7 @@ def _best_groups(tokens_ref, packed_ref, tiling, start, groups):
 
 
 def _pick(best, group, members):
-    """Best score f32[m] of all classes, first row i32[m] of its group, and the bits left over."""
+    """Best score f32[m] of all classes, first row i32[m] of its group, and the bits without it."""
     bits = jnp.max(best, axis=1)
     column = lax.broadcasted_iota(jnp.int32, best.shape, 1)
     chosen = jnp.min(jnp.where(best == bits[:, None], column, _CLASSES), axis=1)
@@ -196,8 +199,11 @@ def _pick(best, group, members):
 
 
 def _nearest_of(e_ref, z, first, count, warps):
-    """Squared distances f32[m] to the nearest and to the second of `count` rows that begin at
-    `first` i32[m], a row of its own for each token, and the nearest row i32[m]."""
+    """Nearest of the `count` rows from `first` i32[m] on, which differ from token to token.
+
+    Returns:
+        Squared distances f32[m] to the nearest and to the second nearest row; nearest row i32[m].
+    """
     together = max(1, min(count, _GATHERED * 32 * warps // z.size))
 
     def step(i, state):
@@ -215,14 +221,17 @@ def _nearest_of(e_ref, z, first, count, warps):
 
 
 def _nearer(x, y):
-    """The nearer of two, the lower row of equal ones. The runner-up is that of its own group: a
-    tie between two groups is decided, one within a group may hide a lower row."""
+    """The nearer of two results of `_nearest_of`, and the lower row of equally near ones.
+
+    The runner-up stays that of its own group: a tie between groups is decided here, while a tie
+    within a group may hide a lower row.
+    """
     closer = (y[0] < x[0]) | ((y[0] == x[0]) & (y[2] < x[2]))
     return tuple(jnp.where(closer, b, a) for a, b in zip(x, y, strict=True))
 
 
 def _scale(e_ref):
-    """f32[], the power of two that brings a codebook of extreme values near 1."""
+    """Power of two, f32[], that brings a codebook of extreme values near 1."""
     size = _EXACT_ELEMENTS // e_ref.shape[1]
 
     def step(i, largest):
@@ -236,7 +245,7 @@ def _scale(e_ref):
 
 
 def _nearest_of_all(z_ref, e_ref, token, scale, begin, count):
-    """Squared distance f32[a] to the nearest of `count` rows from `begin` on, and that row."""
+    """Nearest of the `count` rows from `begin` on: squared distance f32[a] and row i32[a]."""
     size = _EXACT_ELEMENTS // _EXACT_TOKENS
     shape = _EXACT_TOKENS, size
     unroll = min(8, z_ref.shape[1])

@@ -9,15 +9,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 _SUBLANES = 8
-_TOKENS = 512  # of one program
-_ROWS = 2048  # in fast memory at a time
+_TOKENS = 512  # tokens of one program
+_ROWS = 2048  # rows in fast memory at a time
 
 
 def search(z, codebook, *, interpret: bool = False) -> jax.Array:
-    """f32[m e], f32[k e] -> i32[m].
+    """Codes i32[m] of tokens f32[m e] in a codebook f32[k e].
 
-    The vector unit adds up squared differences: at these widths that is no slower than the six
-    passes that a float32 product takes on the matrix unit, and as exact as float32 can be.
+    The vector unit adds up squared differences: for narrow vectors this is no slower than the six
+    passes of a float32 product on the matrix unit, and as exact as float32 can be.
     """
     (m, e), k = z.shape, len(codebook)
     rows = min(_ROWS, -(-k // _SUBLANES) * _SUBLANES)
@@ -42,7 +42,7 @@ def search(z, codebook, *, interpret: bool = False) -> jax.Array:
 
 
 def _kernel(z_ref, e_ref, code_ref, distance_ref, row_ref, *, steps):
-    """Keeps the nearest of every eighth row; the eight are compared at the end."""
+    """Keeps the nearest row on each of the eight sublanes and compares those eight at the end."""
     block = pl.program_id(1)
     sublane = lax.broadcasted_iota(jnp.int32, distance_ref.shape, 0)
 
@@ -57,9 +57,9 @@ def _kernel(z_ref, e_ref, code_ref, distance_ref, row_ref, *, steps):
         this = jnp.zeros(distance.shape, jnp.float32)
         for lane in range(e.shape[1]):
             this += jnp.square(z_ref[lane : lane + 1, :] - e[:, lane : lane + 1])
-        closer = this < distance  # strict: the first keeps a tie
-        here = ((block * steps + i) * _SUBLANES + sublane).astype(jnp.float32)
-        return jnp.where(closer, this, distance), jnp.where(closer, here, row)
+        closer = this < distance  # strict: the first row keeps a tie
+        number = ((block * steps + i) * _SUBLANES + sublane).astype(jnp.float32)
+        return jnp.where(closer, this, distance), jnp.where(closer, number, row)
 
     distance, row = lax.fori_loop(0, steps, step, (distance_ref[...], row_ref[...]))
     distance_ref[...] = distance
@@ -68,6 +68,6 @@ def _kernel(z_ref, e_ref, code_ref, distance_ref, row_ref, *, steps):
     @pl.when(block == pl.num_programs(1) - 1)
     def _():
         nearest = distance == jnp.min(distance, axis=0, keepdims=True)
-        # Row numbers are floats, since integers have no such reduction here; exact up to 2**24.
+        # Row numbers are floats, since TPUs reduce no integers here; exact up to 2**24.
         lowest = jnp.min(jnp.where(nearest, row, 2.0**24), axis=0, keepdims=True)
         code_ref[...] = lowest.astype(jnp.int32)

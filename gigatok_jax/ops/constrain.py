@@ -1,4 +1,4 @@
-"""Where activations lie on a mesh: models name what an axis holds, the mesh in force decides."""
+"""Placement of activations: models name mesh axes, and the mesh in force decides."""
 
 import math
 from collections.abc import Callable
@@ -9,20 +9,20 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, PartitionSpec
 
 BATCH = ("data", "fsdp")  # mesh axes that examples are divided over
-SPLIT = "tensor"  # heads and hidden features of a layer
-# XLA of jax 0.10 gathers the examples of all devices where an order in memory is asked for.
+SPLIT = "tensor"  # mesh axis that heads and hidden features are divided over
+# With jax 0.10, XLA gathers the examples of all devices to satisfy an order in memory.
 LAYOUTS_DIVIDE = jax.__version_info__ >= (0, 11, 2)
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """Asks the compiler to lay out an activation; the value stays the same.
+    """Activation with a sharding constraint; its value stays the same.
 
-    Without a mesh in force (`jax.set_mesh`), inside `shard_map`, or where an axis of the mesh does
-    not divide a dimension, nothing is asked.
+    Without a mesh in force (`jax.set_mesh`) and inside `shard_map` there is no constraint. A
+    dimension that its mesh axis does not divide stays whole.
 
     Args:
         x: activation.
-        *axes: mesh axes of the first dimensions; None, and those not given, are whole.
+        *axes: mesh axes of the first dimensions; None, and further dimensions, are whole.
     """
     mesh = _in_force()
     if mesh is None:
@@ -35,31 +35,31 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
 
 
 def stream(x: jax.Array) -> jax.Array:
-    """The stream f[b n c] that blocks add to: divided over examples, features side by side.
+    """Residual stream f[b n c], constrained to be divided by examples and row-major in memory.
 
-    Left alone, XLA for GPUs takes the order in memory that suits how the stream begins, such as a
-    broadcast over examples or looked-up rows; with the examples last, every norm and every matrix
-    product of all blocks transposes.
+    Left alone, XLA for GPUs picks the order in memory that suits the stream's first value, such as
+    a broadcast over examples or looked-up rows. If the examples come last, every norm and matrix
+    product of all blocks has to transpose.
     """
     x = constrain(x, BATCH)
     mesh = jax.sharding.get_abstract_mesh()
-    compiled = isinstance(x, jax.core.Tracer)
-    if not compiled or (mesh.size > 1 and not LAYOUTS_DIVIDE):
+    traced = isinstance(x, jax.core.Tracer)
+    if not traced or (mesh.size > 1 and not LAYOUTS_DIVIDE):
         return x
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def batch_axes(size: int) -> tuple[str, ...]:
-    """Mesh axes that a dimension with the examples of a batch, or their tokens, is divided over."""
+    """Mesh axes that divide a dimension of examples or tokens with this size; () for none."""
     mesh = _in_force()
     return BATCH if mesh is not None and _divides(mesh, BATCH, size) else ()
 
 
 def per_device(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-    """A function of what each device holds of its arguments; as it is without a mesh in force.
+    """The function under `shard_map` if a mesh is in force, else the function itself.
 
-    For kernels on TPUs: the compiler cannot divide them, and `custom_partitioning`, which follows
-    the arguments wherever they lie, is not there (jax-ml/jax#38196).
+    For kernels on TPUs: the compiler cannot divide them, and `custom_partitioning`, which needs no
+    specs, does not work on TPUs (jax-ml/jax#38196).
     """
     if _in_force() is None:
         return function
@@ -67,7 +67,7 @@ def per_device(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
 
 
 def reaches_devices() -> bool:
-    """Whether a kernel gets one device's part: by `per_device`, in shard_map, or on one alone."""
+    """Whether a kernel sees the arrays of one device: one device, `per_device`, or `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return jax.device_count() == 1
@@ -75,7 +75,7 @@ def reaches_devices() -> bool:
 
 
 def _in_force():
-    """The mesh of `jax.set_mesh`, if it is one of ours and the compiler divides by it."""
+    """Mesh of `jax.set_mesh` if it has our axes, all of type Auto; else None."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
         return None

@@ -10,23 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-TRANSLATION = 0.125  # of the side, largest shift
-CUTOUT = 0.2  # of the side, the blanked square
+TRANSLATION = 0.125  # largest shift, as a share of the side
+CUTOUT = 0.2  # side of the blanked square, as a share of the image's
 
 
 def random_augment(key: jax.Array, images: jax.Array, blur: float = 0.0) -> jax.Array:
-    """`augment` with draws from a key."""
+    """Augmented images as from `augment`, with draws from a key."""
     return augment(images, jax.random.uniform(key, (7, images.shape[0])), blur)
 
 
 def augment(images: jax.Array, draws: jax.Array, blur: float = 0.0) -> jax.Array:
-    """Blurs, shifts, recolours and blanks a square of each image, in this order.
+    """Augmented images: blurred, shifted, recoloured and with a blanked square, in this order.
 
     Args:
         images: float[b h w c].
-        draws: float[7 b] in [0, 1), per image: shift of rows and columns, brightness,
+        draws: float[7 b] in [0, 1), for each image: shift of rows and columns, brightness,
             saturation, contrast, row and column of the square.
-        blur: strength in [0, 1], 0 for none; fixed when the step is compiled.
+        blur: strength in [0, 1], static; 0 is no blur.
 
     Returns:
         float32[b h w c], differentiable in `images`.
@@ -40,7 +40,7 @@ def augment(images: jax.Array, draws: jax.Array, blur: float = 0.0) -> jax.Array
 
 
 def _shift(image: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
-    """One image moved by whole pixels; what comes in is zero."""
+    """One image moved by whole pixels; pixels from outside are zero."""
     reach = [round(size * TRANSLATION) for size in image.shape[:2]]
     start = [
         jnp.floor(draw * (2 * r + 1)).astype(jnp.int32)
@@ -51,6 +51,7 @@ def _shift(image: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
 
 
 def _recolour(x: jax.Array, brightness, saturation, contrast) -> jax.Array:
+    """Images f32[b h w c] with changed brightness, saturation and contrast, draws f32[b]."""
     brightness, saturation, contrast = (
         draw[:, None, None, None] for draw in (brightness, saturation, contrast)
     )
@@ -62,13 +63,13 @@ def _recolour(x: jax.Array, brightness, saturation, contrast) -> jax.Array:
 
 
 def _outside_square(size: tuple[int, int], row: jax.Array, column: jax.Array) -> jax.Array:
-    """f32[b h w 1]: 0 inside a square around the drawn centre, 1 elsewhere."""
+    """Mask f32[b h w 1]: 0 inside a square around the drawn centre, 1 elsewhere."""
     inside = [_interval(n, draw) for n, draw in zip(size, (row, column), strict=True)]
     return 1.0 - (inside[0][:, :, None] & inside[1][:, None, :])[..., None]
 
 
 def _interval(size: int, draw: jax.Array) -> jax.Array:
-    """bool[b size]: positions inside an interval of the cutout's length, cut at the edges."""
+    """Positions bool[b size] inside an interval of the cutout's length, cut at the edges."""
     length = round(size * CUTOUT)
     first = jnp.floor(draw * (size + 1 - length % 2)) - length // 2  # [b]
     at = np.arange(size)
@@ -83,7 +84,7 @@ def _blur(x: jax.Array, strength: float) -> jax.Array:
 
 @functools.cache
 def _blur_matrix(size: int, height: int, strength: float) -> np.ndarray:
-    """f32[size size]: bell 2^-(t/s)^2, s = strength * sqrt(height / 2), mirrored at the edges."""
+    """Blur matrix f32[size size]: 2^-(t/s)^2, s = strength * sqrt(height / 2), edges mirrored."""
     width = strength * math.sqrt(height / 2)
     radius = math.floor(3 * width)
     if radius < 1:

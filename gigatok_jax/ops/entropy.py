@@ -1,7 +1,7 @@
-"""Entropy loss of the codebook, without a tokens x rows matrix in memory.
+"""Entropy loss of the codebook, without a matrix of tokens x rows in memory.
 
-Axes: b batch, g groups of the batch, n latent tokens, t tokens of a block or of a group,
-e codebook width, k codebook rows.
+Axes: b batch, g groups of the batch, n latent tokens, t tokens of a block or of a group, e codebook
+width, k codebook rows.
 """
 
 import functools
@@ -18,7 +18,7 @@ from gigatok_jax.ops.constrain import batch_axes, per_device
 
 BLOCK_ELEMENTS = 2**22  # probabilities held at once, over all devices: 16 MiB
 EPSILON = 1e-5  # inside the logarithm of the mean distribution
-_WIDTHS = range(1, 17)  # that the kernels take
+_WIDTHS = range(1, 17)  # widths that the kernels support
 
 
 def entropy_loss(
@@ -33,22 +33,22 @@ def entropy_loss(
 ) -> jax.Array:
     """Mean entropy of the tokens' soft assignments minus the entropy of their mean, in nats.
 
-    A token's assignment is the softmax over rows of -|z - e|^2 / temperature. Low where every
-    token is sure of its row and all rows are used alike. No probability is stored: they are made
-    again for the gradient, which is within 1e-4 of its norm. On a mesh the kernels run on each
-    device's tokens, and only means and gradients of rows travel.
+    A token's assignment is the softmax over rows of -|z - e|^2 / temperature. The loss is low if
+    every token is sure of its row and all rows are used alike. Probabilities are not stored but
+    computed again for the gradient, whose error is within 1e-4 of its norm. On a mesh the kernels
+    run on the tokens of each device, and only means and gradients of rows are communicated.
 
     Args:
         z: float[b n e], latents before quantization; computed in float32.
         codebook: float[k e], on the same scale as `z`.
-        temperature: > 0.
-        groups: consecutive parts of the batch that each have a mean distribution of their own,
-            averaged afterwards; the number of devices gives the original's statistics.
-        impl: one of `implementation.NAMES`. A named one runs or raises; None takes the fastest
-            that this device and these shapes allow, and logs its choice once.
+        temperature: divisor of the squared distances, > 0.
+        groups: number of consecutive groups of the batch, each with its own mean distribution,
+            whose losses are averaged; the number of devices gives the original's statistics.
+        impl: one of `implementation.NAMES`, which runs or raises; None chooses the fastest that
+            the device and the shapes allow, and logs the choice once.
         interpret: run a Pallas implementation in its interpreter (tests on CPU).
-        block_elements: bound on the probabilities that XLA holds at once; one position of every
-            image is the smallest block.
+        block_elements: bound on the probabilities that XLA holds at once; the smallest block is
+            one position of every image.
 
     Returns:
         f32[], in [-log k, log k], with gradients to both `z` and `codebook`.
@@ -57,7 +57,7 @@ def entropy_loss(
         ValueError: the widths differ, the groups do not divide the batch, or `impl` is unknown.
         NotImplementedError: the named `impl` cannot run here; the message says why.
 
-    Source: arXiv:2310.05737, with the mean's entropy -sum p log(p + 1e-5) as in the
+    Source: arXiv:2310.05737, with the entropy of the mean as -sum p log(p + 1e-5), as in the
         original.
     """
     b, _, e = z.shape
@@ -65,13 +65,13 @@ def entropy_loss(
         raise ValueError(f"latents are {e} wide and codebook rows {codebook.shape[-1]}")
     if b % groups:
         raise ValueError(f"{groups} groups do not divide a batch of {b}")
-    if impl is None:  # kernels work on whole groups: one, or as many to every device
+    if impl is None:  # kernels take whole groups: one in all, or equally many on every device
         whole = groups == 1 or groups % jax.device_count() == 0
         impl = implementation.choose("entropy loss", e, _WIDTHS) if whole else "xla"
     implementation.check("entropy loss", impl, e, _WIDTHS, interpret)
     z, codebook = z.astype(jnp.float32), codebook.astype(jnp.float32)
-    # Distances do not change when both move; around the mean row, those of a collapsed codebook
-    # keep their digits.
+    # Moving both does not change distances; around the mean row, a collapsed codebook keeps the
+    # digits of its distances.
     centre = jax.lax.stop_gradient(codebook.mean(axis=0))
     z, codebook = z - centre, codebook - centre
     if impl == "xla":
@@ -102,9 +102,12 @@ def _forward(z, codebook, temperature, groups, block_elements):
 
 
 def _backward(temperature, groups, block_elements, residuals, cotangent):
-    """With s the logits and m the mean distribution, the gradient of the loss to s is
-    q / tokens, q = p (f - log p - h - sum_k p f), where f = log(m + eps) + m / (m + eps) is the
-    derivative of m log(m + eps). Rows of q sum to zero, so |z|^2 has no part in it."""
+    """Gradients to latents and codebook.
+
+    With s the logits and m the mean distribution, the gradient of the loss to s is q / tokens,
+    q = p (f - log p - h - sum_k p f), where f = log(m + eps) + m / (m + eps) is the derivative of
+    m log(m + eps). Rows of q sum to zero, so |z|^2 drops out.
+    """
     z, codebook, mean = residuals
     slope = jnp.log(mean + EPSILON) + mean / (mean + EPSILON)
     slope = slope[:, None, None, :]  # [g 1 1 k]
@@ -129,14 +132,14 @@ _entropy_loss.defvjp(_forward, _backward)
 
 
 class _Kernels(NamedTuple):
-    """The passes of one implementation; static."""
+    """Forward and backward pass of a Pallas implementation, with its static settings."""
 
     impl: str
     temperature: float
     interpret: bool
 
     def _run(self, run, *arguments):
-        """A pass over one group after the other, of [g ..] arguments."""
+        """Results [g ...] of a pass over the groups of [g ...] arguments, one after the other."""
         if len(arguments[0]) > 1:
             return jax.lax.map(lambda group: run(*group), arguments)
         return jax.tree.map(lambda x: x[None], run(*(x[0] for x in arguments)))
@@ -145,16 +148,19 @@ class _Kernels(NamedTuple):
         return importlib.import_module(f"{__name__}_{implementation.PLATFORMS[self.impl]}")
 
     def forward(self, z, codebook):
-        """Log sums in two parts and entropies [g t], and the sums of probabilities [g k]."""
+        """Log sums as two summands and entropies, [g t] each, and sums of probabilities [g k]."""
         forward, same = self._module().forward, {"interpret": self.interpret}
         return self._run(lambda z: forward(z, codebook, self.temperature, **same), z)
 
     def backward(self, z, codebook, log_sum, rest, entropy, slope):
-        """Of q = p (slope - log p - entropy - sum_k p slope): q @ codebook [g t e], the sums over
-        groups of q.T @ z [k e], and of q over all tokens [k]."""
+        """Sums of q = p (slope - log p - entropy - sum_k p slope) over rows and over tokens.
+
+        Returns:
+            q @ codebook [g t e]; q.T @ z, summed over groups, [k e]; q summed over all tokens [k].
+        """
         backward, same = self._module().backward, {"interpret": self.interpret}
         from_rows, from_tokens, mass = self._run(
-            lambda z, *of_group: backward(z, codebook, self.temperature, *of_group, **same),
+            lambda z, *group: backward(z, codebook, self.temperature, *group, **same),
             z, log_sum, rest, entropy, slope,
         )  # fmt: skip
         return from_rows, from_tokens.sum(0), mass.sum(0)
@@ -166,7 +172,7 @@ def _fused_loss(z, codebook, kernels):
 
 
 def _fused_forward(z, codebook, kernels):
-    *log_sum, entropy, total = _spread(kernels, _forward_per_shard, _forward_parts, z, codebook)
+    *log_sum, entropy, total = _spread(kernels, _forward_per_shard, _forward_pass, z, codebook)
     mean = total / z.shape[1]  # [g k]
     negative_entropy_of_mean = jnp.sum(mean * jnp.log(mean + EPSILON)) / len(z)
     return entropy.mean() + negative_entropy_of_mean, (z, codebook, mean, *log_sum, entropy)
@@ -175,10 +181,10 @@ def _fused_forward(z, codebook, kernels):
 def _fused_backward(kernels, residuals, cotangent):
     z, codebook, mean, *per_token = residuals
     slope = jnp.log(mean + EPSILON) + mean / (mean + EPSILON)
-    # A constant makes no difference to q; without the mean there is less to cancel.
+    # A constant does not change q; without the mean less cancels.
     slope = slope - jnp.sum(mean * slope, axis=1, keepdims=True)
     from_rows, from_tokens, mass = _spread(
-        kernels, _backward_per_shard, _backward_parts, z, codebook, *per_token, slope
+        kernels, _backward_per_shard, _backward_pass, z, codebook, *per_token, slope
     )
     scale = cotangent * 2.0 / (kernels.temperature * z.shape[0] * z.shape[1])
     return scale * from_rows, scale * (from_tokens - mass[:, None] * codebook)
@@ -198,31 +204,28 @@ def _backward_per_shard(kernels, *arguments):
 
 
 def _axes(arg_shapes) -> tuple:
-    """How groups and tokens are spread."""
+    """Mesh axes of groups and of tokens."""
     spec = arg_shapes[0].sharding.spec
     return (*spec, None, None)[:2]
 
 
 def _names(*axes) -> tuple[str, ...]:
-    return tuple(name for axis in axes if axis for name in _listed(axis))
+    """Flat tuple of mesh axes, each of them a name, a tuple of names or None."""
+    return tuple(jax.tree.leaves(axes))
 
 
-def _listed(axis):
-    return axis if isinstance(axis, tuple) else (axis,)
-
-
-def _spread(kernels, partitioned, parts, *arguments):
-    """A pass over each device's own tokens."""
+def _spread(kernels, partitioned, make_pass, *arguments):
+    """Results of a pass over the tokens of each device."""
     if kernels.impl == "pallas_gpu":
         return partitioned(kernels, *arguments)
     count, size = arguments[0].shape[:2]
     groups, tokens = (batch_axes(count), ()) if count > 1 else ((), batch_axes(size))
-    run, results, specs = parts(kernels, groups, tokens)
+    run, results, specs = make_pass(kernels, groups, tokens)
     return per_device(run, specs, results)(*arguments)
 
 
-def _forward_parts(kernels, groups, tokens):
-    """The pass on a device, and the specs of results and arguments."""
+def _forward_pass(kernels, groups, tokens):
+    """The forward pass on one device, and the specs of its results and arguments."""
 
     def forward(z, codebook):
         *per_token, total = kernels.forward(z, codebook)
@@ -233,8 +236,8 @@ def _forward_parts(kernels, groups, tokens):
     return forward, results, (vectors, PartitionSpec(None, None))
 
 
-def _backward_parts(kernels, groups, tokens):
-    """As `_forward_parts`."""
+def _backward_pass(kernels, groups, tokens):
+    """The backward pass on one device, and the specs of its results and arguments."""
 
     def backward(*arguments):
         from_rows, *sums = kernels.backward(*arguments)
@@ -246,33 +249,26 @@ def _backward_parts(kernels, groups, tokens):
     return backward, (vectors, rows, PartitionSpec(None)), arguments
 
 
-def _partition(parts, kernels, mesh, arg_shapes, result_shape):
-    run, results, arguments = parts(kernels, *_axes(arg_shapes))
-    return mesh, run, *_placed(mesh, results, arguments)
-
-
-def _placed(mesh, *specs):
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
-
-
-def _is_spec(x):
-    return isinstance(x, PartitionSpec)
+def _partition(make_pass, kernels, mesh, arg_shapes, result_shape):
+    run, *specs = make_pass(kernels, *_axes(arg_shapes))
+    results, arguments = ([NamedSharding(mesh, spec) for spec in side] for side in specs)
+    return mesh, run, tuple(results), tuple(arguments)
 
 
 _forward_per_shard.def_partition(
-    functools.partial(_partition, _forward_parts),
+    functools.partial(_partition, _forward_pass),
     sharding_rule="g t e, k e -> g t, g t, g t, g k",
     need_replication_factors=("e", "k"),
 )  # fmt: skip
 _backward_per_shard.def_partition(
-    functools.partial(_partition, _backward_parts),
+    functools.partial(_partition, _backward_pass),
     sharding_rule="g t e, k e, g t, g t, g t, g k -> g t e, k e, k",
     need_replication_factors=("e", "k"),
 )  # fmt: skip
 
 
 def _assign(block, codebook, temperature):
-    """Probabilities and their logarithms [g b/g t k], entropies [g b/g t 1]."""
+    """Probabilities and their logarithms [g b/g t k], and entropies [g b/g t 1]."""
     half_square = 0.5 * jnp.sum(jnp.square(codebook), axis=-1)
     logits = _einsum("gbte,ke->gbtk", block, codebook) - half_square
     log_p = jax.nn.log_softmax(logits * (2.0 / temperature), axis=-1)
@@ -281,8 +277,10 @@ def _assign(block, codebook, temperature):
 
 
 def _blocks(z, rows, groups, block_elements):
-    """[b n e] to [blocks g b/g t e]. Cut along the positions, because the batch is spread over
-    devices; t is the largest divisor of n within the bound."""
+    """Latents [b n e] cut into [blocks g b/g t e], with t the largest divisor of n in the bound.
+
+    The cut is along positions, because the batch is divided over devices.
+    """
     b, n, e = z.shape
     most = max(1, block_elements // (b * rows))
     t = max(t for t in range(1, n + 1) if n % t == 0 and t <= most)
@@ -290,5 +288,5 @@ def _blocks(z, rows, groups, block_elements):
 
 
 def _einsum(spec, *operands):
-    # HIGHEST: the default for float32 is TF32 on GPU and bfloat16 on TPU.
+    # By default float32 products are TF32 on a GPU and bfloat16 on a TPU.
     return jnp.einsum(spec, *operands, precision=jax.lax.Precision.HIGHEST)

@@ -2,10 +2,10 @@
 
 Axes: t tokens, k rows, e width, c packed width, o owners, m members, w column classes, s splits.
 
-A program owns a block of tokens and goes through all rows, or the other way round; nothing of the
-size of tokens x rows leaves it. Logits come from tensor cores, of vectors that are scaled by powers
-of two into float16's range. Weighted sums of vectors go through tensor cores as well, with both the
-weights and the vectors cut in two. Logarithms are to base 2 in here.
+A program owns a block of tokens and goes through all rows, its members, or the other way round;
+nothing of the size of tokens x rows leaves it. Tensor cores compute the logits, of vectors that are
+scaled by powers of two into float16's range, and the weighted sums of vectors, with both weights
+and vectors split into a high and a low part. Logarithms inside are to base 2.
 """
 
 import functools
@@ -20,42 +20,44 @@ from jax.experimental.pallas import triton as plt
 
 from gigatok_jax.ops import split_product
 
-_CLASSES = 8  # columns apart, in the tensor cores' result, of what one thread holds of a row
-_FAR = 1e30  # beyond any logit
-_LIFT = 10  # weights are raised by 2**10, out of float16's subnormal numbers
+_CLASSES = 8  # stride between the columns that one thread holds of the tensor cores' result
+_FAR = 1e30  # larger than any logit
+_LIFT = 10  # weights are multiplied by 2**10, out of float16's subnormal numbers
 _LN2 = math.log(2)
 
 
 class Tiling(NamedTuple):
-    owners: int = 128  # of one program
-    members: int = 64  # of one matrix product
+    """Sizes that a kernel is compiled for."""
+
+    owners: int = 128  # owners of one program
+    members: int = 64  # members of one matrix product
     warps: int = 4
     stages: int = 3
-    splits: int = 4  # programs that share the tokens among them, when rows own
+    splits: int = 4  # programs that share the tokens among them where rows are the owners
 
 
-TILING = Tiling(owners=64, members=128)  # of ten, the fastest on an H200
+TILING = Tiling(owners=64, members=128)  # the fastest on an H200 of ten that were tried
 
 
 class _Side(NamedTuple):
-    """Vectors of one side, padded to whole blocks."""
+    """Tokens or rows, padded to whole blocks of n vectors."""
 
-    count: int  # without the padding
-    packed: jax.Array  # f16[n c], for logits
-    parts: jax.Array  # f16[n 2e], high and low, for sums
-    scale: jax.Array  # f32[], of both
+    count: int  # vectors without the padding
+    packed: jax.Array  # f16[n c], operand of the products for logits
+    parts: jax.Array  # f16[n 2e], high and low part, operand of the weighted sums
+    scale: jax.Array  # f32[], power of two that both are multiplied by
 
 
 def forward(z, codebook, temperature, *, tiling: Tiling = TILING, interpret: bool = False):
-    """Log sums of the logits' exponentials to base 2, entropies in nats, and the sum over tokens
-    of their probabilities.
+    """Sums that the loss needs over rows and over tokens.
 
     Args:
         z, codebook: f32[t e] and f32[k e].
 
     Returns:
-        The log sums' whole numbers f32[t] and the rest f32[t], apart since a logit less the log sum
-        has more digits than the two have; f32[t]; f32[k].
+        Logarithms to base 2 of each token's sum of exponentials, as whole numbers f32[t] and rests
+        f32[t], because a logit minus the logarithm needs more digits than either has; entropies in
+        nats f32[t]; probabilities summed over tokens f32[k].
     """
     tokens, rows, unit = _sides(z, codebook, temperature, tiling)
     call = functools.partial(_call, unit=unit, tiling=tiling, interpret=interpret)
@@ -72,14 +74,17 @@ def backward(
     z, codebook, temperature, whole, rest, entropy, slope, *, tiling: Tiling = TILING,
     interpret: bool = False,
 ):  # fmt: skip
-    """With p f[t k] the probabilities and q = p (slope - log p - entropy - sum_k p slope):
-    q @ codebook f32[t e], q.T @ z f32[k e], and the sum of q over tokens f32[k].
+    """Sums that the gradients need, over rows and over tokens.
 
     Args:
-        whole, rest, entropy: of `forward`, f32[t].
-        slope: f32[k], derivative to each sum of probabilities, less any constant.
+        whole, rest, entropy: f32[t] each, from `forward`.
+        slope: f32[k], derivative to each sum of probabilities, up to a constant.
+
+    Returns:
+        With p f[t k] the probabilities and q = p (slope - log p - entropy - sum_k p slope):
+        q @ codebook f32[t e]; q.T @ z f32[k e]; the sum of q over tokens f32[k].
     """
-    # What a program computes as p lacks the factor 2**-rest of its token.
+    # The p of a program lacks the factor 2**-rest of its token.
     factor = jnp.exp2(-rest)
     tokens, rows, unit = _sides(z, codebook, temperature, tiling)
     tokens = tokens._replace(parts=_parts(z * factor[:, None] * tokens.scale, len(tokens.packed)))
@@ -108,13 +113,13 @@ def _padded(x, size, value):
 
 
 def _joined(sums, side, width):
-    """f32[n 2e] -> f32[n e], of high and low parts together."""
+    """Sums f32[n e] of the high and the low parts, f32[n 2e], without scale and lift."""
     half = sums.shape[1] // 2
     return (sums[:, :width] + sums[:, half : half + width]) * (2.0**-_LIFT / side.scale)
 
 
 def _sides(z, codebook, temperature, tiling) -> tuple[_Side, _Side, jax.Array]:
-    """Both sides, and f32[1], what their products count in logits."""
+    """Tokens, rows, and the factor f32[1] from their products to logits."""
     z_scale, e_scale = _power(z), _power(codebook)
     offset = -0.5 * jnp.sum(jnp.square(codebook), axis=1) * e_scale * z_scale
     whole = max(tiling.owners, tiling.members * tiling.splits)
@@ -125,7 +130,7 @@ def _sides(z, codebook, temperature, tiling) -> tuple[_Side, _Side, jax.Array]:
 
 
 def _power(x):
-    """f32[], the power of two that brings the longest vector to norm 1, about."""
+    """Power of two, f32[], that brings the longest vector to a norm near 1."""
     norm = jnp.sqrt(jnp.max(jnp.sum(jnp.square(x), axis=1)))
     _, exponent = jnp.frexp(norm * (1 / 1.02))
     return jnp.where(norm > 0, jnp.ldexp(jnp.float32(1), jnp.clip(-exponent, -60, 60)), 1)
@@ -138,7 +143,7 @@ def _side(x, scale, packed, whole):
 
 
 def _parts(x, size):
-    """f32[.. e] -> f16[n 2e], high and low."""
+    """High and low parts beside each other, f32[.. e] -> f16[n 2e]."""
     extra = max(8, pl.next_power_of_2(x.shape[1])) - x.shape[1]
     missing = ((0, size - len(x)), (0, extra))
     return jnp.concatenate([jnp.pad(part, missing) for part in split_product.split(x)], axis=1)
@@ -147,11 +152,12 @@ def _parts(x, size):
 def _call(
     kernel, owners, members, outs, own=(), along=(), *, unit, tiling, interpret, splits=1
 ):  # fmt: skip
-    """Outputs f32[s n ..] of one kernel.
+    """Runs one kernel, with outputs f32[s n ...].
 
     Args:
-        outs: what follows the owners' axis in the shape of each output.
-        own, along: vectors f32[n] of the owners and of the members.
+        outs: shape of each output after the axis of the owners.
+        own: vectors f32[n] with a value for each owner.
+        along: vectors f32[n] with a value for each member.
     """
     size, block = len(owners.packed), tiling.owners
     steps = len(members.packed) // (tiling.members * splits)
@@ -175,12 +181,14 @@ def _call(
 
 
 class _Tile(NamedTuple):
-    members: int  # of one step
+    """Loop of a program over the members."""
+
+    members: int  # members of one step
     steps: int
-    count: int  # members there are
+    count: int  # members without the padding
 
     def through(self, step, carry):
-        """The carry after all steps of this program's split."""
+        """Carry after all steps of this program's split."""
         begin = pl.program_id(1) * self.steps
         return lax.fori_loop(0, self.steps, lambda i, x: step(begin + i, x), carry)
 
@@ -188,7 +196,7 @@ class _Tile(NamedTuple):
         return pl.ds(i * self.members, self.members)
 
     def scores(self, owners, members_ref, i):
-        """f32[o m], logits in a unit of their own."""
+        """Logits f32[o m] of one step, before the factor of `_sides`."""
         members = members_ref[:, self.columns(i)]
         scores = jnp.dot(owners, members, preferred_element_type=jnp.float32)
         if self.count == members_ref.shape[1]:
@@ -292,9 +300,11 @@ def _row_kernel(
 
 
 def _sums(weights, vectors):
-    """f32[o m] @ f16[m 2e] with the weights cut in two by their bits, as the interpreter's XLA
-    would drop casts. Halved and doubled, so that each step's sum is added in float32: tensor cores
-    do not round what they add up."""
+    """Weighted sums f32[o m] @ f16[m 2e], with the weights split into a high and a low part.
+
+    Bits split them, since XLA drops casts in the interpreter. The sum is halved and doubled, so
+    that the sums of the steps are added in float32: tensor cores do not round their sums.
+    """
     bits = lax.bitcast_convert_type(weights, jnp.int32) & -0x2000
     high = lax.bitcast_convert_type(bits, jnp.float32)
     low = (weights - high).astype(jnp.float16)

@@ -1,7 +1,7 @@
-"""Passes of the entropy loss on a TPU. Axes: o owners (on lanes), m members (on sublanes), t
-tokens, k rows, e width.
+"""Passes of the entropy loss on a TPU.
 
-A program owns a block of tokens and goes through all rows, or the other way round.
+Axes: o owners (on lanes), m members (on sublanes), t tokens, k rows, e width. A program
+owns a block of tokens and goes through all rows, its members, or the other way round.
 """
 
 import functools
@@ -12,20 +12,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-_OWNERS, _MEMBERS = 256, 512  # of one program, of one of its steps
-_FAR = 1e30  # beyond any logit
+_OWNERS, _MEMBERS = 256, 512  # owners of one program, members of one of its steps
+_FAR = 1e30  # larger than any logit
 
 
 def forward(z, codebook, temperature, *, interpret: bool = False):
-    """Log sums of the logits' exponentials, entropies, and the sum over tokens of their
-    probabilities.
+    """Sums that the loss needs over rows and over tokens.
 
     Args:
         z, codebook: f32[t e] and f32[k e].
 
     Returns:
-        The largest logits f32[t] and what the log sums f32[t] have on top, apart since a logit less
-        the log sum has more digits than the two have; f32[t]; f32[k].
+        Logarithms of each token's sum of exponentials, as the largest logits f32[t] and the rests
+        f32[t], because a logit minus the logarithm needs more digits than either has; entropies in
+        nats f32[t]; probabilities summed over tokens f32[k].
     """
     logits = functools.partial(_call, unit=2 / temperature, interpret=interpret)
     offset = -jnp.sum(jnp.square(codebook), axis=1) / temperature
@@ -39,12 +39,15 @@ def forward(z, codebook, temperature, *, interpret: bool = False):
 
 
 def backward(z, codebook, temperature, top, rest, entropy, slope, *, interpret: bool = False):
-    """With p f[t k] the probabilities and q = p (slope - log p - entropy - sum_k p slope):
-    q @ codebook f32[t e], q.T @ z f32[k e], and the sum of q over tokens f32[k].
+    """Sums that the gradients need, over rows and over tokens.
 
     Args:
-        top, rest, entropy: of `forward`, f32[t].
-        slope: f32[k], derivative to each sum of probabilities, less any constant.
+        top, rest, entropy: f32[t] each, from `forward`.
+        slope: f32[k], derivative to each sum of probabilities, up to a constant.
+
+    Returns:
+        With p f[t k] the probabilities and q = p (slope - log p - entropy - sum_k p slope):
+        q @ codebook f32[t e]; q.T @ z f32[k e]; the sum of q over tokens f32[k].
     """
     logits = functools.partial(_call, unit=2 / temperature, interpret=interpret)
     offset = -jnp.sum(jnp.square(codebook), axis=1) / temperature
@@ -60,12 +63,13 @@ def backward(z, codebook, temperature, top, rest, entropy, slope, *, interpret: 
 
 
 def _call(kernel, owners, members, own, along, outs, state, *, unit, interpret):
-    """Outputs f32[w o] of one kernel.
+    """Runs one kernel, with outputs f32[w o].
 
     Args:
-        own: vectors f32[o].
-        along: vectors f32[m], each with the value that stands for a member that is not there.
-        outs, state: widths of the outputs, and of what is kept from step to step.
+        own: vectors f32[o] with a value for each owner.
+        along: vectors f32[m] with a value for each member, each with the value for the padding.
+        outs: widths of the outputs.
+        state: widths of the arrays that are kept from step to step.
     """
     size = owners.shape[0]
     step = min(_MEMBERS, -(-members.shape[0] // 8) * 8)
@@ -97,13 +101,13 @@ def _call(kernel, owners, members, own, along, outs, state, *, unit, interpret):
 
 
 def _blocks(x):
-    """f32[n w] -> f32[w n], a whole number of blocks."""
+    """Vectors f32[n w] turned to f32[w n] and padded to whole blocks."""
     return jnp.pad(x, ((0, -len(x) % _OWNERS), (0, 0))).T
 
 
 def _dot(members, owners, contract):
     dimensions = ((contract, (0,)), ((), ()))
-    precision = lax.Precision.HIGHEST  # a float32 product is one of bfloat16 otherwise
+    precision = lax.Precision.HIGHEST  # by default a float32 product is computed in bfloat16
     return lax.dot_general(
         members, owners, dimensions, precision=precision, preferred_element_type=jnp.float32
     )

@@ -1,6 +1,7 @@
-"""Resizing as two matrix products, and the input of teachers. Axes: b batch, h w position, c.
+"""Resizing as two matrix products, and the input of teachers.
 
-The matrices depend on sizes alone: built once in numpy, constants of the compiled step.
+Axes: b batch, h w position, c channel. The matrices depend on sizes alone: numpy makes them once,
+and they are constants of the compiled step.
 """
 
 import functools
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gigatok_jax.errors import ConfigError
+from gigatok_jax.errors import one_of
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of [0, 1] pixels
 NORMALISATION = {
@@ -20,6 +21,7 @@ NORMALISATION = {
 
 
 def _cubic(x: np.ndarray, a: float) -> np.ndarray:
+    """Keys' cubic kernel with slope `a` at distance 1, at distances `x`."""
     x = np.abs(x)
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = a * (((x - 5) * x + 8) * x - 4)
@@ -27,13 +29,13 @@ def _cubic(x: np.ndarray, a: float) -> np.ndarray:
 
 
 def to_pixels(images: jax.Array) -> jax.Array:
-    """uint8 to the float32 in [-1, 1] that every network here takes."""
+    """Pixels float32 in [-1, 1], as every network here takes them, of uint8 images."""
     return (images.astype(jnp.float32) / 255.0 - 0.5) / 0.5
 
 
 @functools.cache
 def bicubic(source: int, target: int) -> np.ndarray:
-    """f32[target source]: bicubic interpolation without antialiasing, edges repeated.
+    """Matrix f32[target source] of bicubic interpolation without antialiasing, edges repeated.
 
     Pixel centres at half integers, a = -0.75: `interpolate(mode="bicubic")` of PyTorch.
     Source: Keys 1981, doi:10.1109/TASSP.1981.1163711.
@@ -51,9 +53,10 @@ def bicubic(source: int, target: int) -> np.ndarray:
 
 @functools.cache
 def antialiased_bicubic(source: int, target: int) -> np.ndarray:
-    """f32[target source]: bicubic filter widened by the shrinking factor, a = -0.5.
+    """Matrix f32[target source] of bicubic interpolation with antialiasing.
 
-    The rows are cut at the edges and sum to one, as Pillow and PyTorch's `antialias=True` do.
+    The filter, with a = -0.5, is widened by the shrinking factor; rows are cut at the edges and
+    sum to one, as in Pillow and with PyTorch's `antialias=True`.
     """
     scale = source / target
     width = max(scale, 1.0)
@@ -65,9 +68,9 @@ def antialiased_bicubic(source: int, target: int) -> np.ndarray:
 
 @functools.cache
 def area(source: int, target: int) -> np.ndarray:
-    """f32[target source]: mean over the pixels that each output pixel touches.
+    """Matrix f32[target source] of the mean over the pixels that each output pixel overlaps.
 
-    `interpolate(mode="area")` of PyTorch: a touched pixel counts whole, not by its overlap.
+    As `interpolate(mode="area")` of PyTorch: overlapped pixels count whole, not by their overlap.
     """
     start = np.arange(target) * source // target
     stop = -(-(np.arange(1, target + 1) * source) // target)
@@ -77,35 +80,39 @@ def area(source: int, target: int) -> np.ndarray:
 
 
 def resize(images: jax.Array, target: int, method=bicubic) -> jax.Array:
-    """Square resize of float[b h w c] to float32[b target target c].
+    """Images float[b h w c] resized to squares, float32[b target target c].
 
     Args:
-        images: any range, square or not.
+        images: pixels of any range, square or not.
         target: side of the result in pixels.
         method: `bicubic`, `antialiased_bicubic` or `area`.
     """
     rows, columns = (method(size, target) for size in images.shape[1:3])
-    # Full float32 products: half precision would move pixels by half a grey level.
+    # Full float32 products: with half precision pixels would be off by half a grey level.
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     images = product("th,bhwc->btwc", rows, images.astype(jnp.float32))
     return product("tw,bhwc->bhtc", columns, images)
 
 
 def normalise(images: jax.Array, mean, deviation) -> jax.Array:
-    """float32 of the same shape: pixels in [-1, 1] to units of a data set's deviation."""
+    """Pixels in [-1, 1] less the mean of [0, 1] pixels, in units of their deviation, as float32."""
     mean, deviation = np.float32(mean), np.float32(deviation)
     return ((images.astype(jnp.float32) + 1) / 2 - mean) / deviation
 
 
 def teacher_input(images: jax.Array, teacher: str = "dinov2", size: int = 224) -> jax.Array:
-    """What a frozen teacher sees of images float[b h w 3] in [-1, 1]: float32[b size size 3].
+    """Input of a frozen teacher, float32[b size size 3], of images float[b h w 3] in [-1, 1].
 
-    Bicubic rows sum to one, so normalising before the resize (DINOv2) or after it (CLIP,
-    SigLIP) is the same up to rounding; here always before.
+    Bicubic rows sum to one, so normalising before the resize (as with DINOv2) or after it (CLIP,
+    SigLIP) is the same up to rounding; here it is always before.
+
+    Args:
+        images: pixels in [-1, 1].
+        teacher: a key of `NORMALISATION`.
+        size: side of the result in pixels.
 
     Raises:
-        ConfigError: no such teacher.
+        ConfigError: the teacher is unknown.
     """
-    if teacher not in NORMALISATION:
-        raise ConfigError(f"teacher {teacher!r} is unknown; use one of {', '.join(NORMALISATION)}")
+    one_of("teacher", teacher, NORMALISATION)
     return resize(normalise(images, *NORMALISATION[teacher]), size)

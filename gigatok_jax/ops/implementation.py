@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: the one place that asks about devices and jax."""
+"""Choice of an operation's implementation by device, width of vectors and version of jax."""
 
 import functools
 import importlib
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 from absl import logging
 
+from gigatok_jax.errors import one_of
 from gigatok_jax.ops import constrain
 
 NAMES = ("xla", "pallas_gpu", "pallas_tpu")
@@ -15,12 +16,12 @@ _DIALECTS = {"pallas_gpu": "triton", "pallas_tpu": "tpu"}  # modules of jax.expe
 
 
 def choose(operation: str, width: int, widths: Sequence[int]) -> str:
-    """The fastest implementation that can run on the default device, logged once.
+    """Fastest implementation for the platform being traced for; each choice is logged once.
 
     Args:
-        operation: what the log calls it.
-        width: of the vectors.
-        widths: that the kernels take.
+        operation: name of the operation in the log.
+        width: width of the vectors.
+        widths: widths that the kernels support.
     """
     impl = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(_device().platform, "xla")
     reason = obstacle(impl, width, widths)
@@ -30,40 +31,48 @@ def choose(operation: str, width: int, widths: Sequence[int]) -> str:
     return "xla" if reason else impl
 
 
-@functools.cache  # once for each choice
+@functools.cache  # logs each choice once
 def _log(operation, impl, note):
     logging.info("%s: %s on %s%s", operation, impl, _device().device_kind, note)
 
 
 def platform() -> str:
-    """Platform of the devices that a program is traced for: "cpu", "gpu" or "tpu"."""
+    """Platform being traced for: "cpu", "gpu" or "tpu"."""
     return _device().platform
 
 
 def is_here() -> bool:
-    """Whether those devices are of this process, rather than of a plan."""
+    """Whether the devices being traced for exist, rather than being those of a plan."""
     return _device() is _default()
 
 
 def _device():
-    """That programs are compiled for, unless their arguments lie elsewhere."""
-    here = _default()
-    # A mesh of devices that are not there, to compile for, knows their platform and kind.
+    """The device being traced for: that of the planned mesh if one is in force, else the default.
+
+    Arguments that lie on another device are not taken into account.
+    """
+    default = _default()
+    # The mesh of a plan is abstract: it knows the platform and kind of its devices.
     planned = jax.sharding.get_abstract_mesh().abstract_device
-    return planned if planned and planned.platform != here.platform else here
+    return planned if planned and planned.platform != default.platform else default
 
 
 def _default():
-    given = jax.config.jax_default_device
-    return given if hasattr(given, "platform") else jax.devices(given)[0]
+    """Default device of jax, which a setting gives as a device, a platform's name or None."""
+    setting = jax.config.jax_default_device
+    return setting if hasattr(setting, "platform") else jax.devices(setting)[0]
 
 
 def check(operation: str, impl: str, width: int, widths: Sequence[int], interpret: bool) -> None:
-    """Refuses an implementation that cannot run here.
+    """Refuses an implementation that cannot run here; arguments as for `choose`.
+
+    Args:
+        impl: name of the implementation.
+        interpret: whether a Pallas implementation runs in its interpreter, on any platform.
 
     Raises:
-        ValueError: it is unknown.
-        NotImplementedError: with the reason.
+        ValueError: `impl` is unknown.
+        NotImplementedError: `impl` cannot run here; the message says why.
     """
     reason = obstacle(impl, width, widths, interpret)
     if reason is not None:
@@ -71,9 +80,8 @@ def check(operation: str, impl: str, width: int, widths: Sequence[int], interpre
 
 
 def obstacle(impl: str, width: int, widths: Sequence[int], interpret: bool = False) -> str | None:
-    """Why an implementation cannot run here on vectors of this width; None if it can."""
-    if impl not in NAMES:
-        raise ValueError(f"impl is {impl!r}, expected one of {', '.join(NAMES)}")
+    """Reason why an implementation cannot run here on vectors of this width; None if it can."""
+    one_of("impl", impl, NAMES)
     if impl == "xla":
         return None
     if width not in widths:
@@ -90,17 +98,17 @@ def obstacle(impl: str, width: int, widths: Sequence[int], interpret: bool = Fal
 
 
 def _compute_capability() -> float:
-    """Of an NVIDIA GPU; 0 for another."""
+    """Compute capability of an NVIDIA GPU; 0 for other GPUs."""
     if not is_here():
-        return 9.0  # those that programs are planned for have it, or more: hardware.py
+        return 9.0  # the GPUs in planning/hardware.py have at least this
     try:
         return float(getattr(_device(), "compute_capability", 0))
-    except ValueError:  # AMD's are names
+    except ValueError:  # on AMD GPUs it is a name
         return 0.0
 
 
 def _has_dialect(impl: str) -> bool:
-    """Whether this jax has the dialect that the kernels are written in; Triton's is to go."""
+    """Whether this jax has the Pallas dialect of the kernels; Triton's is to be removed."""
     try:
         importlib.import_module(f"jax.experimental.pallas.{_DIALECTS[impl]}")
     except ImportError:

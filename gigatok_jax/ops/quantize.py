@@ -6,38 +6,38 @@ from jax.lax import stop_gradient
 
 
 def norm(x: jax.Array) -> jax.Array:
-    """Euclidean norm of the last axis, kept; its gradient at the zero vector is zero, not NaN."""
+    """Euclidean norm f32[... 1] over the last axis; its gradient at zero is zero, not NaN."""
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     zero = square == 0
     return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, square)))
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """x / max(|x|, 1e-12): the zero vector stays zero."""
+    """Unit vectors x / max(|x|, 1e-12); the zero vector stays zero."""
     return x / jnp.maximum(norm(x), 1e-12)
 
 
 def unit_rows_init(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
-    """Rows drawn uniformly from a cube, then normalised, as the original starts its codebook."""
+    """Initial rows of a normalised codebook: uniform in a cube, then unit, as in the original."""
     return unit(jax.random.uniform(key, shape, dtype, -1.0, 1.0))
 
 
 def uniform_rows_init(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
-    """Rows in [-1/k, 1/k], the start of a codebook that is not normalised."""
+    """Initial rows of a codebook that is not normalised: uniform in [-1/k, 1/k]."""
     return jax.random.uniform(key, shape, dtype, -1.0 / shape[0], 1.0 / shape[0])
 
 
 def straight_through(z: jax.Array, rows: jax.Array) -> jax.Array:
-    """Value of `rows`, gradient to `z` as if they were equal. Source: arXiv:1308.3432."""
+    """Value of `rows` with their gradient passed to `z` unchanged. Source: arXiv:1308.3432."""
     return z + stop_gradient(rows - z)
 
 
 def rotate(z: jax.Array, rows: jax.Array) -> jax.Array:
     """Value of `rows` up to rounding; the gradient reaches `z` through a fixed rotation.
 
-    The rotation that takes z to its row is held constant, so the gradient at the row turns back
-    with it (arXiv:2410.06424, Householder form). As the original does, `z` is normalised again
-    with gradient and norms carry +1e-6: the value has norm 0.999995, not 1.
+    The rotation that takes z to its row counts as a constant, so that the gradient is rotated back
+    (arXiv:2410.06424, Householder form). As in the original, `z` is normalised again with gradient,
+    and 1e-6 is added to norms: the value has norm 0.999995, not 1.
 
     Args:
         z: f32[... e], not zero.
