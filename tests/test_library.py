@@ -134,7 +134,7 @@ np.testing.assert_allclose(wide.decode(codes[:5]), made.decode(codes[:5]), atol=
 def test_many_devices_give_what_one_gives():
     """Inside shard_map, and as an object on a mesh with batches that it does not divide."""
     flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": f"{ROOT}:{ROOT}/tests/helpers"}
     subprocess.run([sys.executable, "-c", MANY_DEVICES], check=True, cwd=ROOT, env=environment)
 
 
