@@ -9,26 +9,19 @@ import jax.numpy as jnp
 from gigatok_jax.errors import one_of
 
 ADVERSARIAL = ("hinge", "vanilla", "non_saturating")
-RECONSTRUCTION = ("l2", "l1")
 
 
-def reconstruction(images: jax.Array, reconstructed: jax.Array, kind: str = "l2") -> jax.Array:
-    """Mean squared ("l2") or mean absolute ("l1") difference of pixels.
+def reconstruction(images: jax.Array, reconstructed: jax.Array) -> jax.Array:
+    """Mean squared difference of pixels.
 
     Args:
         images: float[b h w 3] in [-1, 1].
         reconstructed: float[b h w 3], not clamped.
-        kind: "l2" or "l1".
 
     Returns:
         f32[], >= 0.
-
-    Raises:
-        ConfigError: `kind` is unknown.
     """
-    one_of("kind", kind, RECONSTRUCTION)
-    difference = _float32(reconstructed) - _float32(images)
-    return jnp.mean(jnp.square(difference) if kind == "l2" else jnp.abs(difference))
+    return jnp.mean(jnp.square(_float32(reconstructed) - _float32(images)))
 
 
 def adversarial_generator(logits_fake: jax.Array, kind: str = "hinge") -> jax.Array:
@@ -143,33 +136,6 @@ def feature_loss(decoded: jax.Array, encoded: jax.Array) -> jax.Array:
     """
     target = jax.lax.stop_gradient(_float32(encoded))
     return jnp.mean(jnp.square(_float32(decoded) - target))
-
-
-def lecam(
-    logits_real: jax.Array, logits_fake: jax.Array, mean_real: jax.Array, mean_fake: jax.Array
-) -> jax.Array:
-    """LeCam regularisation of the discriminator: keeps its logits near their moving averages.
-
-    Args:
-        logits_real: float of any shape, on images.
-        logits_fake: float of any shape, on reconstructions.
-        mean_real: f32[], moving average of the logits on images.
-        mean_fake: f32[], moving average of the logits on reconstructions.
-
-    Returns:
-        f32[], >= 0.
-
-    Source: arXiv:2104.03310, one-sided as in its authors' code: only logits on the far
-        side of the other class's average are pulled.
-    """
-    real_excess = jax.nn.relu(_float32(logits_real) - mean_fake)
-    fake_excess = jax.nn.relu(mean_real - _float32(logits_fake))
-    return jnp.mean(jnp.square(real_excess)) + jnp.mean(jnp.square(fake_excess))
-
-
-def lecam_average(mean: jax.Array, logits: jax.Array, decay: float = 0.99) -> jax.Array:
-    """The next moving average of the logits for `lecam`; decay 0 (re)starts it at this batch."""
-    return decay * mean + (1.0 - decay) * jax.lax.stop_gradient(jnp.mean(_float32(logits)))
 
 
 def cross_entropy(logits: jax.Array, codes: jax.Array) -> jax.Array:
