@@ -11,6 +11,7 @@ import tiny
 from PIL import Image
 
 from configs import reconstruct as reconstruct_config
+from gigatok_jax import library
 from gigatok_jax.data import pipeline, sources
 from gigatok_jax.errors import CheckpointError, ConfigError, DataError
 from gigatok_jax.evaluation import metrics, reconstruction
@@ -194,7 +195,7 @@ def test_evaluation_sees_each_held_out_image_once():
         ({"input": ""}, ConfigError, "input is empty"),
         ({"checkpoint": ""}, ConfigError, "checkpoint is empty"),
         ({"checkpoint": "/no/such/run"}, CheckpointError, "/no/such/run does not exist"),
-        ({"weights_kind": "best"}, ConfigError, "weights_kind is 'best', expected one of auto"),
+        ({"weights_kind": "best"}, ConfigError, "'best', expected one of auto"),
         ({"input": "/no/such/file.png"}, DataError, "/no/such/file.png does not exist"),
         ({"eval": {"batch": 0}}, ConfigError, "eval.batch is 0"),
     ],
@@ -218,13 +219,13 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     checkpoints.save(1, {"weights": jnp.ones(2)}, {})
     checkpoints.close()
     with pytest.raises(CheckpointError, match="has no entry"):
-        reconstruction.load(tmp_path)
+        library.load_tokenizer(tmp_path)
 
 
 def test_one_step_of_a_run_can_be_named():
     path = tiny.finished_run() / "checkpoints"
-    early, late = (reconstruction.load(path / step) for step in ("2", "8"))
-    newest = reconstruction.load(path)
+    early, late = (library.load_tokenizer(path / step) for step in ("2", "8"))
+    newest = library.load_tokenizer(path)
     assert (early.step, late.step, newest.step) == (2, 8, 8)
     assert all(
         np.array_equal(x, y)

@@ -1,7 +1,7 @@
-"""Images of classes, as files: the task `generate`. It goes on where it was cut off.
+"""The task `generate`: images of classes, as files. A run that was cut off goes on.
 
 An image is named by its id. Its class and its draws follow from the id and the settings alone, so
-any part of a run can be made again. Axes: b batch, h w pixels.
+any image can be generated again. Axes: b batch, h w pixels.
 """
 
 import dataclasses
@@ -9,59 +9,61 @@ import itertools
 import re
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent import futures
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from gigatok_jax import files, library, sampling
 from gigatok_jax.data import transforms
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.evaluation import classes, metrics, pair
-from gigatok_jax.run import metric_writer, page, pictures
+from gigatok_jax.run import metric_writer, page, pictures, processes
 from gigatok_jax.run import workdir as workdir_lib
 from gigatok_jax.run.signals import Interrupts
 
 RECORD, SAMPLES = "generation.json", "samples.npz"
-EACH = 8  # images of a class, unless told
-FEW = 16  # classes that are all taken when none is named
-SHOWN = 16  # images of a class's grid
+EACH = 8  # images of a class if the config does not say
+FEW = 16  # number of classes up to which all are taken if the config names none
+SHOWN = 16  # images in the grid of a class
 WRITERS = 8  # threads that encode and write
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is to be there in the end."""
+    """Images to generate, with the models and settings that determine them."""
 
-    config: Any
+    config: ConfigDict
     workdir: epath.Path
     prior: library.Prior
     tokenizer: library.Tokenizer
     names: classes.Names
-    class_ids: Sequence[int]  # of images 0, 1, ... around
+    class_ids: Sequence[int]  # classes of images 0, 1, ..., repeated for further images
     image_ids: Sequence[int]  # ascending
 
     def class_of(self, image_id: int) -> int:
+        """Class id of an image."""
         return self.class_ids[image_id % len(self.class_ids)]
 
     def path(self, image_id: int) -> epath.Path:
+        """Path of an image's PNG."""
         class_id = self.class_of(image_id)
         name = f"{image_id:06d}_{class_id:03d}_{_slug(self.names[class_id][0])}.png"
         return self.workdir / "images" / name
 
     def by_class(self) -> dict[int, list[int]]:
         """Image ids of each class, in the order of class ids."""
-        found: dict[int, list[int]] = {class_id: [] for class_id in sorted(set(self.class_ids))}
+        ids: dict[int, list[int]] = {}
         for image_id in self.image_ids:
-            found[self.class_of(image_id)].append(image_id)
-        return {class_id: ids for class_id, ids in found.items() if ids}
+            ids.setdefault(self.class_of(image_id), []).append(image_id)
+        return dict(sorted(ids.items()))
 
 
-def generate(config, workdir: epath.PathLike) -> None:
-    """Makes the images that a config asks for and that are not there yet.
+def generate(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Runs the task: generates those images of a config that its workdir lacks.
 
     Leaves `images/<image id>_<class id>_<name>.png`, a grid per class under `pictures/`,
     `samples.npz` (arr_0 uint8[b h w 3], arr_1 i64[b] classes, in the order of image ids),
@@ -69,12 +71,14 @@ def generate(config, workdir: epath.PathLike) -> None:
 
     Args:
         config: see `configs/generate.py`.
-        workdir: folder of the images; one that holds images of the same settings is gone on with.
+        workdir: folder of the images; if it holds images of the same settings, the run goes on.
 
     Raises:
-        GigatokError: whatever the user can change: a setting, a class, checkpoints that do not
-            belong together, a folder of other images.
-        SystemExit: after a signal, once the images at hand are written; status 128 + its number.
+        ConfigError: a setting or class does not exist, the checkpoints do not belong together, or
+            the workdir holds images of other settings.
+        CheckpointError: a checkpoint is missing, damaged, or of another kind.
+        SystemExit: a signal came; the images of the current batch are written, and the exit status
+            is 128 + the signal's number.
     """
     check(config)
     job = open_job(config, epath.Path(workdir))
@@ -96,8 +100,8 @@ def generate(config, workdir: epath.PathLike) -> None:
     print(f"images: {len(job.image_ids)}; page: {page.write(job.workdir)}", flush=True)
 
 
-def check(config) -> None:
-    """Refuses settings that mean nothing, before anything is loaded."""
+def check(config: ConfigDict) -> None:
+    """Raises ConfigError for settings outside their range, before checkpoints are loaded."""
     for name in ("prior", "tokenizer"):
         if not config[name]:
             raise ConfigError(f"{name} is empty: name its workdir with --config.{name}=DIR")
@@ -110,18 +114,14 @@ def check(config) -> None:
         if value < low:
             raise ConfigError(f"{name} is {value}, expected {low} or more")
     pair.compute_type(config.dtype)
-    if jax.process_count() > 1:
-        raise ConfigError(
-            f"generate writes one folder from one process, here are {jax.process_count()}: start it"
-            " on one host, which uses all of its devices"
-        )
+    processes.alone("generate", "start it on one host, which uses all of its devices")
 
 
-def open_job(config, workdir: epath.Path) -> Job:
-    """Loads both models and says what is asked of them; writes nothing."""
-    where = pair.placement(config)
-    prior = library.load_prior(config.prior, weights=config.weights_kind, **where)
-    tokenizer = library.load_tokenizer(config.tokenizer, **where)
+def open_job(config: ConfigDict, workdir: epath.Path) -> Job:
+    """Loads both models and resolves classes and image ids; writes nothing."""
+    placement = pair.placement(config)
+    prior = library.load_prior(config.prior, weights=config.weights_kind, **placement)
+    tokenizer = library.load_tokenizer(config.tokenizer, **placement)
     pair.check_tokenizer(prior, tokenizer)
     names = classes.names_of(prior.config.classes, prior.class_names)
     class_ids = _class_ids(config.class_ids, names)
@@ -155,12 +155,12 @@ def _image_ids(config, default: int) -> Sequence[int]:
 
 
 def _slug(name: str) -> str:
-    """A name as part of a file's name."""
+    """Name of a class, shortened to letters that any file name can hold."""
     return re.sub(r"\W+", "_", name).strip("_")[:40] or "class"
 
 
 def weights_of(job: Job) -> dict[str, Any]:
-    """What made the images: the steps and parameters of both models, and the classes."""
+    """Steps and fingerprints of both models, and the classes: they determine the images."""
     prior, tokenizer = job.prior, job.tokenizer
     return {
         "prior": {
@@ -179,17 +179,17 @@ def weights_of(job: Job) -> dict[str, Any]:
 
 def claim(job: Job) -> None:
     """Writes the record of the settings, or refuses a folder of images from other weights."""
-    path, made_by = job.workdir / RECORD, weights_of(job)
+    path, weights = job.workdir / RECORD, weights_of(job)
     before = files.read_json(path) if path.exists() else {}
     for name in ("prior", "tokenizer", "class_ids"):
-        if name in before and before[name] != made_by[name]:
+        if name in before and before[name] != weights[name]:
             raise ConfigError(
-                f"workdir {job.workdir} holds images of another {name}: {made_by[name]} here and"
+                f"workdir {job.workdir} holds images of another {name}: {weights[name]} here and"
                 f" {before[name]} there; choose another --workdir"
             )
     record = {
         "settings": job.config.to_dict(),
-        **made_by,
+        **weights,
         "images": len(job.image_ids),
         "images_by_class": {
             str(i): {"name": job.names[i][0], "images": len(ids)}
@@ -202,61 +202,58 @@ def claim(job: Job) -> None:
 
 
 def find_missing(job: Job) -> set[int]:
-    """Image ids whose file is not there or not whole."""
+    """Ids of the images whose file does not exist or is damaged."""
     size = job.tokenizer.image_size
 
-    def is_there(image_id):
+    def is_whole(image_id):
         path = job.path(image_id)
         return path.exists() and pictures.is_whole(path.read_bytes(), size)
 
     with futures.ThreadPoolExecutor(WRITERS) as pool:
-        there = pool.map(is_there, job.image_ids)
-        return {i for i, good in zip(job.image_ids, there, strict=True) if not good}
+        whole = pool.map(is_whole, job.image_ids)
+        return {i for i, good in zip(job.image_ids, whole, strict=True) if not good}
 
 
 def make(job: Job, missing: set[int], interrupts: Interrupts) -> tuple[int, float]:
-    """Draws and writes the missing images.
+    """Generates and writes the missing images.
 
-    A batch always holds the same ids, those there already among them: an image that is made again
-    is the same to the last bit.
+    A batch always holds the same ids, including images that exist already, so that an image that
+    is generated again is the same to the last bit.
 
     Returns:
-        How many are left after a signal, and images per second, without the batch that compiles
-        where there are others.
+        Number of images that are left after a signal; images per second, without the first batch,
+        which compiles, if there are more.
     """
-    batches = [ids for ids in _batches(job) if not missing.isdisjoint(ids)]
+    size = min(job.config.batch, len(job.image_ids))
+    starts = range(0, len(job.image_ids), job.config.batch)
+    batches = [job.image_ids[start : start + job.config.batch] for start in starts]
+    batches = [ids for ids in batches if not missing.isdisjoint(ids)]
     if batches:
-        size = min(job.config.batch, len(job.image_ids))
         print(f"images to make: {len(missing)}; the first batch of {size} compiles", flush=True)
     writing, left, speed = [], len(missing), Speed()
     with futures.ThreadPoolExecutor(WRITERS) as pool:
         for number, ids in enumerate(batches):
             images = draw(job, ids)
-            _finish_all(writing)  # those of the batch before, while this one was drawn
-            new = [(job.path(i), x) for i, x in zip(ids, images, strict=True) if i in missing]
-            writing = [pool.submit(write_image, *one) for one in new]
+            _wait(writing)  # the batch before was written while this one was generated
+            new = [(i, x) for i, x in zip(ids, images, strict=True) if i in missing]
+            writing = [pool.submit(write_image, job.path(i), x) for i, x in new]
             left -= len(new)
             speed.add(len(ids))
-            told = speed.line(len(missing) - left, len(missing), len(batches) - number - 1)
-            print(told, flush=True)
+            done, batches_left = len(missing) - left, len(batches) - number - 1
+            print(speed.line(done, len(missing), batches_left), flush=True)
             if interrupts.received:
                 break
-        _finish_all(writing)
+        _wait(writing)
     return left, speed.rate()
 
 
-def _batches(job: Job) -> Iterator[Sequence[int]]:
-    for start in range(0, len(job.image_ids), job.config.batch):
-        yield job.image_ids[start : start + job.config.batch]
-
-
-def _finish_all(writing: Sequence[futures.Future]) -> None:
-    for one in writing:
-        one.result()
+def _wait(writing: Sequence[futures.Future]) -> None:
+    for future in writing:
+        future.result()
 
 
 class Speed:
-    """Images per second of batches, of which the first compiles."""
+    """Clock of batches, the first of which also compiles: images per second and time left."""
 
     def __init__(self):
         self._mark = time.perf_counter()
@@ -264,7 +261,7 @@ class Speed:
         self._images, self._seconds, self._last = 0, 0.0, 0.0
 
     def add(self, images: int) -> None:
-        """A batch is done."""
+        """Counts a batch that is done."""
         now = time.perf_counter()
         self._mark, self._last = now, now - self._mark
         if self._first is None:
@@ -273,19 +270,20 @@ class Speed:
             self._images, self._seconds = self._images + images, self._seconds + self._last
 
     def rate(self) -> float:
-        """0 when nothing was done."""
+        """Images per second without the first batch if there are more; 0 before any batch."""
         images, seconds = self._first or (0, 1.0)
         if self._images:
             images, seconds = self._images, self._seconds
         return images / seconds
 
     def line(self, done: int, total: int, batches_left: int) -> str:
+        """Progress for people, with the time left."""
         left = metric_writer.duration(batches_left * self._last)
         return f"image {done}/{total} | {self.rate():.3g} images/s | {left} left"
 
 
 def draw(job: Job, image_ids: Sequence[int]) -> np.ndarray:
-    """uint8[b h w 3] of these images; all batches of a job have one shape."""
+    """Generated images uint8[b h w 3]; all batches of a job are computed in one shape."""
     config, count = job.config, len(image_ids)
     if len(job.image_ids) > config.batch:
         image_ids = [*image_ids, *[image_ids[-1]] * (config.batch - count)]
@@ -302,12 +300,12 @@ def draw(job: Job, image_ids: Sequence[int]) -> np.ndarray:
 
 
 def write_image(path: epath.Path, image: np.ndarray) -> None:
-    """A PNG that is whole or not there."""
+    """Writes an image uint8[h w 3] as a PNG; after a crash the file is whole or does not exist."""
     files.write_bytes(path, pictures.encode(image))
 
 
 def is_finished(job: Job) -> bool:
-    """Whether the files that describe all the images are there, from these images."""
+    """Whether results and samples exist and describe exactly the images of the job."""
     results, samples = job.workdir / "results.json", job.workdir / SAMPLES
     if not (results.exists() and samples.exists()):
         return False
@@ -315,15 +313,15 @@ def is_finished(job: Job) -> bool:
 
 
 def finish(job: Job, figures: dict[str, Any]) -> None:
-    """Grids, npz and at last the results, all from the files of the images."""
-    found = job.by_class()
-    for class_id, ids in found.items():
+    """Writes grids, samples and at last the results, all from the files of the images."""
+    by_class = job.by_class()
+    for class_id, ids in by_class.items():
         tiles = np.stack([transforms.decode(job.path(i)) for i in ids[:SHOWN]])
         name = _slug(job.names[class_id][0])
         pictures.save_class(job.workdir, class_id, name, pictures.grid(tiles))
     write_npz(job)
     config = job.config
-    results = {"images": len(job.image_ids), "classes": len(found), **figures}
+    results = {"images": len(job.image_ids), "classes": len(by_class), **figures}
     results |= {f"cfg_{name}": value for name, value in config.cfg.items()}
     results |= {name: config[name] for name in ("temperature", "top_k", "top_p", "seed")}
     results |= {"prior_step": job.prior.step, "tokenizer_step": job.tokenizer.step}
@@ -332,14 +330,14 @@ def finish(job: Job, figures: dict[str, Any]) -> None:
 
 
 def _described(ids: Sequence[int]) -> str:
-    """Ascending ids in the form that `classes.numbers` reads: "0-63,100"."""
+    """Text "0-63,100" of ascending ids, which `classes.numbers` reads."""
     ids = np.asarray(ids)
     runs = np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1)
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def write_npz(job: Job) -> None:
-    """`samples.npz`, image by image: never more than one in memory."""
+    """Writes `samples.npz` with one image at a time in memory."""
     size = job.tokenizer.image_size
     shape = (len(job.image_ids), size, size, 3)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}

@@ -1,4 +1,4 @@
-"""How well a prior predicts codes: its mean loss over a held-out set, and the task `evaluate`.
+"""Mean loss of a prior over held-out codes, and the task `evaluate`.
 
 Axes: b batch, n codes of an image.
 """
@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from gigatok_jax import files, library, parallel
 from gigatok_jax.data import codes as codes_lib
@@ -22,9 +24,10 @@ from gigatok_jax.run import processes
 
 
 def make_losses(prior: ar.Prior) -> Callable[..., jax.Array]:
-    """Jitted `losses(params, class_ids, codes)`: i32[b], int[b n] -> f32[b], nats per code.
+    """Makes a jitted function of parameters, class ids i32[b] and codes int[b n].
 
-    Class -1, of an image without one, is the null class.
+    Its result is the mean cross-entropy of each image's codes, f32[b], in nats. Class id -1, for an
+    image without a class, counts as the null class.
     """
 
     @jax.jit
@@ -37,18 +40,18 @@ def make_losses(prior: ar.Prior) -> Callable[..., jax.Array]:
 
 
 def mean_loss(losses: Callable, params: Any, batches: Iterable[dict]) -> dict[str, float]:
-    """Mean cross-entropy over all images, each counted once whatever the batches.
+    """Mean cross-entropy over all images, in which each image counts once.
 
     Args:
-        losses: from `make_losses`.
-        params: of the prior.
-        batches: "codes" int[b n], "label" i32[b] and "mask" bool[b], False for padding.
+        losses: function from `make_losses`.
+        params: parameters of the prior.
+        batches: dicts with "codes" int[b n], "label" i32[b] and "mask" bool[b], False for padding.
 
     Returns:
-        loss (nats per code), perplexity (its exponential) and images (how many).
+        "loss" in nats per code, "perplexity" (its exponential) and "images" (their number).
 
     Raises:
-        DataError: no image at all.
+        DataError: the batches hold no image.
     """
     total, count = 0.0, 0
     for batch in batches:
@@ -61,19 +64,20 @@ def mean_loss(losses: Callable, params: Any, batches: Iterable[dict]) -> dict[st
     return {"loss": total / count, "perplexity": math.exp(total / count), "images": count}
 
 
-def evaluate(config, workdir: epath.PathLike) -> None:
-    """The task: loss and perplexity of a prior over held-out codes or images.
+def evaluate(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Runs the task: loss and perplexity of a prior over held-out codes or images.
 
     Writes `results.json`.
 
     Args:
         config: see `configs/evaluate.py`.
-        workdir: folder for the results, made when missing.
+        workdir: folder of the results, created if it does not exist.
 
     Raises:
-        ConfigError: nothing to evaluate, settings that mean nothing, or codes of another tokenizer.
-        DataError: nothing readable, or classes that the prior does not have.
-        CheckpointError: nothing whole at the checkpoint, or not of a prior.
+        ConfigError: the config names no checkpoint or data, a setting is outside its range, or the
+            codes are of another tokenizer.
+        DataError: no image is readable, or classes are unknown to the prior.
+        CheckpointError: the checkpoint is missing, damaged, or not of a prior.
     """
     if not config.checkpoint:
         raise ConfigError("checkpoint is empty: name a prior's run with --config.checkpoint=DIR")
@@ -89,33 +93,33 @@ def evaluate(config, workdir: epath.PathLike) -> None:
         files.write_json(epath.Path(workdir) / "results.json", results)
 
 
-def place(batches: Iterable[dict], mesh) -> Iterator[dict]:
-    """Batches for `mean_loss`, codes and labels divided over a mesh; the mask stays on the host."""
+def place(batches: Iterable[dict], mesh: Mesh) -> Iterator[dict]:
+    """Batches for `mean_loss` with codes and labels divided over a mesh; masks stay on the host."""
     split = parallel.split_batch(mesh)
-    for one in batches:
-        arrays = {name: one[name] for name in ("codes", "label")}
-        yield {"mask": one["mask"]} | jax.device_put(arrays, split)
+    for batch in batches:
+        arrays = {name: batch[name] for name in ("codes", "label")}
+        yield {"mask": batch["mask"]} | jax.device_put(arrays, split)
 
 
 def image_codes(
     source, tokenizer: library.Tokenizer, batch: int, max_unreadable: int
 ) -> Iterator[dict]:
-    """Batches of `pipeline.eval_batches`, with the codes of their images beside them."""
+    """Batches as from `pipeline.eval_batches`, with the "codes" of their images added."""
     size = tokenizer.image_size
     with pipeline.eval_batches(source, size, batch, max_unreadable=max_unreadable) as batches:
-        for one in batches:
-            yield one | {"codes": processes.whole(tokenizer.encode(one["image"]))}
+        for images in batches:
+            yield images | {"codes": processes.whole(tokenizer.encode(images["image"]))}
 
 
-def check_batch(batch: int, mesh) -> None:
-    """Refuses a batch that the devices do not divide."""
+def check_batch(batch: int, mesh: Mesh) -> None:
+    """Raises ConfigError for a batch that the devices do not divide."""
     shards = parallel.batch_shards(mesh)
     if batch < 1 or batch % shards:
         raise ConfigError(f"eval.batch is {batch}, expected a multiple of the {shards} devices")
 
 
 def _code_batches(config, prior: library.Prior, where: dict) -> Iterator[dict]:
-    """Batches of extracted codes."""
+    """Batches of the extracted codes that a config names."""
     del where
     if config.codes:
         _, source = codes_lib.open_codes(config.codes, config.eval_codes, config.data.eval_images)
@@ -128,7 +132,7 @@ def _code_batches(config, prior: library.Prior, where: dict) -> Iterator[dict]:
 
 
 def _image_batches(config, prior: library.Prior, where: dict) -> Iterator[dict]:
-    """Batches of the codes of images."""
+    """Batches of the codes of the images that a config names."""
     if not config.tokenizer:
         raise ConfigError(
             "tokenizer is empty: name it with --config.tokenizer=DIR, or codes with"
@@ -144,7 +148,7 @@ def _image_batches(config, prior: library.Prior, where: dict) -> Iterator[dict]:
 
 
 def _check_labels(source, prior: library.Prior) -> None:
-    """Refuses classes that are not the prior's; by their names, where both sides have them."""
+    """Refuses a source with other classes than the prior: by name if both are named, or by id."""
     ours, theirs = tuple(source.class_names), tuple(prior.class_names)
     if ours and theirs and ours != theirs:
         raise DataError(
