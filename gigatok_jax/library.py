@@ -365,7 +365,7 @@ def fingerprint(params: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def check_codes(codes, tokens: int, vocab: int) -> None:
+def check_codes(codes: np.ndarray, tokens: int, vocab: int) -> None:
     """Raises DataError unless codes are int[b tokens] in [0, vocab)."""
     if codes.ndim != 2 or codes.shape[1] != tokens:
         raise DataError(f"codes are {codes.shape}, expected [b, {tokens}]")
@@ -435,9 +435,9 @@ def _on_devices(params: Mapping[str, Any], dtype) -> dict[str, Any]:
     """Parameters in a dtype: numpy arrays are copied to the default device, others stay put."""
     dtype = _checked_type(dtype)
 
-    def place(keys, leaf):
+    def to_device(keys, leaf):
         type_ = _type_of(trees.path(keys), dtype)
         leaf = jnp.array(leaf, type_, copy=not isinstance(leaf, jax.Array))
         return jax.device_put(leaf, parallel.auto_mesh(leaf.sharding))
 
-    return jax.tree_util.tree_map_with_path(place, dict(params))
+    return jax.tree_util.tree_map_with_path(to_device, dict(params))

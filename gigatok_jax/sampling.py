@@ -139,7 +139,9 @@ def filtered(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array
     return jnp.where(logits >= lowest, logits, -jnp.inf)
 
 
-def draw(logits: jax.Array, keys: jax.Array, position, settings: Draw, filters: bool) -> jax.Array:
+def draw(
+    logits: jax.Array, keys: jax.Array, position: jax.Array, settings: Draw, filters: bool
+) -> jax.Array:
     """Draws one code for each image: logits f32[b v], keys[b] -> i32[b].
 
     The draw of an image depends on its key and position alone, not on other images of the batch.

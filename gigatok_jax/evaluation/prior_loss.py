@@ -19,6 +19,7 @@ from gigatok_jax.data import codes as codes_lib
 from gigatok_jax.data import pipeline, sources
 from gigatok_jax.errors import ConfigError, DataError
 from gigatok_jax.evaluation import pair
+from gigatok_jax.losses import cross_entropy
 from gigatok_jax.models import ar
 from gigatok_jax.run import processes
 
@@ -34,7 +35,7 @@ def make_losses(prior: ar.Prior) -> Callable[..., jax.Array]:
     def losses(params, class_ids, codes):
         class_ids, codes = jnp.where(class_ids < 0, prior.classes, class_ids), codes.astype(int)
         logits = prior.apply({"params": params}, class_ids, codes)  # [b n v]
-        return losses.cross_entropy(logits, codes).mean(-1)
+        return cross_entropy(logits, codes).mean(-1)
 
     return losses
 
@@ -60,7 +61,7 @@ def mean_loss(losses: Callable, params: Any, batches: Iterable[dict]) -> dict[st
         values = values.astype(np.float64)
         total, count = total + values[keep].sum(), count + int(keep.sum())
     if not count:
-        raise DataError("there is no image to take the loss of")
+        raise DataError("no image to take the loss of: the held-out set is empty")
     return {"loss": total / count, "perplexity": math.exp(total / count), "images": count}
 
 
@@ -81,12 +82,13 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> None:
     """
     if not config.checkpoint:
         raise ConfigError("checkpoint is empty: name a prior's run with --config.checkpoint=DIR")
-    where = pair.placement(config)
-    prior = library.load_prior(config.checkpoint, weights=config.weights_kind, **where)
-    check_batch(config.eval.batch, where["sharding"].mesh)
+    placement = pair.placement(config)
+    prior = library.load_prior(config.checkpoint, weights=config.weights_kind, **placement)
+    mesh = placement["sharding"].mesh
+    check_batch(config.eval.batch, mesh)
     batches = _code_batches if config.codes or config.eval_codes else _image_batches
-    placed = place(batches(config, prior, where), where["sharding"].mesh)
-    losses = make_losses(ar.make(prior.config, where["dtype"]))
+    placed = place(batches(config, prior, placement), mesh)
+    losses = make_losses(ar.make(prior.config, placement["dtype"]))
     results = mean_loss(losses, prior.params, placed) | {"step": prior.step}
     if processes.is_first():
         epath.Path(workdir).mkdir(parents=True, exist_ok=True)
@@ -102,7 +104,7 @@ def place(batches: Iterable[dict], mesh: Mesh) -> Iterator[dict]:
 
 
 def image_codes(
-    source, tokenizer: library.Tokenizer, batch: int, max_unreadable: int
+    source: Any, tokenizer: library.Tokenizer, batch: int, max_unreadable: int
 ) -> Iterator[dict]:
     """Batches as from `pipeline.eval_batches`, with the "codes" of their images added."""
     size = tokenizer.image_size
@@ -118,9 +120,9 @@ def check_batch(batch: int, mesh: Mesh) -> None:
         raise ConfigError(f"eval.batch is {batch}, expected a multiple of the {shards} devices")
 
 
-def _code_batches(config, prior: library.Prior, where: dict) -> Iterator[dict]:
+def _code_batches(config, prior: library.Prior, placement: dict) -> Iterator[dict]:
     """Batches of the extracted codes that a config names."""
-    del where
+    del placement
     if config.codes:
         _, source = codes_lib.open_codes(config.codes, config.eval_codes, config.data.eval_images)
     else:
@@ -131,14 +133,14 @@ def _code_batches(config, prior: library.Prior, where: dict) -> Iterator[dict]:
     yield from codes_lib.eval_batches(source, config.eval.batch)
 
 
-def _image_batches(config, prior: library.Prior, where: dict) -> Iterator[dict]:
+def _image_batches(config, prior: library.Prior, placement: dict) -> Iterator[dict]:
     """Batches of the codes of the images that a config names."""
     if not config.tokenizer:
         raise ConfigError(
             "tokenizer is empty: name it with --config.tokenizer=DIR, or codes with"
             " --config.codes=DIR"
         )
-    tokenizer = library.load_tokenizer(config.tokenizer, **where)
+    tokenizer = library.load_tokenizer(config.tokenizer, **placement)
     pair.check_tokenizer(prior, tokenizer)
     data = config.data.copy_and_resolve_references()
     data.folder = data.folder or data.eval_folder

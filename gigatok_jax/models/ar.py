@@ -7,11 +7,13 @@ after the other through the same blocks.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from gigatok_jax.models import layers
@@ -73,12 +75,14 @@ def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(x.shape).astype(x.dtype)
 
 
-def dense(features: int, dtype, name: str, init=layers.weight_init) -> nn.Dense:
+def dense(
+    features: int, dtype: DTypeLike, name: str, init: Callable = layers.weight_init
+) -> nn.Dense:
     """Linear layer without bias."""
     return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, name=name)
 
 
-def modulation(count: int, width: int, dtype, name: str | None) -> nn.Dense:
+def modulation(count: int, width: int, dtype: DTypeLike, name: str | None) -> nn.Dense:
     """Layer from the condition to `count` shifts, scales or gates; all are zero before training."""
     zeros = nn.initializers.zeros
     return nn.Dense(count * width, dtype=dtype, kernel_init=zeros, name=name)
@@ -98,7 +102,13 @@ class Attention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, rotary, cache: LayerCache | None = None, place: Place | None = None):
+    def __call__(
+        self,
+        x: jax.Array,
+        rotary: tuple[jax.Array, jax.Array] | None,
+        cache: LayerCache | None = None,
+        place: Place | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
         """f[b n c] -> (f[b n c], cache); with a cache n is 1."""
         q, k, v = self._project(x, rotary)
         if cache is None:
@@ -200,7 +210,7 @@ class Block(nn.Module):
         return y if gate is None else gate * y
 
 
-def rms_norm(dtype, name: str) -> nn.RMSNorm:
+def rms_norm(dtype: DTypeLike, name: str | None) -> nn.RMSNorm:
     """Root-mean-square norm, computed in float32; the result has type `dtype`."""
     return nn.RMSNorm(epsilon=1e-5, dtype=dtype, name=name)
 
@@ -342,7 +352,7 @@ def drop_path_rates(prior: Prior) -> jax.Array:
 
 def make(
     model: ConfigDict,
-    dtype: jax.typing.DTypeLike = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     *,
     loop: layers.Loop = layers.SCANNED,
     dropouts: Dropouts | None = None,

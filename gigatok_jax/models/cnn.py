@@ -1,10 +1,12 @@
 """CNNs between pixels and a feature grid. Axes: b batch, h height, w width, c channel."""
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from gigatok_jax.models.layers import dense, weight_init
 from gigatok_jax.ops import attention
@@ -14,7 +16,9 @@ TOKEN_WIDTH = 256  # channels of the feature grid, the same for every published 
 LEVELS = (1, 1, 2, 2, 4)  # channel multipliers from full resolution down
 
 
-def conv(features: int, dtype, name: str, kernel: int = 3, stride: int = 1, padding=1) -> nn.Conv:
+def conv(
+    features: int, dtype: DTypeLike, name: str, kernel: int = 3, stride: int = 1, padding: Any = 1
+) -> nn.Conv:
     """Square convolution with the tokenizer's initialisation; `padding` as flax spells it."""
     return nn.Conv(
         features,
@@ -33,7 +37,7 @@ def _with_whole_kernel(x: jax.Array, kernel: jax.Array, *arguments, **options) -
     return jax.lax.conv_general_dilated(x, constrain(kernel), *arguments, **options)
 
 
-def group_norm(dtype, name: str | None, affine: bool = True) -> nn.GroupNorm:
+def group_norm(dtype: DTypeLike, name: str | None, affine: bool = True) -> nn.GroupNorm:
     """Group norm with 32 groups, eps 1e-6 and statistics in float32.
 
     In half precision one pass takes the mean and the mean of squares. In float32, which is for
@@ -185,7 +189,7 @@ class CNNDecoder(nn.Module):
         return conv(x.shape[-1], self.dtype, name)(x)
 
 
-def middle(x: jax.Array, block: type[nn.Module], attention: bool, dtype) -> jax.Array:
+def middle(x: jax.Array, block: type[nn.Module], attention: bool, dtype: DTypeLike) -> jax.Array:
     """Two residual blocks at the lowest resolution, with attention between them if set."""
     x = block(x.shape[-1], dtype, name="mid_block_0")(x)
     if attention:

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from gigatok_jax.errors import one_of
 from gigatok_jax.ops import activation, attention
@@ -55,7 +56,7 @@ class Block(nn.Module):
         return nn.Dense(x.shape[-1], dtype=self.dtype, name="down")(hidden)
 
 
-def layer_norm(dtype, name: str) -> nn.LayerNorm:
+def layer_norm(dtype: DTypeLike, name: str) -> nn.LayerNorm:
     """Layer norm with the epsilon of these models; statistics in float32."""
     return nn.LayerNorm(epsilon=1e-6, dtype=dtype, name=name, use_fast_variance=False)
 
@@ -109,7 +110,7 @@ class DINOv2(nn.Module):
         return layer_norm(jnp.float32, "norm")(x)  # [b 1+registers+n c]
 
 
-def teacher(name: str, dtype=jnp.float32) -> DINOv2:
+def teacher(name: str, dtype: DTypeLike = jnp.float32) -> DINOv2:
     """Makes the published DINOv2 with a name in `NAMES`.
 
     Raises:

@@ -18,6 +18,8 @@ SPATIAL = 7  # channels of the spatial features
 
 
 class Features(NamedTuple):
+    """Outputs of the network that metrics read."""
+
     pool: jax.Array  # f32[b 2048], for FID, precision and recall
     spatial: jax.Array  # f32[b 17 17 7], for sFID
     logits: jax.Array  # f32[b 1008]

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from gigatok_jax.ops import activation, attention, implementation
 from gigatok_jax.ops.constrain import BATCH, SPLIT, constrain, stream
@@ -36,7 +37,9 @@ class Loop(NamedTuple):
 SCANNED = Loop()
 
 
-def in_proj_init(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
+def in_proj_init(
+    key: jax.Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32
+) -> jax.Array:
     """Xavier-uniform draw for one of query, key and value: the bound is of all three stacked."""
     fan_in, fan_out = shape
     bound = (6 / (fan_in + 3 * fan_out)) ** 0.5
@@ -53,17 +56,19 @@ def fan_in_uniform(fan_in: int) -> Callable:
     return init
 
 
-def position_init(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
+def position_init(
+    key: jax.Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32
+) -> jax.Array:
     """Normal draw of position embeddings [length, width], with deviation width^-0.5."""
     return jax.random.normal(key, shape, dtype) * shape[-1] ** -0.5
 
 
-def dense(features: int, dtype, name: str, init: Callable = weight_init) -> nn.Dense:
+def dense(features: int, dtype: DTypeLike, name: str, init: Callable = weight_init) -> nn.Dense:
     """Linear layer with the tokenizer's initialisation."""
     return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)
 
 
-def layer_norm(dtype, name: str) -> nn.LayerNorm:
+def layer_norm(dtype: DTypeLike, name: str) -> nn.LayerNorm:
     """Layer norm, computed in float32; the result has type `dtype`."""
     return nn.LayerNorm(epsilon=1e-5, dtype=dtype, name=name, use_fast_variance=False)
 
@@ -118,7 +123,13 @@ class QFormerBlock(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, memory, positions, memory_positions) -> tuple[jax.Array, None]:
+    def __call__(
+        self,
+        x: jax.Array,
+        memory: jax.Array | None,
+        positions: jax.Array,
+        memory_positions: jax.Array,
+    ) -> tuple[jax.Array, None]:
         """f[b n c], f[b m c], f[n c], f[m c] -> (f[b n c], None), as a scan needs it."""
         x = stream(x)
         memory = x if self.own_memory else memory

@@ -10,6 +10,8 @@ from gigatok_jax.ops import codebook_search, quantize
 
 
 class Quantized(NamedTuple):
+    """Result of quantization, with a row for every gradient path."""
+
     inputs: jax.Array  # f32[b n e], latents before quantization (unit if l2_norm), for the losses
     latents: jax.Array  # f32[b n e], value of the chosen rows, gradient to the encoder
     rows: jax.Array  # f32[b n e], the chosen rows themselves, gradient to the codebook

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
+from jax.typing import DTypeLike
 
 from gigatok_jax.model_config import SIZES, grid_size
 from gigatok_jax.models import cnn, layers, qformer, vit2d
@@ -82,7 +83,7 @@ class Tokenizer(nn.Module):
 
 def make(
     model: ml_collections.ConfigDict,
-    dtype: jax.typing.DTypeLike = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     loop: layers.Loop = layers.SCANNED,
 ) -> Tokenizer:
     """Makes the module of a tokenizer's config.

@@ -63,7 +63,9 @@ def choose_tiling(tokens: int, rows: int, width: int) -> Tiling:
     return tiling._replace(splits=splits)
 
 
-def search(z, codebook, *, tiling: Tiling | None = None, interpret: bool = False) -> jax.Array:
+def search(
+    z: jax.Array, codebook: jax.Array, *, tiling: Tiling | None = None, interpret: bool = False
+) -> jax.Array:
     """Codes i32[m] of tokens f32[m e] in a codebook f32[k e]."""
     m, (k, e) = z.shape[0], codebook.shape
     tiling = tiling or choose_tiling(m, k, e)
@@ -136,10 +138,10 @@ def _kernel(tokens_ref, packed_ref, z_ref, e_ref, distance_ref, code_ref, *, til
     def _():
         scale = _scale(e_ref)
 
-        def resolve(part, _):
-            @pl.when(_any((lax.iota(jnp.int32, share.shape[0]) == part) & (share > 0)))
+        def resolve(chunk, _):
+            @pl.when(_any((lax.iota(jnp.int32, share.shape[0]) == chunk) & (share > 0)))
             def _():
-                token = begin + part * _EXACT_TOKENS + lax.iota(jnp.int32, _EXACT_TOKENS)
+                token = begin + chunk * _EXACT_TOKENS + lax.iota(jnp.int32, _EXACT_TOKENS)
                 rows = groups * tiling.span
                 nearest = _nearest_of_all(z_ref, e_ref, token, scale, split * rows, rows)
                 _store(distance_ref, code_ref, split, token, *nearest, token >= 0)
@@ -174,8 +176,8 @@ def _best_groups(tokens_ref, packed_ref, tiling, start, groups):
     def step(i, carry):
         best, group = carry
         tops = []
-        for part in range(tiling.unroll):
-            columns = pl.ds(((start + i) * tiling.unroll + part) * tiling.rows, tiling.rows)
+        for product in range(tiling.unroll):
+            columns = pl.ds(((start + i) * tiling.unroll + product) * tiling.rows, tiling.rows)
             scores = jnp.dot(z, packed_ref[:, columns], preferred_element_type=jnp.float32)
             bits = lax.bitcast_convert_type(scores, jnp.int32)
             tops.append(jnp.max(bits.reshape(tiling.tokens, -1, _CLASSES), axis=1))
@@ -207,9 +209,9 @@ def _nearest_of(e_ref, z, first, count, warps):
     together = max(1, min(count, _GATHERED * 32 * warps // z.size))
 
     def step(i, state):
-        for part in range(together):
+        for offset in range(together):
             distance, runner_up, code = state
-            row = first + i * together + part
+            row = first + i * together + offset
             this = jnp.sum(jnp.square(z - _rows_at(e_ref, row)), axis=1)
             runner_up = jnp.minimum(runner_up, jnp.maximum(this, distance))
             code = jnp.where(this < distance, row, code)
@@ -258,8 +260,8 @@ def _nearest_of_all(z_ref, e_ref, token, scale, begin, count):
         row = begin + i * size + lax.iota(jnp.int32, size)
 
         def add(lanes, total):
-            for part in range(unroll):
-                lane = lanes * unroll + part
+            for offset in range(unroll):
+                lane = lanes * unroll + offset
                 apart = column(z_ref, token, lane)[:, None] - column(e_ref, row, lane)[None]
                 total += jnp.square(apart)
             return total

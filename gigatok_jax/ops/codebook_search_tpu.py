@@ -13,7 +13,7 @@ _TOKENS = 512  # tokens of one program
 _ROWS = 2048  # rows in fast memory at a time
 
 
-def search(z, codebook, *, interpret: bool = False) -> jax.Array:
+def search(z: jax.Array, codebook: jax.Array, *, interpret: bool = False) -> jax.Array:
     """Codes i32[m] of tokens f32[m e] in a codebook f32[k e].
 
     The vector unit adds up squared differences: for narrow vectors this is no slower than the six

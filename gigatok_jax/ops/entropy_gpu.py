@@ -48,7 +48,14 @@ class _Side(NamedTuple):
     scale: jax.Array  # f32[], power of two that both are multiplied by
 
 
-def forward(z, codebook, temperature, *, tiling: Tiling = TILING, interpret: bool = False):
+def forward(
+    z: jax.Array,
+    codebook: jax.Array,
+    temperature: float,
+    *,
+    tiling: Tiling = TILING,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Sums that the loss needs over rows and over tokens.
 
     Args:
@@ -71,9 +78,10 @@ def forward(z, codebook, temperature, *, tiling: Tiling = TILING, interpret: boo
 
 
 def backward(
-    z, codebook, temperature, whole, rest, entropy, slope, *, tiling: Tiling = TILING,
-    interpret: bool = False,
-):  # fmt: skip
+    z: jax.Array, codebook: jax.Array, temperature: float,
+    whole: jax.Array, rest: jax.Array, entropy: jax.Array, slope: jax.Array,
+    *, tiling: Tiling = TILING, interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Sums that the gradients need, over rows and over tokens.
 
     Args:

@@ -16,7 +16,9 @@ _OWNERS, _MEMBERS = 256, 512  # owners of one program, members of one of its ste
 _FAR = 1e30  # larger than any logit
 
 
-def forward(z, codebook, temperature, *, interpret: bool = False):
+def forward(
+    z: jax.Array, codebook: jax.Array, temperature: float, *, interpret: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Sums that the loss needs over rows and over tokens.
 
     Args:
@@ -38,7 +40,11 @@ def forward(z, codebook, temperature, *, interpret: bool = False):
     return top, rest, entropy, total[0]
 
 
-def backward(z, codebook, temperature, top, rest, entropy, slope, *, interpret: bool = False):
+def backward(
+    z: jax.Array, codebook: jax.Array, temperature: float,
+    top: jax.Array, rest: jax.Array, entropy: jax.Array, slope: jax.Array,
+    *, interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Sums that the gradients need, over rows and over tokens.
 
     Args:

@@ -5,6 +5,7 @@ and they are constants of the compiled step.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import numpy as np
 
 from gigatok_jax.errors import one_of
 
+Method = Callable[[int, int], np.ndarray]  # source and target size to a matrix
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of [0, 1] pixels
 NORMALISATION = {
     "dinov2": IMAGENET,
@@ -79,7 +81,7 @@ def area(source: int, target: int) -> np.ndarray:
     return (inside / inside.sum(1, keepdims=True)).astype(np.float32)
 
 
-def resize(images: jax.Array, target: int, method=bicubic) -> jax.Array:
+def resize(images: jax.Array, target: int, method: Method = bicubic) -> jax.Array:
     """Images float[b h w c] resized to squares, float32[b target target c].
 
     Args:
@@ -94,7 +96,7 @@ def resize(images: jax.Array, target: int, method=bicubic) -> jax.Array:
     return product("tw,bhwc->bhtc", columns, images)
 
 
-def normalise(images: jax.Array, mean, deviation) -> jax.Array:
+def normalise(images: jax.Array, mean: Sequence[float], deviation: Sequence[float]) -> jax.Array:
     """Pixels in [-1, 1] less the mean of [0, 1] pixels, in units of their deviation, as float32."""
     mean, deviation = np.float32(mean), np.float32(deviation)
     return ((images.astype(jnp.float32) + 1) / 2 - mean) / deviation

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
+from jax.typing import DTypeLike
 
 
 def norm(x: jax.Array) -> jax.Array:
@@ -17,12 +18,16 @@ def unit(x: jax.Array) -> jax.Array:
     return x / jnp.maximum(norm(x), 1e-12)
 
 
-def unit_rows_init(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
+def unit_rows_init(
+    key: jax.Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32
+) -> jax.Array:
     """Initial rows of a normalised codebook: uniform in a cube, then unit, as in the original."""
     return unit(jax.random.uniform(key, shape, dtype, -1.0, 1.0))
 
 
-def uniform_rows_init(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
+def uniform_rows_init(
+    key: jax.Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32
+) -> jax.Array:
     """Initial rows of a codebook that is not normalised: uniform in [-1/k, 1/k]."""
     return jax.random.uniform(key, shape, dtype, -1.0 / shape[0], 1.0 / shape[0])
 
