@@ -396,7 +396,10 @@ def test_a_checkpoint_of_another_model_lists_what_differs(whole, tmp_path, monke
     [
         ({"train__global_batch": 6, "train__micro_batches": 4}, "train.global_batch is 6"),
         ({"train__micro_batches": 0}, "train.micro_batches is 0, expected 1 or more"),
-        ({"train__statistics": "some"}, "train.statistics is 'some', expected one of global, local"),
+        (
+            {"train__statistics": "some"},
+            "train.statistics is 'some', expected one of global, local",
+        ),
         ({"train__dtype": "float16"}, "train.dtype is 'float16'"),
         ({"train__remat": "some"}, "train.remat is 'some', expected one of"),
         ({"train__unroll": "yes"}, "train.unroll is 'yes', expected some of cpu, gpu, tpu"),
