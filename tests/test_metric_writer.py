@@ -200,3 +200,25 @@ def test_environment_is_json_with_versions_and_devices(tmp_path):
     assert found["packages"]["jax"] == jax.__version__
     assert sum(found["devices"].values()) >= 1
     assert found["backend"] == "cpu"
+
+
+def test_progress_says_how_fast_without_the_first_piece(monkeypatch, capsys):
+    """The first piece of work compiles: 50 s for it, then 2 s for each."""
+    now = iter([0.0, 50.0, 50.0, 52.0, 52.0, 52.0, 54.0, 54.0, 54.0])
+    monkeypatch.setattr(metric_writer.time, "perf_counter", lambda: next(now))
+    progress = metric_writer.Progress("encoded", 100, "images", done=10)
+    progress.add(30)  # told, since the last line is older than PROGRESS_SECONDS
+    progress.add(30)  # not told so soon after it
+    progress.add(30)  # the last
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "encoded 40/100 images | 0.6 images/s | 2 min left"
+    assert lines[1].startswith("encoded 100/100 images | ")
+    assert len(lines) == 2
+
+
+def test_progress_of_bytes_ends_with_all_of_them(capsys):
+    count = metric_writer.count_bytes("model.pt", 3 * 10**9 + 1)
+    for _ in range(3):
+        count(10**9)
+    count(1)
+    assert capsys.readouterr().err.startswith("model.pt 3.00/3.00 GB | ")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gigatok_jax.conversion.progress import Progress
+from gigatok_jax.run.metric_writer import count_bytes
 from gigatok_jax.weights import read, recognise
 from gigatok_jax.weights.names import Promise
 from gigatok_jax.weights.read import Checkpoint
@@ -66,7 +66,7 @@ def _differences(left: Mapping[str, Promise], right: Mapping[str, Promise]) -> d
     """Largest absolute difference by name; infinite between shapes that differ."""
     common = [name for name in left if name in right]
     common.sort(key=lambda name: (left[name].order, right[name].order))  # as they are read fastest
-    progress = Progress(sum(left[name].nbytes for name in common), "comparing")
+    progress = count_bytes("comparing", sum(left[name].nbytes for name in common))
     found = {}
     for name in common:
         found[name] = _difference(left[name], right[name])

@@ -10,10 +10,10 @@ from etils import epath
 
 from gigatok_jax import files, library
 from gigatok_jax.conversion import run_state, tokenizer
-from gigatok_jax.conversion.progress import Progress
 from gigatok_jax.errors import CheckpointError, ConfigError
 from gigatok_jax.model_config import family
 from gigatok_jax.run import command_line
+from gigatok_jax.run.metric_writer import count_bytes
 from gigatok_jax.train import optim, settings
 from gigatok_jax.train import tokenizer as tokenizer_run
 from gigatok_jax.weights import orbax_file, read, recognise
@@ -92,7 +92,7 @@ def _check_free(target: epath.Path) -> None:
 
 def _weights_only(found: read.Weights, target: epath.Path) -> None:
     state = found.state.promises
-    progress = Progress(nbytes(state.values()), target.name)
+    progress = count_bytes(target.name, nbytes(state.values()))
     extras = {name: found.extras[name] for name in ("step", "weights", "tokenizer")}
     read.write_safetensors(target, state, found.config, progress, **extras)
     print(f"{target}: {describe(found.config)}, {found.extras['weights']} weights")
@@ -139,7 +139,7 @@ def _to_workdir(found, target: epath.Path, overrides, config_path: str, tokenize
     }
     if model.kind == "prior":
         extras |= _prior_extras(found, tokenizer_path)
-    progress = Progress(nbytes(arrays.values()), target.name)
+    progress = count_bytes(target.name, nbytes(arrays.values()))
     with read.draft(target) as draft:
         orbax_file.write(draft, found.step or 0, arrays, extras, progress)
         if run:
@@ -198,7 +198,7 @@ def _to_pt(found, target: epath.Path, weights: str, overrides) -> None:
         saved |= _rest(found, model)
     if found.step is not None:
         saved["steps"] = found.step
-    progress = Progress(nbytes(_tensors(saved)), target.name)
+    progress = count_bytes(target.name, nbytes(_tensors(saved)))
     read.write_pt(target, saved, progress)
     print(f"{target}: {describe(model)}, {', '.join(saved)}")
 

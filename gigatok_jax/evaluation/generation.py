@@ -230,56 +230,25 @@ def make(job: Job, missing: set[int], interrupts: Interrupts) -> tuple[int, floa
     batches = [ids for ids in batches if not missing.isdisjoint(ids)]
     if batches:
         print(f"images to make: {len(missing)}; the first batch of {size} compiles", flush=True)
-    writing, left, speed = [], len(missing), Speed()
+    writing, left = [], len(missing)
+    progress = metric_writer.Progress("generated", left, "images")
     with futures.ThreadPoolExecutor(WRITERS) as pool:
-        for number, ids in enumerate(batches):
+        for ids in batches:
             images = draw(job, ids)
             _wait(writing)  # the batch before was written while this one was generated
             new = [(i, x) for i, x in zip(ids, images, strict=True) if i in missing]
             writing = [pool.submit(write_image, job.path(i), x) for i, x in new]
             left -= len(new)
-            speed.add(len(ids))
-            done, batches_left = len(missing) - left, len(batches) - number - 1
-            print(speed.line(done, len(missing), batches_left), flush=True)
+            progress.add(len(new))
             if interrupts.received:
                 break
         _wait(writing)
-    return left, speed.rate()
+    return left, progress.rate
 
 
 def _wait(writing: Sequence[futures.Future]) -> None:
     for future in writing:
         future.result()
-
-
-class Speed:
-    """Clock of batches, the first of which also compiles: images per second and time left."""
-
-    def __init__(self):
-        self._mark = time.perf_counter()
-        self._first: tuple[int, float] | None = None
-        self._images, self._seconds, self._last = 0, 0.0, 0.0
-
-    def add(self, images: int) -> None:
-        """Counts a batch that is done."""
-        now = time.perf_counter()
-        self._mark, self._last = now, now - self._mark
-        if self._first is None:
-            self._first = images, self._last
-        else:
-            self._images, self._seconds = self._images + images, self._seconds + self._last
-
-    def rate(self) -> float:
-        """Images per second without the first batch if there are more; 0 before any batch."""
-        images, seconds = self._first or (0, 1.0)
-        if self._images:
-            images, seconds = self._images, self._seconds
-        return images / seconds
-
-    def line(self, done: int, total: int, batches_left: int) -> str:
-        """Progress for people, with the time left."""
-        left = metric_writer.duration(batches_left * self._last)
-        return f"image {done}/{total} | {self.rate():.3g} images/s | {left} left"
 
 
 def draw(job: Job, image_ids: Sequence[int]) -> np.ndarray:

@@ -7,8 +7,10 @@ import collections
 import contextlib
 import json
 import math
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import TextIO
 
 import jax
 import numpy as np
@@ -19,6 +21,7 @@ from gigatok_jax import files
 from gigatok_jax.errors import GigatokError
 
 FILE = "metrics.jsonl"
+PROGRESS_SECONDS = 5.0  # between two lines of `Progress`
 
 
 class StepTimer:
@@ -51,6 +54,64 @@ class StepTimer:
         """Seconds since the timer was made, and the share of each part in [0, 1]."""
         seconds = time.perf_counter() - self._start
         return seconds, _shares(self._total, seconds)
+
+
+class Progress:
+    """A line every few seconds about long work: how much is done, how fast, and the time left.
+
+    The first piece often compiles too: the speed leaves it out as soon as others have followed.
+    """
+
+    def __init__(
+        self, what: str, total: float, unit: str, *, done: float = 0, file: TextIO | None = None
+    ):
+        """Starts the clock.
+
+        Args:
+            what: name of the work, the first word of each line.
+            total: amount of all work, those parts included that an earlier run has done.
+            unit: of `total`, such as "images" or "GB".
+            done: amount that an earlier run has done.
+            file: stream of the lines; None is the standard output.
+        """
+        self._what, self._total, self._unit, self._done, self._file = what, total, unit, done, file
+        self._start = self._shown = time.perf_counter()
+        self._first: tuple[float, float] | None = None  # amount and seconds of the first piece
+        self._added = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the clock was started."""
+        return time.perf_counter() - self._start
+
+    @property
+    def rate(self) -> float:
+        """Amount per second, without the first piece if there are more; 0 before any."""
+        amount, seconds = self._first or (0.0, 0.0)
+        if self._added > amount:
+            amount, seconds = self._added - amount, self.seconds - seconds
+        return amount / max(seconds, 1e-9)
+
+    def add(self, amount: float) -> None:
+        """Counts a piece of work, and prints a line if the last one is old or all is done."""
+        self._added, self._done = self._added + amount, self._done + amount
+        self._first = self._first or (amount, self.seconds)
+        now = time.perf_counter()
+        if now - self._shown >= PROGRESS_SECONDS or self._done >= (1 - 1e-9) * self._total:
+            self._shown = now
+            print(self._line(), file=self._file, flush=True)
+
+    def _line(self) -> str:
+        form = "d" if isinstance(self._total, int) else ".2f"
+        left = duration(max(self._total - self._done, 0) / max(self.rate, 1e-9))
+        amounts = f"{self._what} {self._done:{form}}/{self._total:{form}} {self._unit}"
+        return f"{amounts} | {self.rate:.3g} {self._unit}/s | {left} left"
+
+
+def count_bytes(what: str, total: int) -> Callable[[int], None]:
+    """A function that counts the bytes of each piece of work, with `Progress` on stderr."""
+    progress = Progress(what, total / 1e9, "GB", file=sys.stderr)
+    return lambda count: progress.add(count / 1e9)
 
 
 class MetricWriter:

@@ -6,7 +6,6 @@ stopped, and a finished folder is left as it is.
 
 import functools
 import json
-import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -20,8 +19,6 @@ from gigatok_jax.evaluation import metrics
 from gigatok_jax.run import metric_writer
 from gigatok_jax.run.signals import Interrupts
 from gigatok_jax.run.workdir import claim
-
-PROGRESS_SECONDS = 5.0  # between two lines
 
 
 def extract(config, workdir: epath.PathLike) -> None:
@@ -98,13 +95,13 @@ def write_rest(config, mesh, tokenizer, source, writer, interrupts: Interrupts) 
     """Codes of the records that are not there yet; returns the seconds it took."""
     encode, place = make_encode(tokenizer, mesh), parallel.split_batch(mesh)
     params = {name: tokenizer.params[name] for name in library.CODE_PARTS}
-    progress = Progress(writer.done, len(source), codes_file.AUGMENTATIONS[config.crops])
+    progress = metric_writer.Progress("encoded", len(source), "images", done=writer.done)
     with image_batches(config, mesh, tokenizer.image_size, source, writer) as batches:
         for batch, made in ahead(batches, lambda x: encode(params, jax.device_put(x, place))):
             rows = min(len(batch["mask"]), len(source) - writer.done)  # the last batch is padded
             readable = batch["mask"][:rows]
             writer.write(np.asarray(made)[:rows], np.flatnonzero(~readable))
-            progress.tell(writer.done)
+            progress.add(rows)
             if interrupts.received:
                 break
     return progress.seconds
@@ -148,29 +145,6 @@ def ahead(batches: pipeline.Batches, run: Callable) -> Iterator[tuple[dict, jax.
         before = (batch, made)
     if before is not None:
         yield before
-
-
-class Progress:
-    """A line every few seconds: images done, crops a second, time left."""
-
-    def __init__(self, done: int, total: int, augmentations: int):
-        self._first, self._total, self._augmentations = done, total, augmentations
-        self._start = self._told = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._start
-
-    def tell(self, done: int) -> None:
-        """Prints where it is, unless it has just done so."""
-        now = time.perf_counter()
-        if now - self._told < PROGRESS_SECONDS and done < self._total:
-            return
-        self._told = now
-        speed = (done - self._first) / max(self.seconds, 1e-9)
-        left = metric_writer.duration((self._total - done) / speed)
-        crops = f"{speed * self._augmentations:.1f} crops/s"
-        print(f"images {done}/{self._total} | {crops} | {left} left", flush=True)
 
 
 def figures(workdir: epath.Path, made: int, seconds: float) -> dict[str, float]:
