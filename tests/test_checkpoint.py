@@ -394,3 +394,32 @@ def test_a_workdir_of_an_earlier_version_goes_on(tmp_path, monkeypatch):
     assert len(told) == 1 and "optim.first_moment='float32'" in told[0]
     with pytest.raises(ConfigError, match="first_moment is None here and 'float32' there"):
         workdir_lib.check_workdir(tmp_path, {"optim": {"clip": 1.0}})
+
+
+def test_keys_that_a_version_dropped_do_not_stop_a_run(tmp_path):
+    old = {"loss": {"lecam": 0.0, "entropy_end": 0, "reconstruction_type": "l2", "entropy": 0.1}}
+    old |= {"sample": {"cfg_scale": 1.5, "classes": 8}, "task": "train_prior"}
+    new = {"loss": {"entropy": 0.1}, "sample": {"classes": 8}, "cfg": {"scale": 1.75}}
+    new |= {"task": "train_prior"}
+    workdir_lib.check_workdir(tmp_path, old)
+    workdir_lib.check_workdir(tmp_path, new)
+    new["cfg"]["scale"] = 2.0  # of pictures along the way
+    workdir_lib.check_workdir(tmp_path, new)
+    assert files.read_json(tmp_path / "config.json") == new
+
+
+def test_guidance_defines_what_is_generated(tmp_path):
+    workdir_lib.check_workdir(tmp_path, {"task": "generate", "cfg": {"scale": 1.75}})
+    with pytest.raises(ConfigError, match="scale is 2.0 here and 1.75 there"):
+        workdir_lib.check_workdir(tmp_path, {"task": "generate", "cfg": {"scale": 2.0}})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("lecam", 0.001), ("entropy_end", 500), ("reconstruction_type", "l1")]
+)
+def test_a_run_that_this_version_cannot_go_on_with_is_refused(tmp_path, key, value):
+    workdir_lib.check_workdir(tmp_path, {"loss": {key: value, "entropy": 0.1}})
+    with pytest.raises(
+        ConfigError, match=f"loss.{key}={value!r}, which this version has no longer"
+    ):
+        workdir_lib.check_workdir(tmp_path, {"loss": {"entropy": 0.1}})

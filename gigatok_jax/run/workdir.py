@@ -8,7 +8,6 @@ import pathlib
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from etils import epath
 
 from gigatok_jax import files
 from gigatok_jax.errors import ConfigError
-from gigatok_jax.run import checkpoint, processes
+from gigatok_jax.run import checkpoint, command_line, processes
 
 PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "numpy"),
@@ -57,6 +56,21 @@ FREE_KEYS = (
 )
 
 
+FREE_IN_TASK = {"train_prior": ("cfg",)}  # the guidance of pictures along the way
+# Keys that configs of earlier versions have, with the value that this version computes for; of
+# None any value will do.
+RETIRED = {
+    "loss.entropy_end": 0,
+    "loss.lecam": 0.0,
+    "loss.reconstruction_type": "l2",
+    "sample.cfg_end": None,
+    "sample.cfg_interval": None,
+    "sample.cfg_scale": None,
+    "sample.cfg_schedule": None,
+    "sample.cfg_start": None,
+}
+
+
 def claim(workdir: epath.Path, config) -> None:
     """Writes what a run is and runs on, once all that its config names has been found.
 
@@ -78,8 +92,8 @@ def _has_begun(workdir: epath.Path) -> bool:
 def check_workdir(workdir: epath.PathLike, config: Any, begun: bool = True) -> None:
     """Writes `config.json`, or refuses a workdir that belongs to a run of another config.
 
-    Keys of `FREE_KEYS`, and all below them, may differ, and a later version may have more keys; the
-    file then takes the new values.
+    Keys of `FREE_KEYS`, and all below them, may differ, and this version may have more keys or, by
+    `RETIRED`, fewer; the file then takes the new values.
 
     Args:
         workdir: made when missing.
@@ -120,15 +134,17 @@ def _compare_tasks(workdir: epath.Path, old: str | None, new: str | None) -> Non
         )
 
 
-def _compare_configs(workdir: epath.Path, old: Any, new: Any) -> None:
-    before, now = dict(_config_leaves(old)), dict(_config_leaves(new))
+def _compare_configs(workdir: epath.Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    before, now = dict(command_line.flatten(old)), dict(command_line.flatten(new))
+    _check_retired(workdir, before)
     if added := sorted(now.keys() - before.keys()):  # by a later version; the run goes on with it
         values = ", ".join(f"{key}={now[key]!r}" for key in added)
         logging.warning("the config of %s does not have %s yet", workdir, values)
+    free = (*FREE_KEYS, *FREE_IN_TASK.get(new.get("task"), ()), *RETIRED)
     changed = [
         f"{key} is {now.get(key)!r} here and {before[key]!r} there"
         for key in sorted(before)
-        if before[key] != now.get(key) and not _is_free(key)
+        if before[key] != now.get(key) and not _is_below(key, free)
     ]
     if changed:
         raise ConfigError(
@@ -137,16 +153,19 @@ def _compare_configs(workdir: epath.Path, old: Any, new: Any) -> None:
         )
 
 
-def _config_leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _config_leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def _check_retired(workdir: epath.Path, before: dict[str, Any]) -> None:
+    """Refuses a run that an earlier version computed as this one cannot."""
+    for key, value in RETIRED.items():
+        if value is not None and before.get(key, value) != value:
+            raise ConfigError(
+                f"workdir {workdir} holds a run with {key}={before[key]!r}, which this version has"
+                f" no longer: resume it with the version that began it, or choose another --workdir"
+            )
 
 
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+def _is_below(key: str, names: tuple[str, ...]) -> bool:
+    """Whether a dotted key is one of the names or lies below it."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _plain(config: Any) -> dict[str, Any]:
