@@ -419,7 +419,5 @@ def test_guidance_defines_what_is_generated(tmp_path):
 )
 def test_a_run_that_this_version_cannot_go_on_with_is_refused(tmp_path, key, value):
     workdir_lib.check_workdir(tmp_path, {"loss": {key: value, "entropy": 0.1}})
-    with pytest.raises(
-        ConfigError, match=f"{key}={value!r}, which this version has no"
-    ):
+    with pytest.raises(ConfigError, match=f"{key}={value!r}, which this version has no"):
         workdir_lib.check_workdir(tmp_path, {"loss": {"entropy": 0.1}})

@@ -275,10 +275,10 @@ def test_the_order_is_that_of_the_images(folder):
 
 def test_augmentations_are_drawn_evenly():
     values = np.arange(200_000)
-    drawn = codes._mixed(5, values) % np.uint64(20)
+    drawn = codes._hashes(5, values) % np.uint64(20)
     counts = np.bincount(drawn.astype(int))
     assert np.abs(counts - 10_000).max() < 500  # five standard deviations
-    other = codes._mixed(6, values) % np.uint64(20)
+    other = codes._hashes(6, values) % np.uint64(20)
     for a, b in ((drawn, other), (drawn[1:], drawn[:-1])):
         assert abs((a == b).mean() - 0.05) < 0.003
 

@@ -11,7 +11,7 @@ from concurrent import futures
 import numpy as np
 from etils import epath
 
-from gigatok_jax.data import codes_file, pipeline, transforms
+from gigatok_jax.data import codes_file, pipeline, sources, transforms
 from gigatok_jax.data.codes_file import Header, Part
 from gigatok_jax.errors import DataError
 
@@ -20,7 +20,7 @@ COUNTED = 4096  # records whose codes are counted at once
 
 
 def crops_of(image: np.ndarray, size: int, crops: str) -> np.ndarray:
-    """The crops of one image whose codes are kept.
+    """Crops of an image that `extract_codes` keeps the codes of.
 
     Args:
         image: uint8[h w 3].
@@ -43,14 +43,17 @@ class CodesSource:
     """Codes of a finished folder; a sized sequence of the images that could be read.
 
     Attributes:
-        header: what they are of.
+        header: tokenizer, crops and images that the codes are of.
         labels: i32[length], -1 for an image without a class.
-        class_names: of the labels.
-        fingerprint: 16 hex digits of what it holds, to notice a changed set.
+        class_names: name of each label.
+        fingerprint: 16 hex digits that change with the set of images.
     """
 
     def __init__(self, folder: epath.PathLike):
-        """Reads every code once, to check it.
+        """Opens a folder of codes, and reads every code once to check it.
+
+        Args:
+            folder: local folder that `extract_codes` has finished.
 
         Raises:
             DataError: not a folder of codes, records missing, a damaged file, or a code outside
@@ -82,40 +85,42 @@ class CodesSource:
 
     @property
     def augmentations(self) -> int:
-        """Codes kept of each image."""
+        """Number of crops of each image."""
         return self._codes.shape[1]
 
     @property
     def middle(self) -> int:
-        """The augmentation that shows the middle of the image upright."""
+        """Index of the crop that shows the middle of the image upright."""
         return 4 if self.header.crops in codes_file.RATIOS else 0
 
     def codes(self, indices: np.ndarray, augmentations: np.ndarray | int) -> np.ndarray:
-        """int16 or int32 [b n]: codes of images i64[b], each under its augmentation i64[b]."""
+        """Codes int16 or int32 [b n] of images i64[b], each of its own crop i64[b]."""
         return self._codes[self._records[indices], augmentations]
 
     def counts(self) -> np.ndarray:
-        """i64[vocab]: how often each code was chosen, over all images and augmentations."""
+        """Number of times that each code was chosen, i64[vocab], over all images and crops."""
         total = np.zeros(self.header.vocab, np.int64)
-        for part in np.array_split(self._records, -(-len(self._records) // COUNTED)):
-            total += np.bincount(self._codes[part].reshape(-1), minlength=len(total))
+        for records in np.array_split(self._records, -(-len(self._records) // COUNTED)):
+            total += np.bincount(self._codes[records].reshape(-1), minlength=len(total))
         return total
 
     def take(self, indices: np.ndarray) -> "CodesSource":
-        """The same folder with these of its images only, in this order."""
-        part = object.__new__(CodesSource)
-        part.__dict__ |= self.__dict__
-        part._records, part.labels = self._records[indices], self.labels[indices]
-        return part
+        """A source of some of the images, in the order of `indices` i64[b]."""
+        subset = object.__new__(CodesSource)
+        subset.__dict__ |= self.__dict__
+        subset._records, subset.labels = self._records[indices], self.labels[indices]
+        return subset
 
 
-def open_codes(folder, eval_folder, eval_images: int = 0) -> tuple[CodesSource, CodesSource]:
-    """Codes to train on, and held-out ones.
+def open_codes(
+    folder: epath.PathLike, eval_folder: epath.PathLike, eval_images: int = 0
+) -> tuple[CodesSource, CodesSource]:
+    """Codes to train on, and held-out codes.
 
     Args:
-        folder: of the codes.
-        eval_folder: of the held-out codes; "" takes a share out of the others.
-        eval_images: size of that share; 0 is one in twenty, at most 5000.
+        folder: codes of the training images.
+        eval_folder: codes of held-out images; "" holds out a share of the training images.
+        eval_images: size of that share; 0 follows `sources.held_out_count`.
 
     Raises:
         DataError: whatever `CodesSource` refuses, held-out codes of another tokenizer, or nothing
@@ -130,14 +135,9 @@ def open_codes(folder, eval_folder, eval_images: int = 0) -> tuple[CodesSource, 
                 f" {source.header.tokenizer}: extract both with the same checkpoint"
             )
         return source, held_out
-    count = eval_images or min(max(len(source) // 20, 1), 5000)
-    if count >= len(source):
-        raise DataError(
-            f"data.eval_images={count} leaves none of the {len(source)} images in {folder} to train"
-            " on: lower it or give eval_codes"
-        )
-    chosen = np.argsort(_mixed(0, np.arange(len(source))), kind="stable")
-    return source.take(np.sort(chosen[count:])), source.take(np.sort(chosen[:count]))
+    count = sources.held_out_count(eval_images, len(source), folder, "eval_codes")
+    order = np.argsort(_hashes(0, np.arange(len(source))), kind="stable")
+    return source.take(np.sort(order[count:])), source.take(np.sort(order[:count]))
 
 
 def train_batches(
@@ -148,7 +148,7 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless training batches from step `start_step` on; the place costs nothing to reach.
+    """Endless training batches from step `start_step` on, which costs nothing to reach.
 
     The order is that of `pipeline.train_batches` over as many images, and the augmentation is drawn
     from (seed, position), so processes and resuming change nothing.
@@ -167,8 +167,8 @@ def train_batches(
         first = step * global_batch + process_index * size
         positions = np.arange(first, first + size)
         indices = np.fromiter((order[p] for p in positions), np.int64, size)
-        drawn = _mixed(seed, positions) % source.augmentations
-        return _batch(source, indices, drawn.astype(np.int64))
+        crops = _hashes(seed, positions) % source.augmentations
+        return _batch(source, indices, crops.astype(np.int64))
 
     return (batch(step) for step in itertools.count(start_step))
 
@@ -176,7 +176,7 @@ def train_batches(
 def eval_batches(
     source: CodesSource, batch: int, process_index: int = 0, process_count: int = 1
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Codes of every image once, of its middle crop, in order and in batches of one shape.
+    """Codes of the middle crop of every image once, in order and in batches of one shape.
 
     Yields:
         As `train_batches`, and "mask" bool[b], False where the last batch is padded.
@@ -184,18 +184,20 @@ def eval_batches(
     pipeline.check_division(batch, process_count)
     size = batch // process_count
     for first in range(0, len(source), batch):
-        places = first + process_index * size + np.arange(size)
-        mask = places < len(source)
-        yield _batch(source, np.where(mask, places, 0), source.middle) | {"mask": mask}
+        indices = first + process_index * size + np.arange(size)
+        mask = indices < len(source)
+        yield _batch(source, np.where(mask, indices, 0), source.middle) | {"mask": mask}
 
 
-def _batch(source: CodesSource, indices: np.ndarray, augmentations) -> dict[str, np.ndarray]:
+def _batch(
+    source: CodesSource, indices: np.ndarray, augmentations: np.ndarray | int
+) -> dict[str, np.ndarray]:
     codes = source.codes(indices, augmentations)
     return {"codes": codes, "label": source.labels[indices], "index": indices}
 
 
-def _mixed(seed: int, values: np.ndarray) -> np.ndarray:
-    """u64[b], hashes of (seed, value): splitmix64 (doi:10.1145/2660193.2660195), vectorised."""
+def _hashes(seed: int, values: np.ndarray) -> np.ndarray:
+    """Hashes u64[b] of (seed, value) by splitmix64 (doi:10.1145/2660193.2660195)."""
     start = np.random.SeedSequence(seed).generate_state(1, np.uint64)
     z = start + values.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -204,16 +206,17 @@ def _mixed(seed: int, values: np.ndarray) -> np.ndarray:
 
 
 def _check_complete(folder: epath.Path, header: Header, parts: Sequence[Part]) -> None:
-    found = sum(part.records for part in parts)
-    if header.complete and found == header.records:
-        return
-    raise DataError(
-        f"{folder} holds {found} of {header.records} records: run extract_codes there again"
-    )
+    records = sum(part.records for part in parts)
+    if not header.complete or records != header.records:
+        raise DataError(
+            f"{folder} holds {records} of {header.records} records: run extract_codes there again"
+        )
 
 
-def _check_parts(folder, header: Header, codes: np.ndarray, parts: Sequence[Part]) -> list[int]:
-    """Refuses codes that are damaged or outside the vocabulary; gives the unreadable records."""
+def _check_parts(
+    folder: epath.Path, header: Header, codes: np.ndarray, parts: Sequence[Part]
+) -> list[int]:
+    """Refuses codes that are damaged or outside the vocabulary; returns the unreadable records."""
     ends = np.cumsum([part.records for part in parts])
 
     def check(part: Part, end: int) -> None:
@@ -232,7 +235,7 @@ def _check_parts(folder, header: Header, codes: np.ndarray, parts: Sequence[Part
 
 
 def _map(path: epath.Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory map of a whole .npy file; DataError when it is not what the header says."""
+    """Memory map of a .npy file; DataError when its shape or type is not the header's."""
     try:
         array = np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:

@@ -3,7 +3,7 @@
     codes.npy     int16 or int32 [records, augmentations, n], records in the order of the images
     labels.npy    int32[records]
     parts.jsonl   records, CRC-32 and unreadable records of each part of codes.npy, in order
-    codes.json    what the codes are of, see `Header`; `complete` once every record is there
+    codes.json    tokenizer, crops and images, see `Header`; `complete` once all records are written
 
 A part counts only when its line is whole and its checksum is right, so a writer that is killed at
 any moment goes on behind its last whole part. The folder is on a local disk: codes are read through
@@ -26,14 +26,15 @@ from gigatok_jax.errors import ConfigError, DataError
 
 CODES, LABELS, PARTS, HEADER = "codes.npy", "labels.npy", "parts.jsonl", "codes.json"
 AUGMENTATIONS = {"center": 1, "flip": 2, "ten_crop": 10, "ten_crop_both": 20}
-RATIOS = {"ten_crop": (1.1,), "ten_crop_both": (1.1, 1.05)}  # of the crop that ten are cut from
-UNREADABLE = -1  # in the place of every code of an image that could not be read
-SMALL_VOCAB = 1 << 15  # up to here codes are int16
+# Side of the centre crop that ten crops are cut from, over the side of a crop.
+RATIOS = {"ten_crop": (1.1,), "ten_crop_both": (1.1, 1.05)}
+UNREADABLE = -1  # stands for every code of an image that could not be read
+SMALL_VOCAB = 1 << 15  # largest vocabulary whose codes are int16
 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What the codes of a folder are of."""
+    """Tokenizer, crops and images that the codes of a folder are of."""
 
     tokenizer: str  # fingerprint of the tokenizer
     model: dict[str, Any]  # config of the tokenizer, JSON values
@@ -57,13 +58,13 @@ class Header:
 
 
 def dtype(vocab: int) -> np.dtype:
-    """Type in which codes of so many kinds are kept."""
+    """Type in which codes of a vocabulary are stored: int16, or int32 for a large one."""
     return np.dtype(np.int16 if vocab <= SMALL_VOCAB else np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Records that were written at once."""
+    """Consecutive records that were written at once, with their checksum."""
 
     records: int
     crc32: str
@@ -71,19 +72,19 @@ class Part:
 
 
 class CodesWriter:
-    """Writes the folder, record after record; `done` says how many are there already."""
+    """Writes a folder of codes, record after record; a killed writer's folder is continued."""
 
     def __init__(self, folder: epath.PathLike, header: Header, labels: np.ndarray):
         """Makes the folder, or opens one that was left unfinished and checks what is in it.
 
         Args:
-            folder: local; made when missing.
-            header: of what will be written.
+            folder: local folder, made when missing.
+            header: describes the codes to be written; its `labels_crc32` is filled in.
             labels: i32[records], -1 for an image without a class.
 
         Raises:
             ConfigError: the folder holds other codes.
-            DataError: it cannot be written.
+            DataError: the folder cannot be written.
         """
         self._folder = epath.Path(folder)
         labels = np.ascontiguousarray(labels, np.int32)
@@ -98,11 +99,16 @@ class CodesWriter:
 
     @property
     def done(self) -> int:
-        """Records written."""
+        """Number of records on disk."""
         return sum(part.records for part in self.parts)
 
     def write(self, codes: np.ndarray, unreadable: Sequence[int] = ()) -> None:
-        """Appends int[b a n] codes of the next b records; `unreadable` are records in [0, b)."""
+        """Appends the codes int[b a n] of the next b records.
+
+        Args:
+            codes: int[b a n].
+            unreadable: indices in [0, b) of images that could not be read.
+        """
         if codes.shape[1:] != self._header.shape[1:]:
             raise DataError(f"codes are {codes.shape}, the folder is {self._header.shape}")
         rows = np.ascontiguousarray(codes, self._header.dtype)
@@ -122,6 +128,7 @@ class CodesWriter:
             files.write_json(self._folder / HEADER, dataclasses.asdict(header))
 
     def close(self) -> None:
+        """Closes the files; the folder can be continued later."""
         self._codes.close()
         self._lines.close()
 
@@ -132,7 +139,7 @@ class CodesWriter:
         self.close()
 
     def _start(self, labels: np.ndarray) -> None:
-        """An empty folder; its header comes last."""
+        """Makes the files of an empty folder, the header last."""
         self._folder.mkdir(parents=True, exist_ok=True)
         (self._folder / PARTS).write_text("")
         with (self._folder / LABELS).open("wb") as file:
@@ -142,19 +149,18 @@ class CodesWriter:
         files.write_json(self._folder / HEADER, dataclasses.asdict(self._header))
 
     def _check_same(self) -> None:
-        there = read_header(self._folder)
-        for name, found in dataclasses.asdict(there).items():
-            given = getattr(self._header, name)
-            if name != "complete" and found != given:
+        for name, theirs in dataclasses.asdict(read_header(self._folder)).items():
+            ours = getattr(self._header, name)
+            if name != "complete" and theirs != ours:
                 raise ConfigError(
-                    f"{self._folder} holds other codes, {name} is {_short(found)} there and"
-                    f" {_short(given)} here: choose another --workdir"
+                    f"{self._folder} holds other codes, {name} is {_short(theirs)} there and"
+                    f" {_short(ours)} here: choose another --workdir"
                 )
 
     def _whole_parts(self) -> list[Part]:
-        """Parts that are on disk as they were written; whatever comes after them is cut off."""
+        """Parts that are on disk as they were written; everything behind them is cut off."""
         start, row = _layout(self._folder / CODES, self._header)
-        parts, place = [], start
+        parts, end = [], start
         with (self._folder / CODES).open("rb") as file:
             file.seek(start)
             for part in read_parts(self._folder):
@@ -162,15 +168,15 @@ class CodesWriter:
                 if len(data) != part.records * row or crc32(data) != part.crc32:
                     break
                 parts.append(part)
-                place += len(data)
-        os.truncate(self._folder / CODES, place)
+                end += len(data)
+        os.truncate(self._folder / CODES, end)
         lines = "".join(json.dumps(dataclasses.asdict(part)) + "\n" for part in parts)
         files.write_bytes(self._folder / PARTS, lines.encode())
         return parts
 
 
 def read_header(folder: epath.PathLike) -> Header:
-    """What the codes of a folder are of; DataError when it holds none."""
+    """Header of a folder of codes; DataError when it holds none, or a damaged one."""
     path = epath.Path(folder) / HEADER
     if not path.exists():
         raise DataError(f"{folder} holds no codes, expected {HEADER}: extract_codes makes it")
@@ -181,7 +187,7 @@ def read_header(folder: epath.PathLike) -> Header:
 
 
 def read_parts(folder: epath.Path) -> Iterator[Part]:
-    """Parts up to the first line that is cut off."""
+    """Parts of a folder, up to the first line that is cut off."""
     path = folder / PARTS
     for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
         try:
@@ -199,7 +205,7 @@ def _npy_header(header: Header) -> dict[str, Any]:
 
 
 def _layout(path: epath.Path, header: Header) -> tuple[int, int]:
-    """Bytes before the first record, and bytes of a record."""
+    """Bytes of codes.npy before its first record, and bytes of a record."""
     with path.open("rb") as file:
         try:
             np.lib.format.read_magic(file)
@@ -211,7 +217,7 @@ def _layout(path: epath.Path, header: Header) -> tuple[int, int]:
 
 
 def crc32(data) -> str:
-    """Of bytes, or of an array whose memory is in order."""
+    """CRC-32, in hex, of bytes or of an array whose memory is contiguous."""
     return f"{zlib.crc32(data):08x}"
 
 
@@ -222,7 +228,7 @@ def _short(value: Any) -> str:
 
 @contextlib.contextmanager
 def _writing(folder: epath.Path) -> Iterator[None]:
-    """Tells a full disk and the like in one line."""
+    """Turns an error of the disk into a DataError of one line."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
 """Batches of numpy arrays through Grain. Axes: b batch of this process, h height, w width.
 
-The stream is one endless sequence of positions. What stands at a position depends on the seed
-alone: position p belongs to step p // global_batch, epoch p // len(source) is one permutation of
+The stream is an endless sequence of positions. The record at a position depends on the seed alone:
+position p belongs to step p // global_batch, epoch p // len(source) is one permutation of
 the records, and crop and flip are drawn from (seed, p). Workers, processes and the step a run
 resumes at only choose who computes which positions. Nothing here, and so no worker, uses jax.
 """
@@ -20,13 +20,14 @@ import grain
 import numpy as np
 from absl import flags, logging
 
+from gigatok_jax import errors
 from gigatok_jax.data import transforms
 from gigatok_jax.errors import ConfigError, DataError
 
 _FEW_RECORDS = 64  # starting worker processes takes longer than decoding so few images
-_THREADS = 2  # in this process; Pillow lets go of the interpreter while it decodes and resizes
+_THREADS = 2  # of this process; Pillow lets go of the interpreter while it decodes and resizes
 _BATCHES_AHEAD = 2
-_MOST_UNREADABLE = 100  # of an evaluation, unless said otherwise
+_MOST_UNREADABLE = 100  # images of an evaluation, unless the caller says otherwise
 _PIPED_BYTES = 1 << 16  # arrays from this size on travel between processes in shared memory
 
 
@@ -40,34 +41,36 @@ class _Record(NamedTuple):
 
 
 class Report:
-    """What was wrong with the images this process met; the log is told each thing once.
+    """Faults of the images that this process has read; each is logged once.
 
     Attributes:
-        unreadable: name to reason of every damaged file, in the order met.
+        unreadable: name to reason of every damaged file, in the order of reading.
         enlarged: indices of the images smaller than the crop.
     """
 
     def __init__(self):
         self.unreadable: dict[str, str] = {}
         self.enlarged: set[int] = set()
-        self._told = False
+        self._logged = False
 
     def add_unreadable(self, name: str, reason: str) -> None:
+        """Notes a damaged file, and logs it the first time."""
         if name not in self.unreadable:
             self.unreadable[name] = reason
             logging.warning("unreadable image %d: %s (%s)", len(self.unreadable), name, reason)
 
-    def tell_enlarged(self, size: int) -> None:
-        if self.enlarged and not self._told:
+    def log_enlarged(self, size: int) -> None:
+        """Logs, once, how many images were smaller than crops of `size` pixels."""
+        if self.enlarged and not self._logged:
             logging.warning("%d images smaller than %d px were enlarged", len(self.enlarged), size)
-            self._told = True
+            self._logged = True
 
 
 class Batches:
     """Iterator of batches, `{"image": uint8[b h w 3], "label": int32[b], "index": int64[b]}`.
 
-    Close it, or use it in a `with` statement: that ends the worker processes. `report` is what
-    was wrong with the images so far.
+    Close it, or use it in a `with` statement: that ends the worker processes. `report` lists the
+    faults of the images so far.
     """
 
     def __init__(self, dataset, image_size: int, share: int, limit: int, report: Report):
@@ -90,12 +93,12 @@ class Batches:
         self.report.enlarged.update(batch["index"][batch.pop("small")].tolist())
         self._records_left -= len(batch["index"])
         if self._records_left <= 0:
-            self.report.tell_enlarged(self._image_size)
+            self.report.log_enlarged(self._image_size)
         return batch
 
     def close(self) -> None:
         """Ends the worker processes; the log gets what a first pass would have said at its end."""
-        self.report.tell_enlarged(self._image_size)
+        self.report.log_enlarged(self._image_size)
         self._iterator.close()
 
     def __enter__(self) -> "Batches":
@@ -115,7 +118,7 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches:
-    """Endless training batches from step `start_step` on; the place costs nothing to reach.
+    """Endless training batches from step `start_step` on, which costs nothing to reach.
 
     Process i of n gets rows i * b to (i + 1) * b of every global batch, b = global_batch / n, so
     that the processes' batches joined in order are the batch of a single process. An unreadable
@@ -168,10 +171,10 @@ def eval_batches(
     Args:
         source, image_size, process_index, process_count: as in `train_batches`.
         batch: images per batch over all processes.
-        max_unreadable: damaged files that are put up with, in this process.
-        report: that of an evaluation before, so that the log does not hear of the same again.
-        views: image and `image_size` to what is shown of it, uint8[...], the same shape for all.
-        first: record to begin with.
+        max_unreadable: number of damaged files that this process tolerates.
+        report: report of an earlier evaluation, so that nothing is logged twice.
+        views: image and `image_size` -> crops uint8[...] of the same shape for all images.
+        first: index of the first record.
         workers: processes that read the images, as in `train_batches`.
 
     Raises:
@@ -204,11 +207,11 @@ def order(records: int, seed: int) -> grain.MapDataset:
 
 def _check(data, global_batch: int, process_count: int) -> None:
     check_division(global_batch, process_count)
-    if data.crop not in ("random", "center"):
-        raise ConfigError(f"data.crop is {data.crop!r}, expected 'random' or 'center'")
+    errors.one_of("data.crop", data.crop, ("random", "center"))
 
 
 def check_division(global_batch: int, process_count: int) -> None:
+    """Refuses a batch that the processes cannot share equally, with a ConfigError."""
     if global_batch < 1 or global_batch % process_count:
         raise ConfigError(
             f"a global batch of {global_batch} images is not a multiple of the "
@@ -281,7 +284,7 @@ def _stack(records: list[_Record]) -> dict:
         "label": np.array([record.label for record in records], np.int32),
         "index": np.array([record.index for record in records], np.int64),
         "small": np.array([record.small for record in records]),
-        "unreadable": tuple(one for record in records for one in record.unreadable),
+        "unreadable": tuple(fault for record in records for fault in record.unreadable),
     }
 
 

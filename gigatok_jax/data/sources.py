@@ -1,4 +1,4 @@
-"""Where images come from: a folder, or scikit-learn's digits.
+"""Sources of images: a folder, or scikit-learn's digits.
 
 A source is a sized sequence of records `{"image": encoded bytes or uint8[h w 3], "label": int,
 "name": str}`. It has `names`, `labels` i32[n] and `class_names`, and says with `decoded` whether
@@ -10,19 +10,21 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 
+import ml_collections
 import numpy as np
 from absl import logging
 from etils import epath
 from PIL import Image
 
+from gigatok_jax import errors
 from gigatok_jax.data import transforms
 from gigatok_jax.errors import ConfigError, DataError
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp")
 NO_CLASS = -1  # label of an image that lies in no sub-folder
 
-_HELD_OUT_SHARE = 20  # one in so many images is held out, at most
-_MOST_HELD_OUT = 5000
+_HELD_OUT_SHARE = 20  # one image in so many is held out
+_MOST_HELD_OUT = 5000  # but no more than this
 _HEADER_THREADS = 16
 
 
@@ -36,18 +38,22 @@ class FolderSource:
 
     decoded = False
 
-    def __init__(self, folder):
-        """Lists `folder`, a local or remote path.
+    def __init__(self, folder: epath.PathLike):
+        """Lists the images of a folder.
+
+        Args:
+            folder: a local or remote path.
 
         Raises:
-            DataError: it does not exist or holds no image.
+            DataError: the folder does not exist or holds no image.
         """
         self.folder = epath.Path(folder)
         if not self.folder.is_dir():
             raise DataError(f"data folder {folder} does not exist or is not a folder")
         self.names = sorted(_walk(self.folder, ""))
         if not self.names:
-            raise DataError(f"no images in {folder}: expected files ending in {_listed()}")
+            endings = ", ".join(EXTENSIONS[:-1]) + " or " + EXTENSIONS[-1]
+            raise DataError(f"no images in {folder}: expected files ending in {endings}")
         heads = [name.split("/")[0] if "/" in name else None for name in self.names]
         self.class_names = tuple(sorted({head for head in heads if head is not None}))
         number = {head: i for i, head in enumerate(self.class_names)}
@@ -57,7 +63,7 @@ class FolderSource:
         return len(self.names)
 
     def __getitem__(self, index: int) -> dict:
-        """Record with the encoded bytes of one file; DataError when it cannot be read."""
+        """Record with the encoded bytes of a file; DataError when it cannot be read."""
         name = self.names[index]
         try:
             data = (self.folder / name).read_bytes()
@@ -66,14 +72,10 @@ class FolderSource:
         return {"image": data, "label": int(self.labels[index]), "name": name}
 
     def take(self, indices: Sequence[int]) -> "FolderSource":
-        """The same folder and classes with these of its images only, in this order."""
-        part = copy.copy(self)
-        part.names, part.labels = [self.names[i] for i in indices], self.labels[list(indices)]
-        return part
-
-
-def _listed() -> str:
-    return ", ".join(EXTENSIONS[:-1]) + " or " + EXTENSIONS[-1]
+        """A source of some of the images, in the order of `indices`; classes stay."""
+        subset = copy.copy(self)
+        subset.names, subset.labels = [self.names[i] for i in indices], self.labels[list(indices)]
+        return subset
 
 
 def _walk(folder: epath.Path, prefix: str) -> Iterator[str]:
@@ -96,16 +98,21 @@ class DigitsSource:
     class_names = tuple("0123456789")
 
     def __init__(self, split: str, size: int):
-        """`split` is "train" or "held_out"; `size` is the side in pixels, reached bicubically."""
+        """Enlarges the digits of a split.
+
+        Args:
+            split: "train" or "held_out".
+            size: side of the images in pixels.
+        """
         from sklearn.datasets import load_digits  # a second to import, and needed here alone
 
         digits = load_digits()
         rank = np.array([(digits.target[:i] == t).sum() for i, t in enumerate(digits.target)])
-        chosen = np.flatnonzero((rank % 10 == 9) == (split == "held_out"))
-        self.labels = digits.target[chosen].astype(np.int32)
-        self.names = [f"{self.labels[i]}/{record:04d}" for i, record in enumerate(chosen)]
-        small = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
-        self._grey = np.stack([_enlarged(one, size) for one in small])  # [n size size]
+        records = np.flatnonzero((rank % 10 == 9) == (split == "held_out"))
+        self.labels = digits.target[records].astype(np.int32)
+        self.names = [f"{self.labels[i]}/{record:04d}" for i, record in enumerate(records)]
+        small = np.round(digits.images[records] * (255 / 16)).astype(np.uint8)
+        self._grey = np.stack([_enlarged(image, size) for image in small])  # [n size size]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -116,25 +123,27 @@ class DigitsSource:
         return {"image": image, "label": int(self.labels[index]), "name": self.names[index]}
 
     def take(self, indices: Sequence[int]) -> "DigitsSource":
-        """These of its images only, in this order."""
-        part = copy.copy(self)
-        part.names, part.labels = [self.names[i] for i in indices], self.labels[list(indices)]
-        part._grey = self._grey[list(indices)]
-        return part
+        """A source of some of the images, in the order of `indices`."""
+        subset = copy.copy(self)
+        subset.names, subset.labels = [self.names[i] for i in indices], self.labels[list(indices)]
+        subset._grey = self._grey[list(indices)]
+        return subset
 
 
 def _enlarged(grey: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(Image.fromarray(grey).resize((size, size), Image.Resampling.BICUBIC))
 
 
-def make_source(data, split: str, image_size: int):
+def make_source(
+    data: ml_collections.ConfigDict, split: str, image_size: int
+) -> FolderSource | DigitsSource:
     """The images that a run trains on or is evaluated on.
 
     A folder's held-out images come from `data.eval_folder`, or else are a share of the folder,
-    chosen by a hash of the file's name so that it stays the same when files come or go:
-    `data.eval_images` of them, or with 0 one in twenty, at least 1 and at most 5000. A folder of
-    one image is trained and evaluated on that image. `eval_images` also shortens an `eval_folder`
-    and the held-out digits. The embedded digits stand in for a folder: naming one replaces them.
+    chosen by a hash of the file's name so that it stays the same when files come or go; its size
+    is `held_out_count`. A folder of one image is trained and evaluated on that image. `eval_images`
+    also shortens an `eval_folder` and the held-out digits. The embedded digits stand in for a
+    folder: naming one replaces them.
 
     Args:
         data: `config.data`; reads source, folder, eval_folder, eval_images and min_size.
@@ -148,15 +157,13 @@ def make_source(data, split: str, image_size: int):
         ConfigError: unknown `source`, or no `folder`.
         DataError: nothing to read, too many images held out, or one smaller than `min_size`.
     """
-    if split not in ("train", "held_out"):
-        raise ConfigError(f"split is {split!r}, expected 'train' or 'held_out'")
+    errors.one_of("split", split, ("train", "held_out"))
+    errors.one_of("data.source", data.source, ("folder", "digits"))
     if data.source == "digits" and not data.folder:
         source = DigitsSource(split, image_size)
         if split == "train" or not 0 < data.eval_images < len(source):
             return source
         return source.take(range(data.eval_images))
-    if data.source not in ("folder", "digits"):
-        raise ConfigError(f"data.source is {data.source!r}, expected 'folder' or 'digits'")
     if not data.folder:
         raise ConfigError("data.folder is empty: name the images with --config.data.folder=DIR")
     source = _folder_split(data, split)
@@ -174,17 +181,32 @@ def _folder_split(data, split: str) -> FolderSource:
     source = FolderSource(data.folder)
     if len(source) == 1:
         return source
-    order, count = _by_hash(source.names), _held_out_count(data, len(source))
+    order = _by_hash(source.names)
+    count = held_out_count(data.eval_images, len(source), data.folder, "data.eval_folder")
     return source.take(np.sort(order[:count] if split == "held_out" else order[count:]))
 
 
-def _held_out_count(data, total: int) -> int:
-    if data.eval_images >= total:
+def held_out_count(eval_images: int, total: int, folder: epath.PathLike, instead: str) -> int:
+    """Number of images that are held out of a set: `eval_images`, or if 0 a twentieth of it.
+
+    A share is at least 1 and at most 5000 images.
+
+    Args:
+        eval_images: `data.eval_images` of the config.
+        total: images of the set.
+        folder: of the set, for the error.
+        instead: config key that names a folder of held-out images.
+
+    Raises:
+        DataError: no image is left to train on.
+    """
+    count = eval_images or min(max(total // _HELD_OUT_SHARE, 1), _MOST_HELD_OUT)
+    if count >= total:
         raise DataError(
-            f"data.eval_images={data.eval_images} leaves none of the {total} images in "
-            f"{data.folder} to train on: lower it or give data.eval_folder"
+            f"data.eval_images={count} leaves none of the {total} images in {folder} to train on:"
+            f" lower it or name {instead}"
         )
-    return data.eval_images or min(max(total // _HELD_OUT_SHARE, 1), _MOST_HELD_OUT)
+    return count
 
 
 def _by_hash(names: Sequence[str]) -> np.ndarray:
@@ -193,12 +215,12 @@ def _by_hash(names: Sequence[str]) -> np.ndarray:
 
 
 def _bytes(names: str) -> bytes:
-    """Of file names, those too that are no text: they are what the file system holds."""
+    """File names as the file system holds them, also where they are not valid text."""
     return names.encode(errors="surrogateescape")
 
 
 def refuse_small(source: FolderSource, min_size: int) -> None:
-    """Reads every header; DataError names the first image whose short side is under `min_size`."""
+    """Reads the header of every image; raises DataError for a short side under `min_size` px."""
     with futures.ThreadPoolExecutor(_HEADER_THREADS) as pool:
         for name, size in zip(source.names, pool.map(_header, _paths(source)), strict=True):
             if size is not None and min(size) < min_size:
@@ -220,17 +242,18 @@ def _header(path: epath.Path) -> tuple[int, int] | None:
         return None  # damaged files are counted when they are read
 
 
-def fingerprint(source) -> str:
-    """16 hex digits of the number, names and order of a source's images, to notice a changed set.
+def fingerprint(source: FolderSource | DigitsSource) -> str:
+    """16 hex digits that change with the number, the names and the order of a source's images.
 
-    Kept with checkpoints; it does not change when the folder moves, nor with the pixels.
+    Checkpoints keep it, to notice another set. It does not depend on the pixels, nor on where the
+    folder lies.
     """
     digest = hashlib.sha256(f"{len(source)}\n".encode())
     digest.update(_bytes("\n".join(source.names)))
     return digest.hexdigest()[:16]
 
 
-def load_images(path) -> Iterator[tuple[str, np.ndarray]]:
+def load_images(path: epath.PathLike) -> Iterator[tuple[str, np.ndarray]]:
     """Name and pixels of one image file, or of every image of a folder, in sorted order.
 
     Files that cannot be read are named in the log and passed over.

@@ -25,7 +25,7 @@ _UPRIGHT = {  # EXIF 2.32, section 4.6.4: what turns a stored picture upright
 
 
 class Crop(NamedTuple):
-    """What one random crop drew."""
+    """Scale and position of a random crop."""
 
     short_side: int  # the image is resized until its short side is this, in [size, size / 0.8]
     y: int  # first row of the crop in the resized image
@@ -108,7 +108,7 @@ def _resized_shapes(height: int, width: int, short_side: int) -> list[tuple[int,
 
 
 def resize(image: np.ndarray, short_side: int) -> np.ndarray:
-    """uint8[h w 3] with its short side at `short_side` pixels, enlarged or reduced.
+    """The image uint8[h w 3] enlarged or reduced until its short side has `short_side` pixels.
 
     Halves with a box filter while that leaves at least the target, then one antialiased bicubic
     step. Source: image_datasets.py of guided-diffusion (MIT), as in the published recipes.
@@ -123,7 +123,7 @@ def resize(image: np.ndarray, short_side: int) -> np.ndarray:
 
 
 def center_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8[size size 3], the middle of an image whose short side is resized to `size`."""
+    """The middle uint8[size size 3] of an image whose short side is resized to `size` pixels."""
     image = resize(image, size)
     y, x = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
     return image[y : y + size, x : x + size]
@@ -144,13 +144,13 @@ def draw_crop(shape, size: int, rng: np.random.Generator) -> Crop:
 
 
 def crop(image: np.ndarray, size: int, drawn: Crop) -> np.ndarray:
-    """uint8[size size 3] at the place and scale that `draw_crop` chose."""
+    """The crop uint8[size size 3] at the position and scale that `draw_crop` chose."""
     image = resize(image, drawn.short_side)
     return image[drawn.y : drawn.y + size, drawn.x : drawn.x + size]
 
 
 def random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """uint8[size size 3], a crop of random scale (short side 1 to 1.25 times `size`) and place."""
+    """A random crop uint8[size size 3] of an image whose short side becomes 1 to 1.25 `size`."""
     return crop(image, size, draw_crop(image.shape, size, rng))
 
 
