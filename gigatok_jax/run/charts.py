@@ -7,14 +7,21 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-POINTS = 300  # drawn per line; longer runs are averaged
-COLORS = 5  # that page.html defines
+POINTS = 300  # of a line; longer runs are averaged
+COLORS = 5  # defined by page.html
 WIDTH, HEIGHT = 420, 220  # of a chart, in units of its SVG
 LEFT, RIGHT, TOP, BOTTOM = 52, 20, 12, 26  # margins of the plot inside the chart
 Points = list[tuple[float, float]]
 
 
 def line_chart(title: str, lines: dict[str, Points], may_log: bool) -> str:
+    """A chart with its title and legend as HTML; "" without a finite point.
+
+    Args:
+        title: metric.
+        lines: label -> points (step, value); a value that is NaN leaves a gap.
+        may_log: allows a logarithmic axis where values span decades.
+    """
     lines = {label: _thin(points) for label, points in lines.items()}
     finite = [(x, y) for points in lines.values() for x, y in points if math.isfinite(y)]
     if not finite:
@@ -107,7 +114,7 @@ def _text(x: float, y: float, anchor: str, value: float) -> str:
 
 
 def _ticks(low: float, high: float, log: bool) -> Iterable[float]:
-    """Round numbers inside [low, high], three to six."""
+    """Three to six round numbers inside [low, high]."""
     if log:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         every = -(-len(powers) // 5)
@@ -121,7 +128,7 @@ def _ticks(low: float, high: float, log: bool) -> Iterable[float]:
 
 
 def _number(value: float) -> str:
-    """Short enough for an axis."""
+    """A number short enough for an axis."""
     if value and not 1e-3 <= abs(value) < 1e5:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"

@@ -21,16 +21,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import ml_collections
 from etils import epath
 
 from gigatok_jax.errors import ClusterError, GigatokError
 from gigatok_jax.run import command_line, launchers, signals
 from gigatok_jax.run import workdir as workdir_lib
 
-MOST_BYTES = 1 << 20  # of what one process tells
-SEEN_SECONDS = 20.0  # for a new file to show on shared storage
+MOST_BYTES = 1 << 20  # of a message of one process
+SEEN_SECONDS = 20.0  # until a new file has to show on shared storage
 PRIVATE = ("cluster.process", "cluster.coordinator")  # config keys that may differ
-TOLD = 5  # differences in one message
+SHOWN = 5  # differences that an error lists
 GONE = re.compile(
     "gloo|connection (closed|reset|refused)|heartbeat|coordination|unavailable|nccl|"
     "deadline.?exceeded|socket|peer",
@@ -38,22 +39,21 @@ GONE = re.compile(
 )
 
 
-# What launchers leave. Each gives a launchers.Place, in which 0, -1 and "" are not known, or None.
-
-
 # Meeting.
 
 
 class Meeting:
-    """All processes of a cluster around process 0, which hands on what each one says.
+    """Exchange of messages between all processes of a cluster, before jax is started.
 
-    Uses the coordinator's port, before jax does.
+    The others connect to process 0 at the coordinator's port, which is free when jax needs it.
     """
 
     def __init__(self, place: launchers.Place, seconds: float):
-        """Args:
-        place: of this process.
-        seconds: to wait for the others.
+        """Listens as process 0, or connects to it.
+
+        Args:
+            place: of this process.
+            seconds: to wait for the others.
 
         Raises:
             ClusterError: the coordinator's port is taken, or cannot be reached in time.
@@ -68,17 +68,16 @@ class Meeting:
             self._listener = self._listen(int(port))
 
     def exchange(self, value: Any) -> list[Any]:
-        """What every process that is here says, JSON values; one's own is among them."""
+        """The JSON values of all processes that have come, this one's among them."""
         if self._listener is None:
-            self._say(self._others[0], value)
-            return self._hear(self._others[0])
+            self._send(self._others[0], value)
+            return self._receive(self._others[0])
         if not self._others:
             return self._first_round(value)
-        said = [value, *(self._hear(other) for other in self._others)]
-        return self._tell_all(said)
+        return self._send_all([value, *(self._receive(other) for other in self._others)])
 
     def close(self) -> None:
-        """Process 0 last, so that its port is free at once."""
+        """Closes the connections, process 0 last, so that its port is free at once."""
         for other in self._others:
             if self._listener is not None:
                 with contextlib.suppress(OSError):
@@ -95,25 +94,28 @@ class Meeting:
         self.close()
 
     def _first_round(self, value) -> list[Any]:
-        """Everybody who comes until all are there or the time is over; strangers are ignored."""
-        said = [value]
-        while len(said) < self._place.processes and (left := self._left()) > 0:
+        """Values of all who connect until the cluster is complete or the time is over.
+
+        Connections that send no JSON are ignored.
+        """
+        values = [value]
+        while len(values) < self._place.processes and (left := self._left()) > 0:
             self._listener.settimeout(left)
             try:
                 other, _ = self._listener.accept()
                 other.settimeout(min(self._left() + 1, 10))
-                said.append(json.loads(self._line(other)))
+                values.append(json.loads(self._line(other)))
                 other.settimeout(self._seconds + 30)  # a member may wait for slow storage later
                 self._others.append(other)
             except (OSError, ValueError):
                 continue
-        return self._tell_all(said)
+        return self._send_all(values)
 
-    def _tell_all(self, said) -> list[Any]:
+    def _send_all(self, values: list[Any]) -> list[Any]:
         for other in self._others:
-            with contextlib.suppress(OSError):  # who is gone now is missed by jax
-                self._say(other, said)
-        return said
+            with contextlib.suppress(OSError):  # jax notices a process that is gone by now
+                self._send(other, values)
+        return values
 
     def _listen(self, port: int) -> socket.socket:
         try:
@@ -127,7 +129,7 @@ class Meeting:
                 " name another one with --config.cluster.coordinator=HOST:PORT"
             ) from error
 
-    def _reach(self, address) -> socket.socket:
+    def _reach(self, address: tuple[str, int]) -> socket.socket:
         while True:
             try:
                 other = socket.create_connection(address, timeout=max(min(self._left(), 10), 0.1))
@@ -145,10 +147,10 @@ class Meeting:
     def _left(self) -> float:
         return self._ends - time.monotonic()
 
-    def _say(self, other, value) -> None:
+    def _send(self, other: socket.socket, value: Any) -> None:
         other.sendall(json.dumps(value).encode() + b"\n")
 
-    def _hear(self, other) -> Any:
+    def _receive(self, other: socket.socket) -> Any:
         try:
             return json.loads(self._line(other))
         except (OSError, ValueError) as error:
@@ -156,9 +158,9 @@ class Meeting:
                 f"{_who(self._place)} lost another process while the cluster formed ({error})"
             ) from error
 
-    def _line(self, other) -> bytes:
+    def _line(self, other: socket.socket) -> bytes:
         data = bytearray()
-        # What all have said comes back at once, to members only.
+        # The values of all processes come back in one message, to members only.
         limit = MOST_BYTES * (self._place.processes if self._listener is None else 1)
         while not data.endswith(b"\n"):
             block = other.recv(1 << 16)
@@ -175,11 +177,13 @@ def _who(place: launchers.Place) -> str:
 # Agreement.
 
 
-def agree(place: launchers.Place, config, workdir: epath.PathLike) -> None:
-    """Returns once all processes are here, mean the same run, and see the same workdir.
+def agree(
+    place: launchers.Place, config: ml_collections.ConfigDict, workdir: epath.PathLike
+) -> None:
+    """Waits until all processes have come, with the same run, and see the same workdir.
 
     Raises:
-        ClusterError: in every process: who is missing, or what differs between whom.
+        ClusterError: raised in every process; names the missing ones, or what differs between them.
     """
     mark = epath.Path(workdir).expanduser().absolute() / f".cluster-{secrets.token_hex(8)}"
     if not place.process:
@@ -196,20 +200,20 @@ def agree(place: launchers.Place, config, workdir: epath.PathLike) -> None:
 
 
 def _introduce(meeting: Meeting, place: launchers.Place, config, workdir, mark: str) -> epath.Path:
-    """The file that process 0 has made, once all are here and alike."""
+    """Path of the file that process 0 has made, once all processes have come and are alike."""
     values = describe(config, workdir)
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     mine = {"process": place.process, "processes": place.processes}
     mine |= {"source": place.source, "host": socket.gethostname()}
-    said = meeting.exchange(mine | {"digest": digest, "mark": mark})
-    check_members(said, config.cluster.start_seconds)
-    if len({one["digest"] for one in said}) > 1:  # a few bytes each while all is well
+    members = meeting.exchange(mine | {"digest": digest, "mark": mark})
+    check_members(members, config.cluster.start_seconds)
+    if len({member["digest"] for member in members}) > 1:  # whole configs only when they differ
         check_same(meeting.exchange(mine | {"values": values}))
-    return epath.Path(_first(said)["mark"])
+    return epath.Path(_first(members)["mark"])
 
 
-def describe(config, workdir) -> dict[str, Any]:
-    """What has to be the same in all processes, by name, as JSON values."""
+def describe(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
+    """JSON values by name that have to be the same in all processes: config, workdir, software."""
     values = {f"config.{name}": value for name, value in command_line.flatten(config)}
     for name in PRIVATE:
         del values[f"config.{name}"]
@@ -217,48 +221,53 @@ def describe(config, workdir) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
-def check_members(said: Sequence[Mapping], seconds: float) -> None:
+def check_members(members: Sequence[Mapping[str, Any]], seconds: float) -> None:
     """Refuses a cluster that is not complete.
 
     Args:
-        said: "process", "processes", "source" and "host" of whoever came.
-        seconds: that process 0 waited.
+        members: "process", "processes", "source" and "host" of every process that came.
+        seconds: time that process 0 waited.
     """
-    size = _first(said)["processes"]
-    indices = [one["process"] for one in said]
-    if all(one["processes"] == size for one in said) and sorted(indices) == list(range(size)):
+    size = _first(members)["processes"]
+    indices = sorted(member["process"] for member in members)
+    if all(member["processes"] == size for member in members) and indices == list(range(size)):
         return
-    saw = ", ".join(
-        f"{one['process']} of {one['processes']} on {one['host']} ({one['source']})"
-        for one in sorted(said, key=lambda one: one["process"])
+    came = ", ".join(
+        f"{member['process']} of {member['processes']} on {member['host']} ({member['source']})"
+        for member in sorted(members, key=_index)
     )
     missing = sorted(set(range(size)) - set(indices))
-    who = ", ".join(map(str, missing[:TOLD])) + ("..." if len(missing) > TOLD else "")
-    what = f"process {who} did not come within {seconds:g} s" if missing else "they contradict"
-    raise ClusterError(f"the cluster is not complete, {what}; here are: {saw}")
+    names = ", ".join(map(str, missing[:SHOWN])) + ("..." if len(missing) > SHOWN else "")
+    why = f"process {names} did not come within {seconds:g} s" if missing else "they contradict"
+    raise ClusterError(f"the cluster is not complete, {why}; here are: {came}")
 
 
-def check_same(said: Sequence[Mapping]) -> None:
-    """Refuses processes of different "values"; says which, and who has what."""
-    first, told = _first(said), []
-    for one in sorted(said, key=lambda one: one["process"]):
-        for name in sorted(first["values"].keys() | one["values"].keys()):
-            theirs, ours = one["values"].get(name), first["values"].get(name)
-            if theirs != ours and not any(line.startswith(f"{name} ") for line in told):
-                told.append(
+def check_same(members: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses processes whose "values" differ; the error says which, and who has what."""
+    first, lines = _first(members), {}
+    for member in sorted(members, key=_index):
+        for name in sorted(first["values"].keys() | member["values"].keys()):
+            theirs, ours = member["values"].get(name), first["values"].get(name)
+            if theirs != ours and name not in lines:
+                lines[name] = (
                     f"{name} is {ours!r} on process 0 ({first['host']}) and {theirs!r} on process"
-                    f" {one['process']} ({one['host']})"
+                    f" {member['process']} ({member['host']})"
                 )
-    if told:
-        more = f"; and {len(told) - TOLD} more" if len(told) > TOLD else ""
+    if lines:
+        more = f"; and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
         raise ClusterError(
-            f"the processes are not of one run: {'; '.join(told[:TOLD])}{more}: start all with the"
-            " same command and environment"
+            f"the processes are not of one run: {'; '.join(list(lines.values())[:SHOWN])}{more}:"
+            " start all with the same command and environment"
         )
 
 
-def check_storage(seen: Sequence, workdir) -> None:
-    """Refuses a workdir that is not the same folder everywhere. `seen`: process, host, whether."""
+def check_storage(seen: Sequence[tuple[int, str, bool]], workdir: epath.PathLike) -> None:
+    """Refuses a workdir that is not the same folder on all hosts.
+
+    Args:
+        seen: index and host of each process, and whether it sees the file of process 0.
+        workdir: of the run.
+    """
     blind = [f"{process} on {host}" for process, host, sees in seen if not sees]
     if blind:
         raise ClusterError(
@@ -275,23 +284,27 @@ def check_devices() -> None:
         raise ClusterError(f"the processes have different numbers of devices ({each})")
 
 
-def _first(said):
-    return next(one for one in said if one["process"] == 0)
+def _index(member: Mapping[str, Any]) -> int:
+    return member["process"]
+
+
+def _first(members: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return min(members, key=_index)
 
 
 def _appears(path: epath.Path) -> bool:
     ends = time.monotonic() + SEEN_SECONDS
-    while not (there := path.exists()) and time.monotonic() < ends:
+    while not (visible := path.exists()) and time.monotonic() < ends:
         time.sleep(0.2)
-    return there
+    return visible
 
 
 # Running.
 
 
 @contextlib.contextmanager
-def joined(config, workdir: epath.PathLike) -> Iterator[None]:
-    """The cluster of `config.cluster`, for as long as the block runs; nothing for one process.
+def joined(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Iterator[None]:
+    """Joins the cluster of `config.cluster` while the block runs; does nothing for one process.
 
     A process that fails inside the block ends at once: in an orderly end it would wait for the
     others, who wait for it in the middle of a step.
@@ -325,8 +338,8 @@ def joined(config, workdir: epath.PathLike) -> Iterator[None]:
         _end(1, f"{_who(place)} ends after the exception above")
 
 
-def start(place: launchers.Place, flags) -> None:
-    """Starts jax in its place."""
+def start(place: launchers.Place, flags: ml_collections.ConfigDict) -> None:
+    """Starts jax as one process of the cluster; `flags` is `config.cluster`."""
     # It would take the signal that ends a run, see `signals.Interrupts`.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")

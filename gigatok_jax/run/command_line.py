@@ -8,10 +8,13 @@ import os
 import pathlib
 import runpy
 import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+import ml_collections
 from absl import flags, logging
 
-from gigatok_jax.errors import ConfigError, GigatokError
+from gigatok_jax.errors import ConfigError, GigatokError, near
 
 _PARSING = (flags.Error, LookupError, AttributeError, ValueError, TypeError)
 
@@ -37,13 +40,13 @@ def _reason(error) -> str:
 
 
 def _before(error) -> BaseException | None:
-    """What an error was raised over; None where `from None` says that it tells more."""
+    """The error that another error was raised over; None after `raise ... from None`."""
     return error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 @contextlib.contextmanager
 def folder_errors(workdir: str):
-    """Turns what the file system says of a workdir, or of a full disk, into an error of ours.
+    """Turns errors of the file system about a workdir, or a full disk, into a ConfigError.
 
     Raises:
         ConfigError: the workdir cannot be made or written.
@@ -60,7 +63,7 @@ def folder_errors(workdir: str):
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser for `app.run`; unknown files and overrides are told the nearest name."""
+    """absl's parser for `app.run`, which names the nearest file or key where one is unknown."""
     with one_line_errors(*_PARSING):
         if not any(argument.lstrip("-").startswith("help") for argument in argv):
             config = load_config(_config_value(argv))
@@ -74,7 +77,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def parse_known(argv: list[str]) -> list[str]:
-    """absl's own parser, after which `--help` is no mistake."""
+    """absl's own parser, but `--help` ends with status 0."""
     try:
         return flags.FLAGS(argv)
     except SystemExit:  # absl ends so after --help alone, with status 1
@@ -84,7 +87,8 @@ def parse_known(argv: list[str]) -> list[str]:
 class Parser(argparse.ArgumentParser):
     """Arguments of a module; a mistake is one line and status 1."""
 
-    def error(self, message):
+    def error(self, message: str):
+        """Ends the process with one line."""
         sys.exit(f"error: {message}; --help says what there is")
 
 
@@ -95,12 +99,12 @@ def _config_value(argv) -> str:
         if name in ("--config", "-config"):
             return value if equals else following
     names = [argument.partition("=")[0] for argument in argv[1:]]
-    near = difflib.get_close_matches("--config", names, n=1, cutoff=0.8)
-    typed = f" ({near[0]} is not an option)" if near else ""
+    similar = difflib.get_close_matches("--config", names, n=1, cutoff=0.8)
+    typed = f" ({similar[0]} is not an option)" if similar else ""
     raise ConfigError(f"no config given{typed}; try --config=configs/demo.py")
 
 
-def load_config(value: str):
+def load_config(value: str) -> ml_collections.ConfigDict:
     """The config of FILE or FILE:arguments.
 
     Raises:
@@ -110,7 +114,7 @@ def load_config(value: str):
     path = pathlib.Path(name)
     if not path.is_file():
         known = [str(other) for other in path.parent.glob("*.py")]
-        raise ConfigError(f"no config file {path}{_nearest(str(path), known)}")
+        raise ConfigError(f"no config file {path}{near(str(path), known, cutoff=0.4)}")
     try:
         get_config = runpy.run_path(str(path))["get_config"]
     except (SyntaxError, KeyError, UnicodeDecodeError) as error:
@@ -126,7 +130,7 @@ def _check_overrides(argv, defaults):
             continue
         key = name.removeprefix("--config.")
         if key not in defaults:
-            raise ConfigError(f"the config has no key {key!r}{_nearest(key, defaults)}")
+            raise ConfigError(f"the config has no key {key!r}{near(key, defaults, cutoff=0.4)}")
         kind = type(defaults[key])
         if equals and kind in (int, float) and not _reads(kind, value):
             expected = f"expected {kind.__name__} like {defaults[key]}"
@@ -141,13 +145,8 @@ def _reads(kind, text) -> bool:
     return True
 
 
-def _nearest(name, known) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def flatten(config, prefix=""):
-    """(dotted key, value) of every leaf of a config."""
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of every leaf of a config."""
     for name, value in config.items():
         if hasattr(value, "items"):
             yield from flatten(value, f"{prefix}{name}.")

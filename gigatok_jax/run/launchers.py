@@ -12,6 +12,8 @@ import socket
 import urllib.request
 from collections.abc import Mapping, Sequence
 
+import ml_collections
+
 from gigatok_jax.errors import ClusterError
 
 PORT = 8476  # of the coordinator, where the launcher names none
@@ -19,21 +21,21 @@ PORT = 8476  # of the coordinator, where the launcher names none
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a process stands in its cluster."""
+    """Position of a process in its cluster; 0, -1 and "" stand for what is not known."""
 
-    source: str  # who says so
+    source: str  # name of the launcher, or "flags"
     processes: int
     process: int
     coordinator: str  # host:port of process 0
-    devices: tuple[int, ...] | None = None  # GPUs of this host that it takes; None is all
+    devices: tuple[int, ...] | None = None  # GPUs of this host for this process; None is all
 
 
-def find(flags, env: Mapping[str, str] = os.environ) -> Place | None:
+def find(flags: ml_collections.ConfigDict, env: Mapping[str, str] = os.environ) -> Place | None:
     """The place of this process; None when it is alone.
 
     Args:
         flags: `config.cluster`; reads coordinator, processes and process.
-        env: of this process.
+        env: environment variables of this process.
 
     Raises:
         ClusterError: several tasks are shown but not enough to join them, or flags and launcher
@@ -118,12 +120,12 @@ def _slurm(env) -> Place | None:
 
 
 def _first_host(nodes: str) -> str:
-    """Of Slurm's list of nodes: "a3" of "a3,b1", "a07" of "a[07-09,11],b1"."""
+    """First of Slurm's list of nodes: "a3" of "a3,b1", "a07" of "a[07-09,11],b1"."""
     return re.sub(r"^([^,\[]*)(?:\[([^,\-\]]*))?.*", r"\1\2", nodes)
 
 
 def _tasks_of(counts: str, node: int) -> int:
-    """Tasks of a node, of Slurm's "2(x3),1"."""
+    """Number of tasks of a node, from Slurm's list such as "2(x3),1"."""
     each = []
     for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
         each += [int(number)] * int(times or 1)
@@ -131,8 +133,8 @@ def _tasks_of(counts: str, node: int) -> int:
 
 
 def _gpus(tasks: int, local: int, env) -> tuple[int, ...] | None:
-    """GPUs of one of the tasks of a host; None takes all, which are the task's own already."""
-    visible = [one for one in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
+    """GPUs of a task among those of its host; None if the task sees its own GPUs alone."""
+    visible = list(filter(None, env.get("CUDA_VISIBLE_DEVICES", "").split(",")))
     if tasks == 1 or len(visible) == 1:
         return None
     if not visible:
@@ -153,7 +155,7 @@ def _kubernetes(env) -> Place | None:
 
 
 def _cloud_tpu(env) -> Place | None:
-    """A TPU VM that its own metadata server knows as one of several."""
+    """The place of a TPU VM that its own metadata server knows as one of several."""
     chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
     known = "GCE_METADATA_IP" in env or (chips and importlib.util.find_spec("libtpu"))
     if not known or env.get("TPU_SKIP_MDS_QUERY") or env.get("JAX_PLATFORMS") == "cpu":
@@ -162,7 +164,7 @@ def _cloud_tpu(env) -> Place | None:
     hosts = _metadata("worker-network-endpoints", env)
     if worker is None or hosts is None:
         return None
-    hosts = [one.split(":")[-1] for one in hosts.split(",")]  # host, or name:id:host
+    hosts = [entry.split(":")[-1] for entry in hosts.split(",")]  # host, or name:id:host
     lines = (_metadata("tpu-env", env) or "").splitlines()
     more = {name: text.strip(" '") for name, _, text in (line.partition(":") for line in lines)}
     slices = int(more.get("MEGASCALE_NUM_SLICES") or 1)

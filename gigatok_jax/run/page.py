@@ -18,6 +18,7 @@ from etils import epath
 
 from gigatok_jax import files
 from gigatok_jax.run import charts, metric_writer
+from gigatok_jax.run.command_line import flatten
 
 Figures = Mapping[str, Any]
 
@@ -50,7 +51,7 @@ SECTIONS = (
     Section("Losses", "Terms of both networks.", ("*loss*",)),
     Section(
         "Optimizer",
-        "Learning rates and gradient norms.",
+        "Learning rates; norms of gradients, updates and parameters.",
         ("*learning_rate*", "*norm*", "*gradient*"),
     ),
     Section("Speed", "Includes compilation in the first interval.", ("time/*second*",)),
@@ -95,9 +96,12 @@ SHOWN = 16  # classes whose grids are in sight
 
 
 def write(workdir: epath.PathLike) -> epath.Path:
-    """Builds `index.html` from the other files of a workdir; missing ones leave their part out.
+    """Writes `index.html` from the other files of a workdir; sections without a file are left out.
 
     May be called at any moment of a run, by process 0.
+
+    Args:
+        workdir: folder of the run.
 
     Returns:
         Path of the page.
@@ -113,7 +117,7 @@ def write(workdir: epath.PathLike) -> epath.Path:
         parts += _run(workdir / name, f"{name}/")
     if stages:
         parts.append('<h2 class="stage">Tokenizer</h2>')
-    parts += [*_run(workdir), _table("Environment", _flat(environment))]
+    parts += [*_run(workdir), _table("Environment", dict(flatten(environment)))]
     page = resources.files("gigatok_jax.run").joinpath("page.html").read_text(encoding="utf-8")
     page = page.replace("{{title}}", html.escape(_title(config)))
     path = workdir / "index.html"
@@ -127,8 +131,8 @@ def _run(workdir: epath.Path, prefix: str = "") -> Iterator[str]:
     yield _classes(workdir, prefix, config, results)
     yield _pictures(workdir, prefix, config)
     yield from _curves(metric_writer.read(workdir), config)
-    yield _table("All figures", _flat(results))
-    yield _table("Config", _flat(config))
+    yield _table("All figures", dict(flatten(results)))
+    yield _table("Config", dict(flatten(config)))
 
 
 def _stage(workdir: epath.Path, name: str) -> str:
@@ -168,7 +172,7 @@ def _header(workdir: epath.Path, stages: Sequence[str], environment: Figures) ->
 
 
 def _status(workdir: epath.Path) -> tuple[str, str]:
-    """Class and text of the badge; results of an earlier, shorter run do not finish this one."""
+    """CSS class and text of the badge; results of an earlier, shorter run do not count."""
     config, results = _json(workdir, "config.json"), _json(workdir, "results.json")
     last = max((row["step"] for row in metric_writer.read(workdir)), default=0)
     if results and results.get("step", last) >= last:
@@ -191,7 +195,7 @@ def _headlines(results: Figures) -> str:
 
 
 def _classes(workdir: epath.Path, prefix: str, config: Figures, results: Figures) -> str:
-    """Grids of generated images, a class after the other."""
+    """Grids of generated images, one class below the other."""
     found = [m for n in _picture_names(workdir) if (m := re.fullmatch(r"class_(\d+)_(.+)\.png", n))]
     if not found:
         return ""
@@ -210,16 +214,17 @@ def _classes(workdir: epath.Path, prefix: str, config: Figures, results: Figures
 def _guidance(config: Figures) -> str:
     """How a config draws images, as a sentence; "" when it draws none."""
     sample = config.get("sample", {})
-    told = {**config, **sample, **config.get("cfg", {})}
-    told = {"end": 1.0} | {name.removeprefix("cfg_"): value for name, value in told.items()}
-    if "scale" not in told:
+    settings = {**config, **sample, **config.get("cfg", {})}
+    # Earlier versions kept the guidance of a prior's run as sample.cfg_scale and so on.
+    settings = {"end": 1.0} | {k.removeprefix("cfg_"): value for k, value in settings.items()}
+    if "scale" not in settings:
         return ""
-    if told.get("schedule") in ("step", "rectangular"):
-        told["window"] = "{start:g} to {end:g}".format(**told)
+    if settings.get("schedule") in ("step", "rectangular"):
+        settings["window"] = "{start:g} to {end:g}".format(**settings)
     words = [
-        form.format(told[name])
+        form.format(settings[name])
         for name, form, silent in GUIDANCE
-        if name in told and told[name] != silent
+        if name in settings and settings[name] != silent
     ]
     return f"{', '.join(words)}.".capitalize()
 
@@ -245,7 +250,7 @@ def _pictures(workdir: epath.Path, prefix: str, config: Figures) -> str:
 
 
 def _order(match: re.Match) -> tuple[bool, str, int]:
-    """Reconstructions or samples first, then by kind; newest first."""
+    """Sorting key of pictures: reconstructions and samples first, then by kind, newest first."""
     return match[1] not in ("reconstruction", "samples"), match[1], -int(match[2])
 
 
@@ -282,16 +287,6 @@ def _table(title: str, figures: Figures) -> str:
     return f"<details><summary>{html.escape(title)}</summary><table>{cells}</table></details>"
 
 
-def _flat(value: Figures, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, inner in value.items():
-        if isinstance(inner, dict):
-            flat |= _flat(inner, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = inner
-    return flat
-
-
 def _show(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
@@ -313,7 +308,7 @@ def _curves(rows: Sequence[dict], config: Figures) -> Iterator[str]:
 
 
 def _series(rows: Sequence[dict]) -> dict[str, charts.Points]:
-    """Metric -> points; a value that was not finite is NaN, so that the line has a gap there."""
+    """Points of each metric; a value that was not finite is NaN, which leaves a gap in its line."""
     series: dict[str, charts.Points] = {}
     for row in rows:
         for key, value in row.items():
@@ -326,7 +321,7 @@ def _series(rows: Sequence[dict]) -> dict[str, charts.Points]:
 def _charts(
     section: Section, series: dict[str, charts.Points]
 ) -> Iterator[tuple[str, dict[str, charts.Points]]]:
-    """(title of a chart, label -> points)."""
+    """Title of each chart of a section, and its lines: label -> points."""
     if section.together:
         yield "share", {k.rsplit("/", 1)[-1].removesuffix("_share"): p for k, p in series.items()}
         return

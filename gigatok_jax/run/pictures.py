@@ -17,11 +17,11 @@ PAPER, INK, BAR, DEAD = (250, 250, 250), (60, 60, 60), (47, 111, 237), (217, 72,
 
 
 def save(workdir: epath.PathLike, kind: str, step: int, picture: np.ndarray) -> epath.Path:
-    """Writes `pictures/<kind>_<step>.png` in a workdir; the report shows kinds apart.
+    """Writes `pictures/<kind>_<step>.png` in a workdir; the page shows a gallery of each kind.
 
     Args:
         workdir: folder of the run.
-        kind: what it shows, such as "reconstruction".
+        kind: name of the gallery, such as "reconstruction".
         step: optimizer updates done.
         picture: uint8[h, w, 3].
 
@@ -34,7 +34,7 @@ def save(workdir: epath.PathLike, kind: str, step: int, picture: np.ndarray) -> 
 def save_class(
     workdir: epath.PathLike, class_id: int, name: str, picture: np.ndarray
 ) -> epath.Path:
-    """Writes `pictures/class_<class id>_<name>.png`; the report shows classes in their order.
+    """Writes `pictures/class_<class id>_<name>.png`; the page shows classes in their order.
 
     Args:
         workdir: folder of the run.
@@ -70,13 +70,13 @@ def is_whole(data: bytes, size: int) -> bool:
     kind = size.to_bytes(4) * 2 + bytes([8, 2])  # width, height, bits, colour type
     if not (data.startswith(PNG_START + kind) and data.endswith(PNG_END)):
         return False
-    place = len(PNG_START) - 8  # of a chunk: length, type, content, checksum
-    while place < len(data):
-        end = place + 12 + int.from_bytes(data[place : place + 4])
-        if zlib.crc32(data[place + 4 : end - 4]) != int.from_bytes(data[end - 4 : end]):
+    start = len(PNG_START) - 8  # of a chunk: length, type, content, checksum
+    while start < len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4])
+        if zlib.crc32(data[start + 4 : end - 4]) != int.from_bytes(data[end - 4 : end]):
             return False
-        place = end
-    return place == len(data)
+        start = end
+    return start == len(data)
 
 
 def comparison(originals: np.ndarray, reconstructions: np.ndarray, columns: int = 8) -> np.ndarray:
@@ -131,7 +131,7 @@ def _enlarge(tiles: np.ndarray) -> np.ndarray:
 
 
 def codebook_usage(counts: np.ndarray, width: int = 720, height: int = 220) -> np.ndarray:
-    """How often each codebook row was chosen, rows sorted from the most used, on a log scale.
+    """Picture of how often each codebook row was chosen, most used first, on a log scale.
 
     Rows that were never chosen are a red bar on the axis.
 

@@ -1,6 +1,6 @@
-"""What the processes of one run tell each other. Every function is called by all of them.
+"""Exchange of values between the processes of a run; all of them call each function.
 
-Alone, a process only hears itself, and nothing is computed.
+A process that is alone gets its own value back, and nothing is computed.
 """
 
 import functools
@@ -61,7 +61,7 @@ def gather_rows(rows: np.ndarray) -> np.ndarray:
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """What `make()` gives on process 0, a JSON value; the others do not call it."""
+    """The JSON value that `make()` returns on process 0; the others do not call it."""
     if jax.process_count() == 1:
         return make()
     return json.loads(gather(json.dumps(make()).encode() if is_first() else b"")[0])
@@ -91,7 +91,7 @@ def _devices() -> Mesh:
 
 @functools.cache
 def _on_all_devices(value: int) -> jax.Array:
-    """Kept: nearly always the same number is sent."""
+    """A value on every device; cached, because it is almost always 0."""
     split = NamedSharding(_devices(), PartitionSpec("all"))
     rows = np.full(jax.local_device_count(), value, np.int32)
     return jax.make_array_from_process_local_data(split, rows)

@@ -19,9 +19,9 @@ LOST = 75  # exit status when another process is gone or stuck: the same command
 class Interrupts:
     """Notes Ctrl-C and SIGTERM, so that the loop can end between two steps.
 
-    A second signal of the same kind acts at once, as if nobody had asked for the first. Of several
-    processes each tells the others with every step, and hears them one step late: so all end after
-    the same step, whoever got the signal.
+    A second signal of the same kind acts at once, with Python's own handler. Several processes
+    exchange their signals with every step and read them one step late, so all of them end after
+    the same step, whichever got the signal.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -29,7 +29,7 @@ class Interrupts:
     def __init__(self):
         self.received: int | None = None
         self._before = {}
-        self._told: jax.Array | None = None  # with the step before
+        self._largest: jax.Array | None = None  # of all processes, asked for a step ago
 
     def __enter__(self) -> "Interrupts":
         for number in self.SIGNALS:
@@ -44,7 +44,7 @@ class Interrupts:
         """Whether all processes end after this step; called once in each."""
         if jax.process_count() == 1:
             return bool(self.received)
-        before, self._told = self._told, processes.largest(self.received or 0)
+        before, self._largest = self._largest, processes.largest(self.received or 0)
         if before is not None and int(before):
             self.received = int(before)
             return True
@@ -65,16 +65,20 @@ class Watchdog:
     """
 
     def __init__(self, minutes: float):
-        """`minutes` has to be longer than the longest compilation or save; 0 is off."""
+        """Sets the longest time without a sign of life.
+
+        Args:
+            minutes: longer than the longest compilation or save; 0 is off.
+        """
         self._seconds, self._last = minutes * 60, time.monotonic()
         self._stopped = threading.Event()
 
     def beat(self) -> None:
-        """Something was finished."""
+        """Notes that something was finished."""
         self._last = time.monotonic()
 
     def hears(self, items: Iterable) -> Iterator:
-        """The items; that another one is asked for says that something was finished."""
+        """Yields the items, and notes with each that something was finished."""
         for item in items:
             self.beat()
             yield item
