@@ -1,11 +1,10 @@
 """What the runs share: their arguments, the base tokenizer config and its small versions."""
 
-import difflib
 import types
 
 import ml_collections
 
-from gigatok_jax.errors import ConfigError
+from gigatok_jax.errors import ConfigError, near
 from gigatok_jax.model_config import model_config
 
 
@@ -24,8 +23,7 @@ def parse_arg(arg: str | None, **defaults) -> types.SimpleNamespace:
         name, _, text = item.partition("=")
         if name not in defaults:
             known = ", ".join(defaults) or "none"
-            near = difflib.get_close_matches(name, defaults, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = near(name, defaults)
             raise ConfigError(f"this config has no argument {name!r}; it takes {known}{hint}")
         values[name] = _read(name, text, defaults[name])
     return types.SimpleNamespace(**values)

@@ -1,4 +1,4 @@
-"""Runs every test on the CPU with a cache of compiled programs shared by the session."""
+"""Runs the tests on the CPU, unless JAX_PLATFORMS names another platform."""
 
 import os
 

@@ -6,16 +6,14 @@ Each stage goes on where it was cut off and is passed over once it is finished.
 
 import time
 
-import jax
 import numpy as np
 from etils import epath
 from sklearn import linear_model
 
 from gigatok_jax import files
 from gigatok_jax.data import sources, transforms
-from gigatok_jax.errors import ConfigError
 from gigatok_jax.evaluation import generation
-from gigatok_jax.run import page
+from gigatok_jax.run import page, processes
 from gigatok_jax.train import ar, extract_codes, tokenizer
 
 STAGES = ("codes", "prior", "samples")
@@ -31,11 +29,9 @@ def train(config, workdir: epath.PathLike) -> None:
     Raises:
         GigatokError, SystemExit: as the stages do; the same command then goes on.
     """
-    if jax.process_count() > 1:
-        raise ConfigError(
-            f"the demo's later stages run in one process, here are {jax.process_count()}: start"
-            " one, or train the tokenizer alone with --config.task=train_tokenizer"
-        )
+    processes.alone(
+        "demo", "start one, or train the tokenizer alone with --config.task=train_tokenizer"
+    )
     workdir, start = epath.Path(workdir), time.perf_counter()
     stages = connect(config, workdir)
     tell("1 of 4: training the tokenizer")

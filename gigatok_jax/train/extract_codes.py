@@ -14,9 +14,9 @@ from etils import epath
 
 from gigatok_jax import files, library, parallel
 from gigatok_jax.data import codes, codes_file, pipeline, sources
-from gigatok_jax.errors import ConfigError
+from gigatok_jax.errors import ConfigError, one_of
 from gigatok_jax.evaluation import metrics
-from gigatok_jax.run import metric_writer
+from gigatok_jax.run import metric_writer, processes
 from gigatok_jax.run.signals import Interrupts
 from gigatok_jax.run.workdir import claim
 
@@ -65,16 +65,10 @@ def check(config) -> None:
     Raises:
         ConfigError: unknown crops, an empty batch, or more than one process.
     """
-    if config.crops not in codes_file.AUGMENTATIONS:
-        known = ", ".join(codes_file.AUGMENTATIONS)
-        raise ConfigError(f"crops is {config.crops!r}, expected one of {known}")
+    one_of("crops", config.crops, codes_file.AUGMENTATIONS)
     if config.batch < 1:
         raise ConfigError(f"batch is {config.batch}, expected at least 1")
-    if jax.process_count() > 1:
-        raise ConfigError(
-            f"extract_codes writes one folder from one process, here are {jax.process_count()}:"
-            " start it on one host, which uses all of its devices"
-        )
+    processes.alone("extract_codes", "start it on one host, which uses all of its devices")
 
 
 def make_header(tokenizer: library.Tokenizer, source, crops: str) -> codes_file.Header:
