@@ -1,4 +1,4 @@
-"""The whole method on embedded data: tokenizer, codes, prior, pictures. The task `demo`.
+"""The task `demo`: the whole method on embedded data, from tokenizer and codes to pictures.
 
 The tokenizer's run is the workdir itself; `codes/`, `prior/` and `samples/` in it are the others.
 Each stage goes on where it was cut off and is passed over once it is finished.
@@ -6,6 +6,7 @@ Each stage goes on where it was cut off and is passed over once it is finished.
 
 import time
 
+import ml_collections
 import numpy as np
 from etils import epath
 from sklearn import linear_model
@@ -19,8 +20,8 @@ from gigatok_jax.train import ar, extract_codes, tokenizer
 STAGES = ("codes", "prior", "samples")
 
 
-def train(config, workdir: epath.PathLike) -> None:
-    """Runs all stages, then asks a classifier of real digits what the generated ones are.
+def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
+    """Runs all stages, then lets a classifier of real digits read the generated ones.
 
     Args:
         config: a tokenizer run whose `stages` hold the configs of the others.
@@ -34,19 +35,19 @@ def train(config, workdir: epath.PathLike) -> None:
     )
     workdir, start = epath.Path(workdir), time.perf_counter()
     stages = connect(config, workdir)
-    tell("1 of 4: training the tokenizer")
+    say_stage("1 of 4: training the tokenizer")
     tokenizer.train(config, workdir)
-    tell("2 of 4: extracting codes")
+    say_stage("2 of 4: extracting codes")
     extract_codes.extract(stages.codes, workdir / "codes")
-    tell("3 of 4: training the prior")
+    say_stage("3 of 4: training the prior")
     ar.train(stages.prior, workdir / "prior")
-    tell("4 of 4: generating")
+    say_stage("4 of 4: generating")
     generation.generate(stages.samples, workdir / "samples")
     summarise(config, workdir, time.perf_counter() - start)
 
 
-def connect(config, workdir: epath.Path):
-    """Configs of the later stages, each reading what the ones before leave."""
+def connect(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_collections.ConfigDict:
+    """Configs of the later stages, which read the folders of the earlier ones."""
     stages = config.stages.copy_and_resolve_references()
     stages.codes.checkpoint = stages.prior.tokenizer = stages.samples.tokenizer = str(workdir)
     stages.prior.codes = str(workdir / "codes")
@@ -54,31 +55,32 @@ def connect(config, workdir: epath.Path):
     return stages
 
 
-def tell(line: str) -> None:
+def say_stage(line: str) -> None:
+    """Prints the heading of a stage."""
     print(f"\n== {line}", flush=True)
 
 
-def summarise(config, workdir: epath.Path, seconds: float) -> None:
+def summarise(config: ml_collections.ConfigDict, workdir: epath.Path, seconds: float) -> None:
     """Figures of all stages in one `results.json`, and the page of all of them."""
     results = files.read_json(workdir / "results.json")
     for stage in STAGES:
-        made = files.read_json(workdir / stage / "results.json")
-        results |= {f"{stage}/{name}": value for name, value in made.items()}
+        own = files.read_json(workdir / stage / "results.json")
+        results |= {f"{stage}/{name}": value for name, value in own.items()}
     results |= recognition(config, workdir / "samples")
     results.setdefault("all_stages_seconds", seconds)  # a repeated command does nothing
     files.write_json(workdir / "results.json", results)
-    real, made = (f"{results[name]:.1%}" for name in ("recognised_real", "recognised_generated"))
+    real, generated = results["recognised_real"], results["recognised_generated"]
     print(
-        f"a classifier of real digits recognises {made} of the generated ones, and {real} of real"
-        f" ones that nothing was trained on; page: {page.write(workdir)}",
+        f"a classifier of real digits recognises {generated:.1%} of the generated ones, and"
+        f" {real:.1%} of real ones that nothing was trained on; page: {page.write(workdir)}",
         flush=True,
     )
 
 
-def recognition(config, samples: epath.Path) -> dict[str, float]:
-    """How many digits a logistic regression of real ones reads as what they should be.
+def recognition(config: ml_collections.ConfigDict, samples: epath.Path) -> dict[str, float]:
+    """Shares of digits that a logistic regression reads as the class that they should be.
 
-    It learns the images that the tokenizer and the prior learned, 8 x 8 pixels of them.
+    It learns the same real images as the tokenizer and the prior, reduced to 8 x 8 pixels.
 
     Returns:
         Shares in [0, 1] of the generated images, and of real ones held out from everything.
@@ -86,16 +88,16 @@ def recognition(config, samples: epath.Path) -> dict[str, float]:
     images, labels = digits(config, "train")
     reader = linear_model.LogisticRegression(max_iter=2000).fit(grey(images), labels)
     paths = sorted((samples / "images").glob("*.png"))
-    wanted = [int(path.name.split("_")[1]) for path in paths]  # <image id>_<class id>_<name>.png
-    made = np.stack([transforms.decode(path) for path in paths])
+    class_ids = [int(path.name.split("_")[1]) for path in paths]  # <image>_<class id>_<name>.png
+    generated = np.stack([transforms.decode(path) for path in paths])
     held_out, truth = digits(config, "held_out")
     return {
-        "recognised_generated": float(reader.score(grey(made), wanted)),
+        "recognised_generated": float(reader.score(grey(generated), class_ids)),
         "recognised_real": float(reader.score(grey(held_out), truth)),
     }
 
 
-def digits(config, split: str) -> tuple[np.ndarray, np.ndarray]:
+def digits(config: ml_collections.ConfigDict, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8[b h w 3] and labels i32[b] of a split."""
     source = sources.make_source(config.data, split, config.model.image_size)
     return np.stack([source[i]["image"] for i in range(len(source))]), source.labels

@@ -1,4 +1,4 @@
-"""Codes of every image of a data set, by a trained tokenizer: the task `extract_codes`.
+"""The task `extract_codes`: codes of every image of a data set, by a trained tokenizer.
 
 Axes: b records, a crops of each, h w pixels, n codes. The same command again goes on where it
 stopped, and a finished folder is left as it is.
@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator
 
 import jax
+import ml_collections
 import numpy as np
 from etils import epath
 
@@ -21,10 +22,10 @@ from gigatok_jax.run.signals import Interrupts
 from gigatok_jax.run.workdir import claim
 
 
-def extract(config, workdir: epath.PathLike) -> None:
+def extract(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
     """Writes the codes of `config.data` under `config.checkpoint` into the workdir.
 
-    An unreadable image is named in the log; its record stays, marked, and is never used.
+    An unreadable image is named in the log; its record stays, is marked, and is never used.
 
     Args:
         config: see `configs/extract_codes.py`.
@@ -53,13 +54,13 @@ def extract(config, workdir: epath.PathLike) -> None:
             print(f"stopped at image {writer.done} of {len(source)}; the same command resumes")
             raise SystemExit(128 + interrupts.received)
         writer.finish()
-        made = writer.done - start
-    if made or not (workdir / "results.json").exists():
-        results = figures(workdir, made, seconds)
+        encoded = writer.done - start
+    if encoded or not (workdir / "results.json").exists():
+        results = figures(workdir, encoded, seconds)
         files.write_json(workdir / "results.json", results)
 
 
-def check(config) -> None:
+def check(config: ml_collections.ConfigDict) -> None:
     """Refuses values that cannot work, before anything is loaded.
 
     Raises:
@@ -72,7 +73,7 @@ def check(config) -> None:
 
 
 def make_header(tokenizer: library.Tokenizer, source, crops: str) -> codes_file.Header:
-    """What the codes of a source under a tokenizer are of."""
+    """Header of a folder of codes: the tokenizer, the crops and the images of `source`."""
     return codes_file.Header(
         tokenizer=tokenizer.fingerprint,
         model=json.loads(json.dumps(tokenizer.config.to_dict())),
@@ -85,64 +86,83 @@ def make_header(tokenizer: library.Tokenizer, source, crops: str) -> codes_file.
     )
 
 
-def write_rest(config, mesh, tokenizer, source, writer, interrupts: Interrupts) -> float:
-    """Codes of the records that are not there yet; returns the seconds it took."""
-    encode, place = make_encode(tokenizer, mesh), parallel.split_batch(mesh)
+def write_rest(
+    config: ml_collections.ConfigDict,
+    mesh: jax.sharding.Mesh,
+    tokenizer: library.Tokenizer,
+    source: sources.FolderSource | sources.DigitsSource,
+    writer: codes_file.CodesWriter,
+    interrupts: Interrupts,
+) -> float:
+    """Writes the codes of all records that are missing, until a signal; returns the seconds."""
+    encode, split = make_encode(tokenizer, mesh), parallel.split_batch(mesh)
     params = {name: tokenizer.params[name] for name in library.CODE_PARTS}
     progress = metric_writer.Progress("encoded", len(source), "images", done=writer.done)
     with image_batches(config, mesh, tokenizer.image_size, source, writer) as batches:
-        for batch, made in ahead(batches, lambda x: encode(params, jax.device_put(x, place))):
+        for batch, encoded in ahead(batches, lambda x: encode(params, jax.device_put(x, split))):
             rows = min(len(batch["mask"]), len(source) - writer.done)  # the last batch is padded
             readable = batch["mask"][:rows]
-            writer.write(np.asarray(made)[:rows], np.flatnonzero(~readable))
+            writer.write(np.asarray(encoded)[:rows], np.flatnonzero(~readable))
             progress.add(rows)
             if interrupts.received:
                 break
     return progress.seconds
 
 
-def image_batches(config, mesh, size: int, source, writer) -> pipeline.Batches:
-    """Batches "image" uint8[b a h w 3] of the records that are not there yet."""
+def image_batches(
+    config: ml_collections.ConfigDict,
+    mesh: jax.sharding.Mesh,
+    size: int,
+    source: sources.FolderSource | sources.DigitsSource,
+    writer: codes_file.CodesWriter,
+) -> pipeline.Batches:
+    """Batches with "image" uint8[b a h w 3] of the records that are missing."""
     shards = parallel.batch_shards(mesh)
     records = max(config.batch // (codes_file.AUGMENTATIONS[config.crops] * shards), 1) * shards
-    met = sum(len(part.unreadable) for part in writer.parts)
+    unreadable = sum(len(part.unreadable) for part in writer.parts)
     return pipeline.eval_batches(
         source,
         size,
         records,
-        max_unreadable=max(config.data.max_unreadable - met, 0),
+        max_unreadable=max(config.data.max_unreadable - unreadable, 0),
         views=functools.partial(codes.crops_of, crops=config.crops),
         first=writer.done,
         workers=config.data.workers,
     )
 
 
-def make_encode(tokenizer: library.Tokenizer, mesh) -> Callable:
+def make_encode(tokenizer: library.Tokenizer, mesh: jax.sharding.Mesh) -> Callable:
     """Jitted `encode(params, images)`: uint8[b a h w 3] -> i32[b a n], in float32."""
 
     @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
     def encode(params, images):
         flat = images.reshape(-1, *images.shape[2:])
-        made = library.encode(params, flat, tokenizer.config)
-        return made.reshape(*images.shape[:2], -1)
+        codes = library.encode(params, flat, tokenizer.config)
+        return codes.reshape(*images.shape[:2], -1)
 
     return encode
 
 
 def ahead(batches: pipeline.Batches, run: Callable) -> Iterator[tuple[dict, jax.Array]]:
-    """Each batch with what `run` makes of its images, one batch ahead of the reader."""
+    """Each batch and the result of `run` on its images, which starts one batch ahead."""
     before = None
     for batch in batches:
-        made = run(batch["image"])
+        result = run(batch["image"])
         if before is not None:
             yield before
-        before = (batch, made)
+        before = (batch, result)
     if before is not None:
         yield before
 
 
-def figures(workdir: epath.Path, made: int, seconds: float) -> dict[str, float]:
-    """What `results.json` says of a finished folder, of which `made` records are new."""
+def figures(workdir: epath.Path, encoded: int, seconds: float) -> dict[str, float]:
+    """Results of a finished folder.
+
+    Args:
+        workdir: the folder.
+        encoded: records that this call has encoded.
+        seconds: time that it took.
+    """
     source = codes.CodesSource(workdir)
     use = metrics.codebook_use(source.counts())
     return {
@@ -151,7 +171,7 @@ def figures(workdir: epath.Path, made: int, seconds: float) -> dict[str, float]:
         "augmentations": source.augmentations,
         "tokenizer": source.header.tokenizer,
         "seconds": seconds,
-        "images_per_second": made * source.augmentations / max(seconds, 1e-9),
+        "images_per_second": encoded * source.augmentations / max(seconds, 1e-9),
         "codebook_usage": float(use.usage),
         "perplexity": float(use.perplexity),
     }
