@@ -4,6 +4,7 @@
 step 2 of 4. Their results are those of the uninterrupted runs. See test_old_files.py for the rest.
 """
 
+import contextlib
 import json
 import pathlib
 import shutil
@@ -15,7 +16,8 @@ import tiny
 
 from configs import ar as ar_config
 from gigatok_jax.data import codes
-from gigatok_jax.models import cnn
+from gigatok_jax.models import cnn, qformer
+from gigatok_jax.models import tokenizer as tokenizer_model
 from gigatok_jax.run import metric_writer
 from gigatok_jax.train import ar, tokenizer
 
@@ -25,7 +27,10 @@ OLD = pathlib.Path(__file__).parent / "golden" / "1cbdabb"
 @pytest.fixture(scope="module", autouse=True)
 def small_programs():
     # The old runs are those of `tiny` with narrow tokens, which keeps their files small.
-    with tiny.small_programs(tiny.session() / "cache"), mock.patch.object(cnn, "TOKEN_WIDTH", 32):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(tiny.small_programs(tiny.session() / "cache"))
+        for module in (cnn, qformer, tokenizer_model):
+            stack.enter_context(mock.patch.object(module, "TOKEN_WIDTH", 32))
         yield
 
 
@@ -45,7 +50,8 @@ def tokenizer_config():
 
 def prior_config():
     config = ar_config.get_config("size=b,smoke")
-    config.codes, config.tokenizer = "old/codes", "old/tokenizer"
+    # No tokenizer: that of the codes is the one at step 8, which is not kept here.
+    config.codes, config.tokenizer = "old/codes", ""
     config.model.update(vocab=32, tokens=16, width=16, layers=1)
     config.train.update(steps=4, micro_batches=2)
     config.save.every, config.eval.every, config.log.pictures_every = 2, 4, 4
