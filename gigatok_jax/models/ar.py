@@ -21,7 +21,7 @@ from gigatok_jax.ops import activation, attention
 from gigatok_jax.ops.constrain import BATCH, SPLIT, constrain, stream
 
 ROTARY_BASE = 10_000.0
-HIDDEN_MULTIPLE = 256  # the SwiGLU's hidden width is rounded up to it
+HIDDEN_MULTIPLE = 256  # the SwiGLU's hidden width, 8/3 of the width, is rounded up to a multiple
 
 
 class Dropouts(NamedTuple):
@@ -53,11 +53,6 @@ class Place(NamedTuple):
 
     position: jax.Array  # i32[]
     read: int  # static; positions 0 .. read - 1 are read, so it has to exceed `position`
-
-
-def hidden_width(width: int) -> int:
-    """Hidden width of the SwiGLU: 8/3 of the width, rounded up to a multiple of 256."""
-    return -(-int(8 * width / 3) // HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE
 
 
 def rotary_angles(positions: jax.Array, head_width: int) -> tuple[jax.Array, jax.Array]:
@@ -151,7 +146,7 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """f[b n c] -> f[b n c]."""
-        hidden = hidden_width(x.shape[-1])
+        hidden = -(-int(8 * x.shape[-1] / 3) // HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE
         both = dense(2 * hidden, self.dtype, "gate_up")(x)
         return dense(x.shape[-1], self.dtype, "down")(activation.gate(both))
 
@@ -271,7 +266,8 @@ class Prior(nn.Module):
             f32[b n v]; row t predicts codes[:, t].
         """
         x, condition = self.embed(class_ids, codes[:, :-1])
-        rates = drop_path_rates(self)
+        highest = self.dropouts.path if self.dropouts is not None else 0.0
+        rates = jnp.linspace(0.0, highest, self.layers, dtype=jnp.float32)  # of stochastic depth
         x, _ = self.blocks(x, rates, self.shared(condition, jnp.arange(x.shape[1])))
         return self.logits(x, condition)
 
@@ -342,12 +338,6 @@ def block_fields(prior: Prior) -> dict[str, Any]:
     """Constructor arguments of one block of a prior."""
     names = ("heads", "kv_heads", "qk_norm", "adaln", "dropouts", "dtype")
     return {name: getattr(prior, name) for name in names}
-
-
-def drop_path_rates(prior: Prior) -> jax.Array:
-    """Rate of stochastic depth in each block, f32[layers], rising linearly from 0."""
-    highest = prior.dropouts.path if prior.dropouts is not None else 0.0
-    return jnp.linspace(0.0, highest, prior.layers, dtype=jnp.float32)
 
 
 def make(

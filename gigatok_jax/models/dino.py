@@ -29,12 +29,9 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """f[b n c] -> (f[b n c], the same or None), as a scan needs it."""
-        x = x + self._scale("scale_1", self._attention(self._norm("norm_1", x)))
-        x = x + self._scale("scale_2", self._mlp(self._norm("norm_2", x)))
+        x = x + self._scale("scale_1", self._attention(layer_norm(self.dtype, "norm_1")(x)))
+        x = x + self._scale("scale_2", self._mlp(layer_norm(self.dtype, "norm_2")(x)))
         return x, x if self.keep else None
-
-    def _norm(self, name: str, x: jax.Array) -> jax.Array:
-        return layer_norm(self.dtype, name)(x)
 
     def _scale(self, name: str, x: jax.Array) -> jax.Array:
         if not self.layer_scale:

@@ -63,6 +63,11 @@ def position_init(
     return jax.random.normal(key, shape, dtype) * shape[-1] ** -0.5
 
 
+def position_embedding(module: nn.Module, name: str, length: int) -> jax.Array:
+    """Learned vectors f[length width] of a module with the fields width and dtype."""
+    return module.param(name, position_init, (length, module.width)).astype(module.dtype)
+
+
 def dense(features: int, dtype: DTypeLike, name: str, init: Callable = weight_init) -> nn.Dense:
     """Linear layer with the tokenizer's initialisation."""
     return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from gigatok_jax.model_config import pooled_grids
 from gigatok_jax.models import layers
 from gigatok_jax.models.cnn import TOKEN_WIDTH, conv
-from gigatok_jax.models.layers import dense, layer_norm, position_init
+from gigatok_jax.models.layers import dense, layer_norm, position_embedding
 
 
 class Encoded(NamedTuple):
@@ -67,8 +67,8 @@ class QFormerEncoder(nn.Module):
         memory = dense(self.width, self.dtype, "embed")(layer_norm(self.dtype, "norm_in")(features))
         x = self.queries(memory)  # [b n c]
         memory = memory.reshape(b, h * w, self.width)
-        positions = self.positions("query_positions", self.latent_tokens)
-        memory_positions = self.positions("positions", h * w)
+        positions = position_embedding(self, "query_positions", self.latent_tokens)
+        memory_positions = position_embedding(self, "positions", h * w)
         blocks = layers.scan(
             layers.QFormerBlock, self.layers, self.loop, name="blocks",
             heads=self.heads, qk_norm=self.qk_norm, dtype=self.dtype,
@@ -77,14 +77,11 @@ class QFormerEncoder(nn.Module):
         tokens = layer_norm(self.dtype, "norm_out")(x)
         return Encoded(tokens, dense(TOKEN_WIDTH, self.dtype, "proj_out")(tokens))
 
-    def positions(self, name: str, length: int) -> jax.Array:
-        return self.param(name, position_init, (length, self.width)).astype(self.dtype)
-
     def queries(self, grid: jax.Array) -> jax.Array:
         """Start of the queries, f[b n c], for a grid f[b h w c]."""
         shape = (grid.shape[0], self.latent_tokens, self.width)
         if self.query_init == "learnable":
-            return jnp.broadcast_to(self.positions("queries", self.latent_tokens), shape)
+            return jnp.broadcast_to(position_embedding(self, "queries", self.latent_tokens), shape)
         if self.query_init == "multi_level":
             return dense(self.width, self.dtype, "query_proj")(
                 pooled_queries(grid, self.latent_tokens)
@@ -113,22 +110,19 @@ class QFormerDecoder(nn.Module):
         b, n, _ = latents.shape
         memory = dense(self.width, self.dtype, "embed")(layer_norm(self.dtype, "norm_in")(latents))
         x = self.queries(memory)
-        positions = self.positions("positions", self.grid**2)
-        memory_positions = self.positions("latent_positions", n)
+        positions = position_embedding(self, "positions", self.grid**2)
+        memory_positions = position_embedding(self, "latent_positions", n)
         fields = {"heads": self.heads, "qk_norm": self.qk_norm, "dtype": self.dtype}
         tapped, aligned, x = run_tapped(
             self, layers.QFormerBlock, fields, x, (memory, positions, memory_positions)
         )
         return Decoded(tapped, aligned, grid_out(self, x, (b, self.grid, self.grid)))
 
-    def positions(self, name: str, length: int) -> jax.Array:
-        return self.param(name, position_init, (length, self.width)).astype(self.dtype)
-
     def queries(self, memory: jax.Array) -> jax.Array:
         """Start of the queries, f[b hw c], for a memory f[b n c]."""
         shape = (memory.shape[0], self.grid**2, self.width)
         if self.query_init == "learnable":
-            return jnp.broadcast_to(self.positions("queries", self.grid**2), shape)
+            return jnp.broadcast_to(position_embedding(self, "queries", self.grid**2), shape)
         return jnp.broadcast_to(memory[:, :1], shape)
 
 

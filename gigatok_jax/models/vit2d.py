@@ -6,15 +6,14 @@ import jax.numpy as jnp
 
 from gigatok_jax.models import layers
 from gigatok_jax.models.cnn import TOKEN_WIDTH
-from gigatok_jax.models.layers import dense, layer_norm, position_init
+from gigatok_jax.models.layers import dense, layer_norm, position_embedding
 from gigatok_jax.models.qformer import Decoded, Encoded, grid_out, run_tapped
 
 
 def _start(module: nn.Module, x: jax.Array):
     """Embedded tokens, class of the block, its constructor arguments, and its shared inputs."""
     x = dense(module.width, module.dtype, "embed")(layer_norm(module.dtype, "norm_in")(x))
-    positions = module.param("positions", position_init, (x.shape[1], module.width))
-    positions = positions.astype(module.dtype)
+    positions = position_embedding(module, "positions", x.shape[1])
     fields = {"heads": module.heads, "dtype": module.dtype}
     if module.layer == "transformer":
         return x + positions, layers.TransformerBlock, fields, ()
