@@ -124,7 +124,7 @@ class Tokenizer(_Model):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of the parameters that decide codes: 16 hex digits, the same for any dtype."""
+        """Hash of the parameters that decide codes, 16 hex digits; same in float32 and bfloat16."""
         return fingerprint({name: self._params[name] for name in CODE_PARTS})
 
     def encode(self, images: np.ndarray | jax.Array) -> jax.Array:
