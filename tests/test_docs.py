@@ -20,7 +20,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "launch" / "
 PRESENT = [page for page in PAGES if page.name != "CHANGELOG.md"]  # the others name what is there
 LANGUAGES = {"bash", "python", "console", "text", "mermaid"}  # see CONTRIBUTING.md, "Documents"
 RUN = {"bash", "python"}
-SECONDS = 300  # of one fence, on a machine that does other things too
+SECONDS = 900  # of one fence, on a machine that does other things too
 DEMO = ["main.py", "--config=configs/demo.py:smoke", "--workdir=runs/demo"]
 
 
