@@ -4,8 +4,8 @@
     checkpoints/<step>/extras.json       step, data position, config
     checkpoints/<step>/CHECKSUMS.json    size and CRC-32 of every file above, written last
 
-A step counts only once its checksums are there, and older steps go only after that, so a run killed
-at any moment loses nothing but the time since its last save.
+A step counts only once its checksums are written, and older steps are removed only after that, so
+a run that is killed at any moment loses nothing but the time since its last save.
 """
 
 import errno
@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,50 +21,53 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from gigatok_jax import files
+from gigatok_jax import files, trees
 from gigatok_jax.errors import CheckpointError, ConfigError
 from gigatok_jax.run import processes
 
 FOLDER, STATE, EXTRAS, CHECKSUMS = "checkpoints", "state", "extras.json", "CHECKSUMS.json"
 READERS = 8  # threads that read files for their checksums
 BLOCK = 1 << 24  # bytes of a file read at a time
-NO_SPACE = ("no space left", "resource_exhausted", "disk quota")  # TensorStore has no errno
+NO_SPACE = ("no space left", "resource_exhausted", "disk quota")  # TensorStore sets no errno
 
 
 class Checkpoints:
     """Saves and restores the steps of one run; the only writer of its `checkpoints/`."""
 
     def __init__(self, workdir: epath.PathLike, keep: int = 3, milestone_every: int = 0):
-        """Opens `<workdir>/checkpoints`, made when missing.
+        """Opens `<workdir>/checkpoints`, which is created if missing.
 
         Args:
             workdir: folder of the run.
-            keep: newest steps that stay, at least 1.
-            milestone_every: steps that are multiples of it stay for ever; 0 for none.
+            keep: number of newest steps that are kept, at least 1.
+            milestone_every: multiples of this step are kept for ever; 0 is none.
+
+        Raises:
+            ConfigError: `keep` is below 1.
         """
         if keep < 1:
             raise ConfigError(f"save.keep is {keep}, expected at least 1")
         self.root = files.absolute(workdir) / FOLDER
         self.root.mkdir(parents=True, exist_ok=True)
         self._keep, self._milestone_every = keep, milestone_every
-        # Compression saves a tenth of the space of float32 weights and costs half of the speed.
+        # Compression would save a tenth of the space of float32 weights at half the speed.
         self._saver = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
         self._pool = futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, futures.Future] | None = None
-        self._current: int | None = None  # verified, or written by this object
+        self._current: int | None = None  # step that this object has verified or written
 
     def save(self, step: int, state: Any, extras: Mapping[str, Any]) -> None:
-        """Starts to save and returns once the arrays may be donated; one save runs at a time.
+        """Starts a save, and returns as soon as the arrays may be donated; saves do not overlap.
 
         A step that this object has just saved or restored is not written again.
 
         Args:
-            step: optimizer updates done.
-            state: tree of jax arrays (any sharding) and typed random keys.
-            extras: JSON values; `step` is added.
+            step: number of optimizer updates done.
+            state: tree of jax arrays, of any sharding, and typed random keys.
+            extras: JSON values for extras.json, which also gets `step`.
 
         Raises:
-            CheckpointError: this save, or the one before it, could not be written.
+            CheckpointError: this save or the previous one cannot be written.
         """
         self.wait()
         if step == self._current:
@@ -82,7 +84,7 @@ class Checkpoints:
         self._pending = (step, job)
 
     def wait(self) -> None:
-        """Blocks until the save in progress is whole; raises CheckpointError when it failed."""
+        """Waits for the save in progress; raises CheckpointError if it failed."""
         if self._pending is None:
             return
         (step, job), self._pending = self._pending, None
@@ -93,42 +95,35 @@ class Checkpoints:
         self._current = step
 
     def latest(self) -> int | None:
-        """Newest step whose every file matches its checksum, None when there is none.
+        """Newest step whose every file matches its checksum, or None.
 
-        Each newer step is named in the log, then removed (cut off while being written) or renamed
-        `<step>.bad` (damaged later), so that the run can save that step again. Process 0 looks, and
-        tells the others.
+        Newer steps are named in the log, then removed (cut off while being written) or renamed
+        `<step>.bad` (damaged later), so that the run can save that step again. Process 0 reads the
+        files, and the others get its answer.
         """
         self.wait()
-        self._current = processes.from_first(self._find_latest)
+        self._current = processes.from_first(
+            lambda: _newest(self.root, current=self._current, clear=True)
+        )
         return self._current
 
-    def _find_latest(self) -> int | None:
-        for step in reversed(_steps(self.root)):
-            directory = self.root / str(step)
-            if step == self._current or not (reason := damage(directory)):
-                return step
-            logging.warning("checkpoint %s %s; looking at the one before it", directory, reason)
-            _clear(directory)
-        return None
-
     def damaged(self) -> list[str]:
-        """Names of the steps that were set aside as damaged, by this object or another."""
+        """Names of the folders of damaged steps that were set aside, `<step>.bad`."""
         return processes.from_first(lambda: sorted(p.name for p in self.root.glob("*.bad*")))
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
-        """State and extras of one step.
+        """Reads the state and the extras of a step.
 
         Args:
-            abstract_state: tree of `jax.ShapeDtypeStruct` or arrays; arrays come back with its
-                shardings (none is the first device), whatever they were saved with.
-            step: None takes `latest()`.
+            abstract_state: tree of `jax.ShapeDtypeStruct` or arrays. Its shardings hold for the
+                result, whatever the sharding of the save; no sharding is the first device.
+            step: number of the step; None is `latest()`.
 
         Returns:
-            The state in the form of `abstract_state`, and the dict saved beside it.
+            The state in the form of `abstract_state`, and the content of extras.json.
 
         Raises:
-            CheckpointError: no such step, a damaged one, or one of another model; the message then
+            CheckpointError: the step is missing, damaged or of another model; the message then
                 lists every array that differs.
         """
         step = self.latest() if step is None else step
@@ -144,7 +139,7 @@ class Checkpoints:
         return state, files.read_json(directory / EXTRAS)
 
     def close(self) -> None:
-        """Waits for the save in progress and ends the threads."""
+        """Waits for the save in progress, and ends the threads."""
         try:
             self.wait()
         finally:
@@ -152,7 +147,7 @@ class Checkpoints:
             self._saver.close()
 
     def _commit(self, directory: epath.Path, extras: dict[str, Any]) -> None:
-        """Background: the order of these lines is what makes a kill harmless."""
+        """Completes a save in the background; a kill between any two of its lines is harmless."""
         self._saver.wait_until_finished()  # of all processes
         if jax.process_index() != 0:
             return
@@ -167,24 +162,25 @@ class Checkpoints:
                 _remove(self.root / str(step))
 
     def _failure(self, step: int, error: Exception) -> CheckpointError:
-        """Error to raise for a failed save; what it had written is removed to free the space."""
+        """The error of a failed save, whose files are removed to free their space."""
         directory = self.root / str(step)
         if jax.process_index() == 0:
             _remove(directory)
         older = [s for s in _steps(self.root) if (self.root / str(s) / CHECKSUMS).exists()]
-        kept = f"step {older[-1]} is intact" if older else "there is no earlier one"
-        why = "the disk is full" if _is_full(error) else _one_line(error)
+        kept = f"step {older[-1]} is intact" if older else "there is no earlier checkpoint"
+        first = next(iter(str(error).splitlines()), "")
+        why = "the disk is full" if _is_full(error) else f"{type(error).__name__}: {first}"
         return CheckpointError(f"checkpoint {directory} was not saved: {why}; {kept}")
 
 
 def find(path: epath.PathLike) -> tuple[epath.Path, int | None]:
-    """Root and step that a path names: a workdir, its `checkpoints/`, or one step in that.
+    """Finds the checkpoints that a path names: a workdir, its `checkpoints/`, or a step in it.
 
     Returns:
-        The folder of steps, and the step; None stands for the newest whole one.
+        The folder of steps, and the step if the path names one.
 
     Raises:
-        CheckpointError: nothing is there.
+        CheckpointError: the path has no checkpoint.
     """
     path = files.absolute(path)
     if path.name.isdigit() and (path / STATE).exists():
@@ -202,66 +198,68 @@ def load_params(
     sharding: jax.sharding.Sharding | None = None,
     dtype: Callable[[str], Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Some top-level entries of a state, without knowing its model and without reading the rest.
+    """Reads some top-level entries of a state; its model need not be known.
 
-    Changes nothing on disk, so it may read the workdir of a run that is still going.
+    Nothing changes on disk, so the path may be the workdir of a run in progress.
 
     Args:
-        path: as for `find`; for a workdir a damaged step is named in the log and passed over.
-        names: entries of the state, such as "ema_params"; of a tuple the first that is there;
-            none reads the extras alone.
-        sharding: where every array goes; None gives numpy arrays on the host.
-        dtype: type of an array by its path, as in "params/quantizer/codebook"; None as saved.
+        path: as for `find`; damaged steps of a workdir are named in the log and passed over.
+        names: entries of the state, such as "ema_params". A tuple stands for the first of its
+            entries that exists. An empty sequence reads the extras alone.
+        sharding: sharding of every array; None gives numpy arrays on the host.
+        dtype: function of an array's path, such as "params/quantizer/codebook", that gives its
+            type; None keeps the types of the save.
 
     Returns:
-        {name: nested dict of arrays}, and the dict saved beside the state.
+        {name: nested dict of arrays}, and the content of extras.json.
 
     Raises:
-        CheckpointError: nothing whole is there, or the state has no such entry.
+        CheckpointError: there is no whole step, or the state has no such entry.
     """
-    root, step = find(path)
-    directory = root / str(step) if step is not None else _newest_whole(root)
-    if step is not None:
-        _verify(directory)
+    directory = _whole_step(path)
     saved = _saved_tree(directory)
-    names = [_first_there(name, saved) for name in names]
+    choices = [(name,) if isinstance(name, str) else name for name in names]
+    names = [next((name for name in some if name in saved), some[0]) for some in choices]
     if missing := [name for name in names if name not in saved]:
         raise CheckpointError(f"{directory} has no entry {missing}, only {sorted(saved)}")
     chosen = {name: saved[name] for name in names}
     args = {
         path: _restore_args(dtype(path) if dtype else leaf.dtype, sharding)
-        for path, leaf in _leaves(chosen)
+        for path, leaf in trees.flatten(chosen).items()
     }
-    args = flax.traverse_util.unflatten_dict(args, sep="/")
-    trees = _read(directory, chosen, args) if names else {}
-    return trees, files.read_json(directory / EXTRAS)
-
-
-def _first_there(name: str | tuple[str, ...], saved: Mapping[str, Any]) -> str:
-    choices = (name,) if isinstance(name, str) else name
-    return next((choice for choice in choices if choice in saved), choices[0])
+    read = _read(directory, chosen, trees.unflatten(args)) if names else {}
+    return read, files.read_json(directory / EXTRAS)
 
 
 def restore_from(path: epath.PathLike, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-    """`Checkpoints.restore` of one step of another run, in which nothing changes.
+    """Reads a step of another run like `Checkpoints.restore`, and changes nothing on disk.
 
     Args:
-        path: as for `find`, of one step.
+        path: as for `load_params`.
         abstract_state: as for `Checkpoints.restore`.
 
     Raises:
-        CheckpointError: no such step, a damaged one, or one of another model.
+        CheckpointError: the step is missing, damaged or of another model.
     """
-    root, step = find(path)
-    directory = root / str(step)
-    _verify(directory)
+    directory = _whole_step(path)
     return _restore(directory, abstract_state), files.read_json(directory / EXTRAS)
+
+
+def _whole_step(path: epath.PathLike) -> epath.Path:
+    """Folder of the step that a path names, or of the newest whole step in it."""
+    root, step = find(path)
+    if step is not None:
+        _verify(root / str(step))
+        return root / str(step)
+    if (step := processes.from_first(lambda: _newest(root))) is None:
+        raise CheckpointError(f"no whole checkpoint in {root}")
+    return root / str(step)
 
 
 def checksums(directory: epath.Path) -> dict[str, dict[str, Any]]:
     """Size in bytes and CRC-32 of every file below a directory, by relative path.
 
-    CRC-32 finds every single flipped bit, and zlib computes it faster than a disk reads.
+    CRC-32 detects every flipped bit, and zlib computes it faster than a disk reads.
     """
     names = sorted(str(path.relative_to(directory)) for path in _files(directory))
     names = [name for name in names if not name.startswith(CHECKSUMS)]
@@ -270,20 +268,20 @@ def checksums(directory: epath.Path) -> dict[str, dict[str, Any]]:
 
 
 def damage(directory: epath.Path) -> str | None:
-    """What is wrong with the files of a step in a few words, None when all match."""
+    """A few words about what is wrong with the files of a step, or None if all match."""
     if not (directory / CHECKSUMS).exists():
         return f"is incomplete (no {CHECKSUMS}: cut off or still being written)"
     try:
         expected = files.read_json(directory / CHECKSUMS)
     except ValueError:
         return f"is damaged ({CHECKSUMS} cannot be read)"
-    found = checksums(directory)
+    actual = checksums(directory)
     for name, want in expected.items():
-        if name not in found:
+        if name not in actual:
             return f"is damaged ({name} is missing)"
-        if found[name]["bytes"] != want["bytes"]:
-            return f"is damaged ({name} has {found[name]['bytes']} bytes, not {want['bytes']})"
-        if found[name] != want:
+        if actual[name]["bytes"] != want["bytes"]:
+            return f"is damaged ({name} has {actual[name]['bytes']} bytes, not {want['bytes']})"
+        if actual[name] != want:
             return f"is damaged (the checksum of {name} differs)"
     return None
 
@@ -306,35 +304,32 @@ def _files(directory: epath.Path) -> Iterator[epath.Path]:
 
 def _verify(directory: epath.Path) -> None:
     if not directory.exists():
-        raise CheckpointError(f"no checkpoint {directory}; there: {_steps(directory.parent)}")
+        raise CheckpointError(f"no checkpoint {directory}; its run has {_steps(directory.parent)}")
     if reason := processes.from_first(lambda: damage(directory)):
         raise CheckpointError(f"checkpoint {directory} {reason}; choose another step")
 
 
-def _newest_whole(root: epath.Path) -> epath.Path:
-    step = processes.from_first(lambda: _newest_step(root))
-    if step is None:
-        raise CheckpointError(f"no whole checkpoint in {root}")
-    return root / str(step)
-
-
-def _newest_step(root: epath.Path) -> int | None:
+def _newest(root: epath.Path, *, current: int | None = None, clear: bool = False) -> int | None:
+    """Newest step that is `current` or whole; `clear` makes way for saves of newer steps."""
     for step in reversed(_steps(root)):
-        if not (reason := damage(root / str(step))):
+        directory = root / str(step)
+        if step == current or not (reason := damage(directory)):
             return step
-        logging.warning("checkpoint %s %s; using the one before it", root / str(step), reason)
+        logging.warning("checkpoint %s %s; looking at the one before it", directory, reason)
+        if clear:
+            _clear(directory)
     return None
 
 
 def _steps(root: epath.Path) -> list[int]:
-    """Steps that have a directory, whole or not, ascending."""
+    """Steps that have a folder, whole or not, in ascending order."""
     if not root.is_dir():
         return []
     return sorted(int(p.name) for p in root.iterdir() if p.name.isdigit() and p.is_dir())
 
 
 def _clear(directory: epath.Path) -> None:
-    """Makes way for a save: an unfinished step is removed, a finished one renamed."""
+    """Makes way for a save: removes an unfinished step, renames a finished one."""
     if not (directory / CHECKSUMS).exists():
         return _remove(directory)
     target, count = directory.parent / f"{directory.name}.bad", 1
@@ -345,16 +340,10 @@ def _clear(directory: epath.Path) -> None:
 
 
 def _remove(directory: epath.Path) -> None:
-    """Deletes a step, checksums first: killed in between, what is left counts as unfinished."""
+    """Deletes a step, checksums first, so that after a kill the rest counts as unfinished."""
     if directory.exists():
         (directory / CHECKSUMS).unlink(missing_ok=True)
         directory.rmtree()
-
-
-def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
-    """(path, leaf) of any tree, paths as in `params/quantizer/codebook` or `optimizer/0/mu/...`."""
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
 
 
 def _is_key(leaf: Any) -> bool:
@@ -362,13 +351,13 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _to_tree(state: Any) -> dict[str, Any]:
-    """Nested dicts of plain arrays: what a reader that knows none of our classes can read."""
-    flat = {p: jax.random.key_data(x) if _is_key(x) else x for p, x in _leaves(state)}
-    return flax.traverse_util.unflatten_dict(flat, sep="/")
+    """Nested dicts of plain arrays, which can be read without the classes of the state."""
+    plain = jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, state)
+    return trees.unflatten(trees.flatten(plain))
 
 
 def _target_leaf(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Shape, dtype and sharding as stored; random keys are stored as their integers."""
+    """Stored shape, dtype and sharding of a leaf; random keys are stored as integers."""
     sharding = getattr(leaf, "sharding", None)
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     plain = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
@@ -376,21 +365,21 @@ def _target_leaf(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _restore(directory: epath.Path, abstract_state: Any) -> Any:
-    paths, leaves = zip(*_leaves(abstract_state), strict=True)
-    wanted = {path: _target_leaf(leaf) for path, leaf in zip(paths, leaves, strict=True)}
+    leaves = trees.flatten(abstract_state)
+    wanted = {path: _target_leaf(leaf) for path, leaf in leaves.items()}
     _check_same(directory, wanted)
-    tree = flax.traverse_util.unflatten_dict(wanted, sep="/")
+    tree = trees.unflatten(wanted)
     args = jax.tree.map(lambda leaf: _restore_args(leaf.dtype, leaf.sharding), tree)
-    read = dict(_leaves(_read(directory, tree, args)))
+    read = trees.flatten(_read(directory, tree, args))
     arrays = [
         _wrap_key(read[path], leaf) if _is_key(leaf) else read[path]
-        for path, leaf in zip(paths, leaves, strict=True)
+        for path, leaf in leaves.items()
     ]
     return jax.tree.unflatten(jax.tree.structure(abstract_state), arrays)
 
 
 def _wrap_key(data: jax.Array, like: Any) -> jax.Array:
-    """Typed key of the generator of `like`, which may be abstract (so its name is traced)."""
+    """Typed key from stored integers, with the generator of `like`, which may be abstract."""
     names = []
     jax.eval_shape(lambda key: names.append(jax.random.key_impl(key)), like)
     return jax.random.wrap_key_data(data, impl=names[0])
@@ -403,14 +392,14 @@ def _restore_args(dtype: Any, sharding: jax.sharding.Sharding | None) -> ocp.Res
 
 
 def _read(directory: epath.Path, tree: Any, restore_args: Any) -> Any:
-    """Reads the arrays that `tree` names; the others of the step stay on disk."""
+    """Reads the arrays in `tree`, which may be some of those of the step."""
     args = ocp.args.PyTreeRestore(item=tree, restore_args=restore_args, partial_restore=True)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         return reader.restore(directory / STATE, args=args)
 
 
 def _saved_tree(directory: epath.Path) -> dict[str, Any]:
-    """Nested dicts of ShapeDtypeStruct: what a step holds, from its metadata alone."""
+    """Shapes and types of a step's arrays, nested dicts, read from its metadata."""
     tree = ocp.PyTreeCheckpointHandler().metadata(directory / STATE).tree
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
@@ -420,7 +409,7 @@ RETIRED = ("lecam/fake", "lecam/real")
 
 
 def _check_same(directory: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-    saved = dict(_leaves(_saved_tree(directory)))
+    saved = trees.flatten(_saved_tree(directory))
     saved = {path: leaf for path, leaf in saved.items() if path not in RETIRED}
     differ = [
         path
@@ -450,14 +439,10 @@ def _describe(leaf: jax.ShapeDtypeStruct | None) -> str:
 
 
 def _is_full(error: BaseException | None) -> bool:
-    """Whether a full disk is anywhere in the chain of causes."""
+    """Whether a full disk, or a full quota, is among the causes of an error."""
     if error is None:
         return False
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     text = str(error).lower()
     return any(mark in text for mark in NO_SPACE) or _is_full(error.__cause__ or error.__context__)
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
