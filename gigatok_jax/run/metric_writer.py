@@ -1,6 +1,6 @@
-"""Numbers of a run: metrics.jsonl, TensorBoard events and a line on the screen; process 0 writes.
+"""Numbers of a run: metrics.jsonl, TensorBoard events and progress lines; process 0 writes them.
 
-Keys are `<prefix>/<name>`. Those under `time/` depend on the machine and are never reproducible.
+Keys are `<prefix>/<name>`. Values under `time/` depend on the machine and cannot be reproduced.
 """
 
 import collections
@@ -25,7 +25,7 @@ PROGRESS_SECONDS = 5.0  # between two lines of `Progress`
 
 
 class StepTimer:
-    """Splits wall time into named parts; what nobody measured is `other`."""
+    """Measures the share of wall time of each activity; the rest of the time is `other`."""
 
     def __init__(self):
         self._start = self._mark = time.perf_counter()
@@ -33,25 +33,25 @@ class StepTimer:
         self._interval: collections.Counter[str] = collections.Counter()
 
     @contextlib.contextmanager
-    def measure(self, part: str) -> Iterator[None]:
-        """Adds the time spent inside to a part; parts do not nest."""
+    def measure(self, activity: str) -> Iterator[None]:
+        """Adds the time inside the block to an activity; blocks do not nest."""
         start = time.perf_counter()
         try:
             yield
         finally:
             seconds = time.perf_counter() - start
-            self._total[part] += seconds
-            self._interval[part] += seconds
+            self._total[activity] += seconds
+            self._interval[activity] += seconds
 
     def interval(self) -> tuple[float, dict[str, float]]:
-        """Seconds since the last call, and the share of each part in [0, 1]; starts anew."""
+        """Seconds since the last call, and the share of each activity in [0, 1] since then."""
         now = time.perf_counter()
-        seconds, parts = now - self._mark, self._interval
+        seconds, measured = now - self._mark, self._interval
         self._mark, self._interval = now, collections.Counter()
-        return seconds, _shares(parts, seconds)
+        return seconds, _shares(measured, seconds)
 
     def total(self) -> tuple[float, dict[str, float]]:
-        """Seconds since the timer was made, and the share of each part in [0, 1]."""
+        """Seconds since the timer was created, and the share of each activity in [0, 1]."""
         seconds = time.perf_counter() - self._start
         return seconds, _shares(self._total, seconds)
 
@@ -69,10 +69,10 @@ class Progress:
 
         Args:
             what: name of the work, the first word of each line.
-            total: amount of all work, those parts included that an earlier run has done.
-            unit: of `total`, such as "images" or "GB".
-            done: amount that an earlier run has done.
-            file: stream of the lines; None is the standard output.
+            total: amount of all work, including that of earlier runs.
+            unit: unit of `total`, such as "images" or "GB".
+            done: amount that earlier runs have done.
+            file: stream for the lines; None is the standard output.
         """
         self._what, self._total, self._unit, self._done, self._file = what, total, unit, done, file
         self._start = self._shown = time.perf_counter()
@@ -86,14 +86,14 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Amount per second, without the first piece if there are more; 0 before any."""
+        """Amount per second, without the first piece if others have followed; 0 at first."""
         amount, seconds = self._first or (0.0, 0.0)
         if self._added > amount:
             amount, seconds = self._added - amount, self.seconds - seconds
         return amount / max(seconds, 1e-9)
 
     def add(self, amount: float) -> None:
-        """Counts a piece of work, and prints a line if the last one is old or all is done."""
+        """Counts a piece of work, and prints a line every few seconds and at the end."""
         self._added, self._done = self._added + amount, self._done + amount
         self._first = self._first or (amount, self.seconds)
         now = time.perf_counter()
@@ -109,7 +109,7 @@ class Progress:
 
 
 def count_bytes(what: str, total: int) -> Callable[[int], None]:
-    """A function that counts the bytes of each piece of work, with `Progress` on stderr."""
+    """Starts a `Progress` on stderr, and returns a function that counts the bytes of a piece."""
     progress = Progress(what, total / 1e9, "GB", file=sys.stderr)
     return lambda count: progress.add(count / 1e9)
 
@@ -118,12 +118,12 @@ class MetricWriter:
     """Appends the metrics of a run to its workdir; on other processes than 0 it does nothing."""
 
     def __init__(self, workdir: epath.PathLike, total_steps: int, images_per_step: int):
-        """Opens nothing yet: a resumed run first calls `truncate_after`.
+        """Creates the workdir; files are opened later, since a resumed run may truncate them.
 
         Args:
-            workdir: folder of the run, made when missing.
-            total_steps: optimizer updates of the whole run.
-            images_per_step: global batch.
+            workdir: folder of the run, created if missing.
+            total_steps: number of optimizer updates of the whole run.
+            images_per_step: images of a global batch.
         """
         self.workdir = epath.Path(workdir)
         self._total_steps, self._images_per_step = total_steps, images_per_step
@@ -135,9 +135,9 @@ class MetricWriter:
             self.workdir.mkdir(parents=True, exist_ok=True)
 
     def truncate_after(self, step: int) -> None:
-        """Forgets everything after a restored step; a half-written last line goes too.
+        """Removes all metrics after a restored step, and a half-written last line.
 
-        Nothing is lost when each step's metrics are written before its checkpoint is saved.
+        Nothing is lost if the metrics of a step are written before its checkpoint is saved.
         """
         self._resumed = self._last_step = step
         path = self.workdir / FILE
@@ -146,10 +146,10 @@ class MetricWriter:
             files.write_bytes(path, "".join(kept).encode())
 
     def write(self, step: int, scalars: Mapping[str, float], prefix: str) -> None:
-        """Appends one line `{"step": ..., "<prefix>/<name>": ...}`; not-finite values are null.
+        """Appends a line `{"step": ..., "<prefix>/<name>": ...}`, with null for not-finite values.
 
         Args:
-            step: optimizer updates done.
+            step: number of optimizer updates done.
             scalars: numbers or arrays without axes.
             prefix: group such as "train", "eval" or "time".
 
@@ -178,9 +178,9 @@ class MetricWriter:
         """Prints one line about the steps since the last call and writes its `time/` metrics.
 
         Args:
-            step: optimizer updates done.
-            losses: the few numbers worth a look, in the order to print them.
-            timer: its interval is read and starts anew.
+            step: number of optimizer updates done.
+            losses: the numbers to print, in this order.
+            timer: timer of the run, whose interval is read and restarted.
         """
         seconds, shares = timer.interval()
         steps, self._last_step = step - self._last_step, step
@@ -188,15 +188,15 @@ class MetricWriter:
             return
         speed = steps * self._images_per_step / seconds
         left = (self._total_steps - step) * seconds / steps
-        split = {f"{part}_share": share for part, share in shares.items()}
-        times = {"images_per_second": speed, "step_seconds": seconds / steps} | split
+        times = {"images_per_second": speed, "step_seconds": seconds / steps}
+        times |= {f"{activity}_share": share for activity, share in shares.items()}
         memory = peak_memory()
         self.write(step, times | memory, "time")
-        parts = [f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005]
-        parts += [f"memory {gib:.1f} GiB" for gib in memory.values()]
+        usage = [f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005]
+        usage += [f"memory {gib:.1f} GiB" for gib in memory.values()]
         numbers = [f"{name} {float(value):.4g}" for name, value in losses.items()]
         head = f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}"
-        line = [head, f"{speed:.1f} images/s", f"{duration(left)} left", " ".join(parts)]
+        line = [head, f"{speed:.1f} images/s", f"{duration(left)} left", " ".join(usage)]
         print(" | ".join([*line, " ".join(numbers)]), flush=True)
 
     def close(self) -> None:
@@ -207,7 +207,7 @@ class MetricWriter:
     def _tensorboard(self) -> tensorboardX.SummaryWriter:
         if self._events is None:
             purge = None if self._resumed is None else self._resumed + 1
-            # The suffix keeps a run that is resumed within a second from replacing its own file.
+            # The suffix: a run that is resumed within a second must not replace its own file.
             self._events = tensorboardX.SummaryWriter(
                 str(self.workdir),
                 purge_step=purge,
@@ -218,7 +218,7 @@ class MetricWriter:
 
 
 def read(workdir: epath.PathLike) -> list[dict[str, float | None]]:
-    """Lines of metrics.jsonl in order; lines that are cut off are left out, no file gives none."""
+    """Rows of metrics.jsonl in order, without damaged lines; an empty list if there is no file."""
     path = epath.Path(workdir) / FILE
     rows = []
     text = path.read_bytes().decode(errors="replace") if path.exists() else ""
@@ -231,14 +231,14 @@ def read(workdir: epath.PathLike) -> list[dict[str, float | None]]:
 
 
 def peak_memory() -> dict[str, float]:
-    """{"peak_memory_gib": most that the first device has held}; empty on a CPU."""
+    """Largest use of memory on the first device, {"peak_memory_gib": GiB}; empty on a CPU."""
     stats = jax.local_devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use")
     return {} if peak is None else {"peak_memory_gib": peak / 2**30}
 
 
 def duration(seconds: float) -> str:
-    """Time for people: "42 s", "12 min", "3 h 05 min", "2 d 04 h"."""
+    """Formats a duration: "42 s", "12 min", "3 h 05 min", "2 d 04 h"."""
     minutes = round(seconds / 60)
     if seconds < 99.5:
         return f"{seconds:.0f} s"
@@ -249,7 +249,7 @@ def duration(seconds: float) -> str:
     return f"{minutes // 1440} d {minutes % 1440 // 60:02d} h"
 
 
-def _shares(parts: Mapping[str, float], seconds: float) -> dict[str, float]:
+def _shares(measured: Mapping[str, float], seconds: float) -> dict[str, float]:
     seconds = max(seconds, 1e-9)
-    shares = {part: value / seconds for part, value in parts.items()}
+    shares = {activity: value / seconds for activity, value in measured.items()}
     return shares | {"other": max(0.0, 1 - sum(shares.values()))}

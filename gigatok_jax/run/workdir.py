@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and what the run ran on."""
+"""The folder of a run: the config that it belongs to, and the machine and software of the run."""
 
 import collections
 import importlib.metadata
@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 import jax
+import ml_collections
 from absl import logging
 from etils import epath
 
@@ -23,28 +24,28 @@ PACKAGES = (
     *("ml_collections", "pillow", "scikit-learn", "tensorboardX"),
 )
 VARIABLES = ("XLA_FLAGS", "JAX_PLATFORMS", "LIBTPU_INIT_ARGS")
-PLACEMENT = "placement.txt"  # of the arrays of a state on several devices
+PLACEMENT = "placement.txt"  # file that says where the arrays of a state lie
 
-# Keys that do not define a run: its length, what it prints and keeps, where and on what it runs.
+# Keys that do not define a run: they set its length, its output, its machines or its paths.
 FREE_KEYS = (
     "batch",
     "cluster",
-    "checkpoint",  # so may what was trained before; its fingerprint is kept too
+    "checkpoint",  # may move like data.folder; its fingerprint is compared too
     "codes",
     "data.eval_folder",
-    "data.folder",  # images may move; the data fingerprint in the checkpoint tells if they changed
+    "data.folder",  # images may move; a checkpoint has their fingerprint, which shows changes
     "data.max_unreadable",
     "data.workers",
     "eval",
     "eval_codes",
-    "image_ids",  # any images of a generation may be made, or more of them
+    "image_ids",  # a generation may be continued with any images
     "log",
     "mesh",
     "num_images",
     "profile",
     "sample",
     "save",
-    "stages",  # of the demo: each has a folder and a config of its own
+    "stages",  # stages of the demo, each with a folder and a config of its own
     "tokenizer",
     "train.ema_memory",
     "train.epochs",
@@ -54,11 +55,10 @@ FREE_KEYS = (
     "train.unroll",
     "weights",
 )
+FREE_IN_TASK = {"train_prior": ("cfg",)}  # guidance of the pictures along the way
 
-
-FREE_IN_TASK = {"train_prior": ("cfg",)}  # the guidance of pictures along the way
-# Keys that configs of earlier versions have, with the value that this version computes for; of
-# None any value will do.
+# Keys that configs of earlier versions have, with the only value that this version can continue;
+# None stands for any value.
 RETIRED = {
     "loss.entropy_end": 0,
     "loss.lecam": 0.0,
@@ -71,8 +71,8 @@ RETIRED = {
 }
 
 
-def claim(workdir: epath.Path, config) -> None:
-    """Writes what a run is and runs on, once all that its config names has been found.
+def claim(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
+    """Writes `config.json` and `environment.json`, once everything that the config names exists.
 
     Raises:
         ConfigError: the workdir belongs to a run of another config.
@@ -83,37 +83,43 @@ def claim(workdir: epath.Path, config) -> None:
 
 
 def _has_begun(workdir: epath.Path) -> bool:
-    """Whether there is more than a run leaves that fails before its first step."""
-    left = ("config.json", "environment.json", PLACEMENT, checkpoint.FOLDER)
-    others = (path for path in workdir.glob("*") if path.name not in left)
-    return any(others) or any((workdir / checkpoint.FOLDER).glob("*"))
+    """Whether a workdir has more files than a run that failed before its first step."""
+    early = ("config.json", "environment.json", PLACEMENT, checkpoint.FOLDER)
+    later = (path for path in workdir.glob("*") if path.name not in early)
+    return any(later) or any((workdir / checkpoint.FOLDER).glob("*"))
 
 
 def check_workdir(workdir: epath.PathLike, config: Any, begun: bool = True) -> None:
     """Writes `config.json`, or refuses a workdir that belongs to a run of another config.
 
-    Keys of `FREE_KEYS`, and all below them, may differ, and this version may have more keys or, by
-    `RETIRED`, fewer; the file then takes the new values.
+    Keys of `FREE_KEYS`, and all below them, may differ. This version may have new keys, and may
+    lack those of `RETIRED`. The file then takes the new values.
 
     Args:
-        workdir: made when missing.
+        workdir: folder of the run, created if missing.
         config: ConfigDict or nested dict of JSON values.
-        begun: False for a run of this task that has left nothing to go on with: any config will do.
+        begun: whether the run has results to continue; if not, any config of its task may follow.
 
     Raises:
-        ConfigError: other keys differ; each is named with both values.
+        ConfigError: other keys differ, and each is named with both values; or the earlier run used
+            something that this version lacks.
     """
     workdir = files.absolute(workdir)
-    given = json.loads(json.dumps(_plain(config)))  # tuples become lists, as in the file
+    config = config.to_dict() if hasattr(config, "to_dict") else config
+    new = json.loads(json.dumps(config))  # tuples become lists, as in the file
     path = workdir / "config.json"
     if path.exists():
-        there = _read_config(path)
-        _compare_tasks(workdir, there.get("task"), given.get("task"))
+        old = _read_config(path)
+        if old.get("task") != new.get("task"):
+            raise ConfigError(
+                f"workdir {workdir} holds a run of task {old.get('task')!r}, this is"
+                f" {new.get('task')!r}: choose another --workdir"
+            )
         if begun:
-            _compare_configs(workdir, there, given)
+            _compare_configs(workdir, old, new)
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        files.write_json(path, given)
+        files.write_json(path, new)
 
 
 def _read_config(path: epath.Path) -> dict[str, Any]:
@@ -126,25 +132,17 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
         ) from error
 
 
-def _compare_tasks(workdir: epath.Path, old: str | None, new: str | None) -> None:
-    if old != new:
-        raise ConfigError(
-            f"workdir {workdir} holds a run of task {old!r}, this is {new!r}: choose another"
-            " --workdir"
-        )
-
-
 def _compare_configs(workdir: epath.Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     before, now = dict(command_line.flatten(old)), dict(command_line.flatten(new))
     _check_retired(workdir, before)
-    if added := sorted(now.keys() - before.keys()):  # by a later version; the run goes on with it
+    if added := sorted(now.keys() - before.keys()):  # keys of a later version
         values = ", ".join(f"{key}={now[key]!r}" for key in added)
         logging.warning("the config of %s does not have %s yet", workdir, values)
     free = (*FREE_KEYS, *FREE_IN_TASK.get(new.get("task"), ()), *RETIRED)
     changed = [
         f"{key} is {now.get(key)!r} here and {before[key]!r} there"
         for key in sorted(before)
-        if before[key] != now.get(key) and not _is_below(key, free)
+        if before[key] != now.get(key) and not f"{key}.".startswith(tuple(f"{f}." for f in free))
     ]
     if changed:
         raise ConfigError(
@@ -154,22 +152,13 @@ def _compare_configs(workdir: epath.Path, old: dict[str, Any], new: dict[str, An
 
 
 def _check_retired(workdir: epath.Path, before: dict[str, Any]) -> None:
-    """Refuses a run that an earlier version computed as this one cannot."""
+    """Refuses a run that used something which this version lacks."""
     for key, value in RETIRED.items():
         if value is not None and before.get(key, value) != value:
             raise ConfigError(
                 f"workdir {workdir} holds a run with {key}={before[key]!r}, which this version has"
-                f" no longer: resume it with the version that began it, or choose another --workdir"
+                " no longer: resume it with the version that began it, or choose another --workdir"
             )
-
-
-def _is_below(key: str, names: tuple[str, ...]) -> bool:
-    """Whether a dotted key is one of the names or lies below it."""
-    return any(key == name or key.startswith(f"{name}.") for name in names)
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
 
 
 def write_environment(workdir: epath.PathLike) -> None:
@@ -179,7 +168,7 @@ def write_environment(workdir: epath.PathLike) -> None:
 
 
 def describe() -> dict[str, Any]:
-    """Commit, command, versions, devices and flags as JSON values; starts the jax backend."""
+    """Command, commit, versions, flags and devices, as JSON values; starts the jax backend."""
     kinds = collections.Counter(device.device_kind for device in jax.devices())
     return {
         "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
@@ -193,7 +182,7 @@ def describe() -> dict[str, Any]:
 
 
 def software() -> dict[str, Any]:
-    """Commit, versions and flags: what all processes of a run have in common."""
+    """Commit, versions and flags, which are the same for all processes of a run."""
     return {
         "commit": commit(),
         "python": platform.python_version(),
@@ -203,9 +192,9 @@ def software() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Commit of the checkout that holds this package, "+changes" when files differ from it."""
+    """Commit of the checkout that holds this package, or None; "+changes" if files differ."""
     root = pathlib.Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # installed, or inside somebody else's repository
+    if not (root / ".git").exists():  # an installed package, maybe in another repository
         return None
     head = _git(root, "rev-parse", "HEAD")
     changes = _git(root, "status", "--porcelain", "--untracked-files=no")
