@@ -3,6 +3,7 @@
 Axes: b batch, a augmentations, n codes of an image.
 """
 
+import copy
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
@@ -46,7 +47,6 @@ class CodesSource:
         header: tokenizer, crops and images that the codes are of.
         labels: i32[length], -1 for an image without a class.
         class_names: name of each label.
-        fingerprint: 16 hex digits that change with the set of images.
     """
 
     def __init__(self, folder: epath.PathLike):
@@ -79,6 +79,7 @@ class CodesSource:
 
     @property
     def fingerprint(self) -> str:
+        """A hash, 16 hex digits, of images, crops and chosen records, to notice a changed set."""
         digest = hashlib.sha256(f"{self.header.data}\n{self.header.crops}\n".encode())
         digest.update(self._records)
         return digest.hexdigest()[:16]
@@ -106,8 +107,7 @@ class CodesSource:
 
     def take(self, indices: np.ndarray) -> "CodesSource":
         """A source of some of the images, in the order of `indices` i64[b]."""
-        subset = object.__new__(CodesSource)
-        subset.__dict__ |= self.__dict__
+        subset = copy.copy(self)
         subset._records, subset.labels = self._records[indices], self.labels[indices]
         return subset
 

@@ -216,7 +216,7 @@ def _layout(path: epath.Path, header: Header) -> tuple[int, int]:
         return file.tell(), augmentations * tokens * header.dtype.itemsize
 
 
-def crc32(data) -> str:
+def crc32(data: bytes | np.ndarray) -> str:
     """CRC-32, in hex, of bytes or of an array whose memory is contiguous."""
     return f"{zlib.crc32(data):08x}"
 

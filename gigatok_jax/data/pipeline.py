@@ -1,9 +1,9 @@
 """Batches of numpy arrays through Grain. Axes: b batch of this process, h height, w width.
 
 The stream is an endless sequence of positions. The record at a position depends on the seed alone:
-position p belongs to step p // global_batch, epoch p // len(source) is one permutation of
-the records, and crop and flip are drawn from (seed, p). Workers, processes and the step a run
-resumes at only choose who computes which positions. Nothing here, and so no worker, uses jax.
+position p belongs to step p // global_batch, epoch p // len(source) is one permutation of the
+records, and crop and flip are drawn from (seed, p). Workers, processes and the step at which a run
+resumes decide only who computes which positions. This module, and so every worker, uses no jax.
 """
 
 import functools
@@ -17,25 +17,30 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import grain
+import ml_collections
 import numpy as np
 from absl import flags, logging
 
 from gigatok_jax import errors
 from gigatok_jax.data import transforms
+from gigatok_jax.data.sources import DigitsSource, FolderSource
 from gigatok_jax.errors import ConfigError, DataError
 
-_FEW_RECORDS = 64  # starting worker processes takes longer than decoding so few images
-_THREADS = 2  # of this process; Pillow lets go of the interpreter while it decodes and resizes
+_FEW_RECORDS = 64  # up to here, decoding is faster than starting worker processes
+_THREADS = 2  # of this process; Pillow releases the GIL while it decodes and resizes
 _BATCHES_AHEAD = 2
-_MOST_UNREADABLE = 100  # images of an evaluation, unless the caller says otherwise
+_MOST_UNREADABLE = 100  # default limit of an evaluation
 _PIPED_BYTES = 1 << 16  # arrays from this size on travel between processes in shared memory
+
+
+Source = FolderSource | DigitsSource
 
 
 class _Record(NamedTuple):
     image: np.ndarray  # uint8[h w 3]
     label: int
-    index: int  # in the source; another than asked for when that one is unreadable
-    small: bool  # its short side is under the crop, which enlarges it
+    index: int  # in the source; that of a later record if the requested one is unreadable
+    small: bool  # the short side is under the crop size, so the image is enlarged
     unreadable: tuple[tuple[str, str], ...]  # (name, reason) of each record passed over
     mask: bool = True  # False for padding
 
@@ -69,11 +74,13 @@ class Report:
 class Batches:
     """Iterator of batches, `{"image": uint8[b h w 3], "label": int32[b], "index": int64[b]}`.
 
-    Close it, or use it in a `with` statement: that ends the worker processes. `report` lists the
+    Closing it, or leaving its `with` statement, ends the worker processes. `report` lists the
     faults of the images so far.
     """
 
-    def __init__(self, dataset, image_size: int, share: int, limit: int, report: Report):
+    def __init__(
+        self, dataset: grain.IterDataset, image_size: int, share: int, limit: int, report: Report
+    ):
         self.report = report
         self._iterator = iter(dataset)
         self._image_size = image_size
@@ -97,7 +104,7 @@ class Batches:
         return batch
 
     def close(self) -> None:
-        """Ends the worker processes; the log gets what a first pass would have said at its end."""
+        """Ends the worker processes, and logs the enlarged images if the first pass did not end."""
         self.report.log_enlarged(self._image_size)
         self._iterator.close()
 
@@ -109,8 +116,8 @@ class Batches:
 
 
 def train_batches(
-    data,
-    source,
+    data: ml_collections.ConfigDict,
+    source: Source,
     image_size: int,
     global_batch: int,
     seed: int,
@@ -122,23 +129,27 @@ def train_batches(
 
     Process i of n gets rows i * b to (i + 1) * b of every global batch, b = global_batch / n, so
     that the processes' batches joined in order are the batch of a single process. An unreadable
-    file is replaced by the next readable record of the source. With `data.workers` > 0 images are
-    read in processes started by spawning, whose main module needs a `__main__` guard; pixels in
-    memory and sources of up to 64 images are read in threads of this process.
+    file is replaced by the next readable record of the source. With `data.workers` > 0, spawned
+    processes read the images, and the main module needs a `__main__` guard; threads of this process
+    read pixels in memory and sources of up to 64 images.
 
     Args:
         data: `config.data`; reads crop ("random" | "center"), flip, workers and max_unreadable.
-        source: a source of `gigatok_jax.data.sources`.
+        source: images of `gigatok_jax.data.sources`.
         image_size: side of the crops in pixels.
         global_batch: images per step over all processes.
         seed: 0 or more.
-        start_step: steps whose batches are passed over.
+        start_step: number of steps whose batches are passed over.
+        process_index: this process, in [0, process_count).
+        process_count: number of processes that share each global batch.
 
     Raises:
-        ConfigError: a batch that the processes do not divide, unknown crop or negative seed.
+        ConfigError: the processes do not divide the batch, the crop is unknown or the seed is
+            negative.
         DataError: while iterating: more than `data.max_unreadable` damaged files in this process.
     """
-    _check(data, global_batch, process_count)
+    check_division(global_batch, process_count)
+    errors.one_of("data.crop", data.crop, ("random", "center"))
     load = functools.partial(_train_record, source, data.to_dict(), image_size, seed)
     positions = order(len(source), seed)
     local_batch = global_batch // process_count
@@ -151,7 +162,7 @@ def train_batches(
 
 
 def eval_batches(
-    source,
+    source: Source,
     image_size: int,
     batch: int,
     process_index: int = 0,
@@ -165,8 +176,8 @@ def eval_batches(
 ) -> Batches:
     """Centre crops of every record once, in order, in batches of one shape.
 
-    The batches have a `mask`, bool[b]: False where the last batch is padded, and where a file is
-    unreadable; the image there is black. All processes get the same number of batches.
+    The batches have a `mask`, bool[b]: False for padding of the last batch and for unreadable
+    files, whose images are black. All processes get the same number of batches.
 
     Args:
         source, image_size, process_index, process_count: as in `train_batches`.
@@ -175,11 +186,11 @@ def eval_batches(
         report: report of an earlier evaluation, so that nothing is logged twice.
         views: image and `image_size` -> crops uint8[...] of the same shape for all images.
         first: index of the first record.
-        workers: processes that read the images, as in `train_batches`.
+        workers: number of processes that read the images, as in `train_batches`.
 
     Raises:
         ConfigError: the processes do not divide `batch`.
-        DataError: while iterating: too many damaged files, or no readable one.
+        DataError: while iterating: too many damaged files, or no readable file.
     """
     check_division(batch, process_count)
     load = functools.partial(_eval_record, source, image_size, views)
@@ -195,7 +206,7 @@ def eval_batches(
 
 
 def order(records: int, seed: int) -> grain.MapDataset:
-    """Record at each position of the endless stream: every epoch is another permutation.
+    """Index of the record at each position of the endless stream; each epoch is a permutation.
 
     Raises:
         ConfigError: a negative seed.
@@ -203,11 +214,6 @@ def order(records: int, seed: int) -> grain.MapDataset:
     if seed < 0:
         raise ConfigError(f"seed is {seed}, expected 0 or more")
     return grain.MapDataset.range(records).shuffle(seed=_shuffle_seed(seed)).repeat()
-
-
-def _check(data, global_batch: int, process_count: int) -> None:
-    check_division(global_batch, process_count)
-    errors.one_of("data.crop", data.crop, ("random", "center"))
 
 
 def check_division(global_batch: int, process_count: int) -> None:
@@ -220,7 +226,7 @@ def check_division(global_batch: int, process_count: int) -> None:
 
 
 def _shuffle_seed(seed: int) -> int:
-    # Grain adds the epoch to it: as it stands, epoch 1 of seed 0 would be epoch 0 of seed 1.
+    # Grain adds the epoch to its seed: without the hash, epoch 1 of seed 0 is epoch 0 of seed 1.
     return int(np.random.SeedSequence(seed).generate_state(1)[0])
 
 
@@ -249,7 +255,7 @@ def _eval_record(source, size: int, views: Callable, index: int) -> _Record:
 
 
 def _readable(source, index: int, size: int, limit: int) -> _Record:
-    """The record at `index`, or the first after it, around the end, that can be read."""
+    """The first readable record from `index` on; the first record follows the last."""
     unreadable = []
     for turned in range(index, index + min(len(source), limit + 1)):
         try:
@@ -295,11 +301,11 @@ def _stack_masked(records: list[_Record]) -> dict:
 def _prefetched(batches: grain.MapDataset, workers: int, batch_bytes: int) -> grain.IterDataset:
     if not workers:
         return batches.to_iter_dataset(grain.ReadOptions(_THREADS, _BATCHES_AHEAD))
-    # A worker makes one batch at a time: it has to end the one at hand before it can be stopped.
+    # A worker computes one batch at a time, since it stops only when its batch is finished.
     dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain reads flags; a program without absl has the defaults
-    # Per worker one batch in its queue, one on the way in and one in the trainer's hands.
+        flags.FLAGS.mark_as_parsed()  # Grain reads absl flags, which other programs do not parse
+    # Each worker has a batch in its queue, a batch that waits, and a batch that the trainer reads.
     smallest = _PIPED_BYTES if _shared_memory(3 * workers * batch_bytes) else 2**62
     options = grain.experimental.DatasetOptions(min_shm_size=smallest)
     dataset = grain.experimental.WithOptionsIterDataset(dataset, options)
@@ -308,7 +314,7 @@ def _prefetched(batches: grain.MapDataset, workers: int, batch_bytes: int) -> gr
 
 
 def _shared_memory(needed: int) -> bool:
-    # A container's /dev/shm often has 64 MB; beyond that the system kills with a bus error.
+    # A container's /dev/shm often has 64 MB; a process that exceeds it dies of a bus error.
     if not os.path.isdir("/dev/shm"):
         return True
     free = shutil.disk_usage("/dev/shm").free
@@ -319,13 +325,13 @@ def _shared_memory(needed: int) -> bool:
 
 def _start_worker(index: int, count: int) -> None:
     del index, count
-    # Ctrl-C and a cluster's notice reach every process: they are the trainer's to handle.
+    # Ctrl-C and a cluster's SIGTERM reach every process; only the trainer handles them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
 
 
 def _follow_parent() -> None:
-    # A trainer that is killed cannot stop its workers; they would wait for it for ever.
+    # A trainer that is killed cannot stop its workers, which would wait for ever.
     multiprocessing.parent_process().join()
     os._exit(1)

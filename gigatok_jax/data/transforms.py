@@ -1,7 +1,8 @@
-"""Decoding and cropping on the host: uint8 arrays, no jax. Axes: h height, w width."""
+"""Decoding, resizing and cropping of uint8 images, without jax. Axes: h height, w width."""
 
 import io
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from gigatok_jax.errors import DataError
 MIN_CROP_SHARE = 0.8  # a random crop shows at least this share of the short side
 
 _ORIENTATION_TAG = 0x0112
-_UPRIGHT = {  # EXIF 2.32, section 4.6.4: what turns a stored picture upright
+_UPRIGHT = {  # orientation tag to the operation that turns the image upright: EXIF 2.32, 4.6.4
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -27,17 +28,17 @@ _UPRIGHT = {  # EXIF 2.32, section 4.6.4: what turns a stored picture upright
 class Crop(NamedTuple):
     """Scale and position of a random crop."""
 
-    short_side: int  # the image is resized until its short side is this, in [size, size / 0.8]
+    short_side: int  # of the image after resizing, in [size, size / 0.8]
     y: int  # first row of the crop in the resized image
     x: int  # first column
 
 
-def decode(data) -> np.ndarray:
-    """Pixels of one encoded image, as a person would see it.
+def decode(data: bytes | epath.PathLike) -> np.ndarray:
+    """Decodes one image to the pixels that a viewer would show.
 
     EXIF rotation is applied. Greyscale, palette and CMYK become RGB. 16-bit greyscale is scaled
-    to 8 bits (65535 becomes 255). Transparent pixels are laid over white; the original drops the
-    alpha channel, which shows whatever colour a program left beneath it.
+    to 8 bits (65535 becomes 255). Transparent pixels are blended with white, while the original
+    drops the alpha channel and so shows the colours beneath it.
 
     Args:
         data: the bytes of a PNG, JPEG or WebP file, or a path to one.
@@ -46,7 +47,7 @@ def decode(data) -> np.ndarray:
         uint8[h w 3].
 
     Raises:
-        DataError: the bytes are no whole image; the message says why, without a name.
+        DataError: the bytes are no whole image; the message gives the reason, but no file name.
     """
     try:
         data = data if isinstance(data, bytes) else epath.Path(data).read_bytes()
@@ -59,7 +60,7 @@ def decode(data) -> np.ndarray:
         raise DataError(_reason(error)) from error
 
 
-def size_of(path) -> tuple[int, int]:
+def size_of(path: epath.PathLike) -> tuple[int, int]:
     """Width and height in pixels from the header of an image file; DataError if it has none."""
     try:
         with epath.Path(path).open("rb") as file, Image.open(file) as image:
@@ -77,7 +78,7 @@ def _reason(error: Exception) -> str:
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # a damaged tag says nothing about the pixels
+    except Exception:  # the pixels behind a damaged tag may be intact
         return 1
 
 
@@ -100,7 +101,7 @@ def _halved(height: int, width: int, short_side: int) -> list[tuple[int, int]]:
 
 
 def _resized_shapes(height: int, width: int, short_side: int) -> list[tuple[int, int]]:
-    """Box-halved shapes, then the bicubic one; sizes round half to even."""
+    """Shapes after each halving, then the shape after the bicubic step, rounded half to even."""
     steps = _halved(height, width, short_side)
     height, width = steps[-1] if steps else (height, width)
     scale = short_side / min(height, width)
@@ -110,12 +111,12 @@ def _resized_shapes(height: int, width: int, short_side: int) -> list[tuple[int,
 def resize(image: np.ndarray, short_side: int) -> np.ndarray:
     """The image uint8[h w 3] enlarged or reduced until its short side has `short_side` pixels.
 
-    Halves with a box filter while that leaves at least the target, then one antialiased bicubic
-    step. Source: image_datasets.py of guided-diffusion (MIT), as in the published recipes.
+    A box filter halves the image while the result is at least that large; one antialiased bicubic
+    step follows. Source: image_datasets.py of guided-diffusion (MIT), as in the published recipes.
     """
     *halves, (height, width) = _resized_shapes(*image.shape[:2], short_side)
     if image.shape[:2] == (height, width):
-        return image  # what Pillow would return too
+        return image  # Pillow would return the same pixels
     picture = Image.fromarray(image)
     for half_height, half_width in halves:
         picture = picture.resize((half_width, half_height), resample=Image.Resampling.BOX)
@@ -129,13 +130,13 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
     return image[y : y + size, x : x + size]
 
 
-def draw_crop(shape, size: int, rng: np.random.Generator) -> Crop:
-    """Draws a random crop of an image of that shape: short side first, then y, then x.
+def draw_crop(shape: Sequence[int], size: int, rng: np.random.Generator) -> Crop:
+    """Draws scale and position of a random crop: short side first, then y, then x.
 
     Args:
         shape: (height, width, ...) of the image.
         size: side of the crop in pixels.
-        rng: three integers are taken from it; each value in its range is equally likely.
+        rng: source of three integers, each uniform over its range.
     """
     short_side = int(rng.integers(size, math.ceil(size / MIN_CROP_SHARE) + 1))
     height, width = _resized_shapes(shape[0], shape[1], short_side)[-1]
@@ -155,17 +156,17 @@ def random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.nd
 
 
 def flip(image: np.ndarray) -> np.ndarray:
-    """Mirror image, left to right; a view of the same memory."""
+    """Mirror image, left to right; a view of the array."""
     return image[:, ::-1]
 
 
 def ten_crop(image: np.ndarray, size: int, ratio: float) -> np.ndarray:
-    """Four corners and the middle of a slightly larger centre crop, then the same mirrored.
+    """Ten crops of a slightly larger centre crop: corners and middle, then the same mirrored.
 
     Args:
         image: uint8[h w 3].
         size: side of every crop in pixels.
-        ratio: the centre crop they are cut from is int(size * ratio) wide; published 1.1 and 1.05.
+        ratio: the centre crop is int(size * ratio) pixels wide; published 1.1 and 1.05.
 
     Returns:
         uint8[10 size size 3]: top left, top right, bottom left, bottom right, middle; then these
@@ -178,5 +179,5 @@ def ten_crop(image: np.ndarray, size: int, ratio: float) -> np.ndarray:
 def _five_crop(image: np.ndarray, size: int) -> list[np.ndarray]:
     far = image.shape[0] - size
     middle = round(far / 2)  # half to even, as the published codes were extracted
-    places = [(0, 0), (0, far), (far, 0), (far, far), (middle, middle)]
-    return [image[y : y + size, x : x + size] for y, x in places]
+    corners = [(0, 0), (0, far), (far, 0), (far, far), (middle, middle)]
+    return [image[y : y + size, x : x + size] for y, x in corners]
