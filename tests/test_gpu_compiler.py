@@ -15,7 +15,7 @@ import pytest
 from gigatok_jax import parallel
 from gigatok_jax.benchmarks import plan_gate
 from gigatok_jax.ops import attention, constrain
-from gigatok_jax.planning import hardware, hlo, plan
+from gigatok_jax.planning import compiled, hardware, hlo, plan, shapes
 
 pytestmark = pytest.mark.gpu_compiler
 
@@ -76,7 +76,7 @@ def test_the_stream_of_a_step_keeps_the_features_of_a_token_together(monkeypatch
         topology, texts = hardware.parse("h200x1"), []
         with monkeypatch.context() as patch:
             patch.setattr(hlo, "walk", lambda text: texts.append(text) or walk(text))
-            plan.compile_for(config, topology, hardware.compiler(topology))
+            compiled.compile_for(config, topology, hardware.compiler(topology))
         return re.findall(rf"(?:bf16|f32)\[\d+,{width},{batch}\]", texts[0])
 
     walk = hlo.walk
@@ -92,7 +92,7 @@ def test_kernels_are_in_the_step_of_a_plan(monkeypatch):
     topology, texts = hardware.parse("h200x2"), []
     walk = hlo.walk
     monkeypatch.setattr(hlo, "walk", lambda text: texts.append(text) or walk(text))
-    made = plan.compile_for(config, topology, hardware.compiler(topology))
+    made = compiled.compile_for(config, topology, hardware.compiler(topology))
     assert made.fits and texts[0].count("xla.gpu.triton") == 5
 
 
@@ -102,8 +102,8 @@ def test_a_step_for_gpus_costs_what_its_shapes_say():
     config.train.update(global_batch=32, dtype="bfloat16")
     config.mesh.update(data=2, fsdp=8)
     topology = hardware.parse("h200x16")
-    made = plan.compile_for(config, topology, hardware.compiler(topology))
-    counted = plan.analyse(config, plan.trace(config, "gpu"), topology)
+    made = compiled.compile_for(config, topology, hardware.compiler(topology))
+    counted = shapes.analyse(config, shapes.trace(config, "gpu"), topology)
     assert made.how == plan.COMPILED and made.fits
     assert made.flops == pytest.approx(counted.flops, rel=0.1)
     far, expected = (

@@ -15,7 +15,7 @@ from gigatok_jax.benchmarks import plan_gate
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.models import parameters
 from gigatok_jax.ops import implementation
-from gigatok_jax.planning import hardware, hlo, plan, report, shapes
+from gigatok_jax.planning import compiled, hardware, hlo, plan, report, shapes
 from gigatok_jax.train import program as program_lib
 
 MIB = 2**20
@@ -120,9 +120,9 @@ def test_a_mesh_to_compile_for_decides_which_kernels_are_taken(platform, kind, i
 # Memory of traced programs.
 
 
-def peak(function, *shapes):
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return shapes.peak(jax.make_jaxpr(function)(*shapes)) / MIB
+def peak(function, *sizes):
+    arguments = [jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes]
+    return shapes.peak(jax.make_jaxpr(function)(*arguments)) / MIB
 
 
 SQUARE = (512, 512)  # a MiB
@@ -191,7 +191,7 @@ def test_what_a_cpu_needs_is_near_what_is_counted():
     config.train.global_batch = 64
     program = plan.program_of(config, parallel.make_mesh(config.mesh))
     needed = program_lib.memory_of(program.lower().compile())["temporaries"]
-    traced = plan.trace(config, "cpu")
+    traced = shapes.trace(config, "cpu")
     counted = traced.activations * 64 + 4 * parameters.count(program.abstract.params)
     assert 0.5 < counted / needed < 2
 
@@ -203,18 +203,18 @@ def test_what_a_cpu_needs_is_near_what_is_counted():
 def xlxxl():
     """Its state in full; FLOPs and activations need a trace of seconds."""
     config = get("xlxxl", data=1, fsdp=-1)
-    program = plan.program_of(config, plan.abstract_mesh(dict.fromkeys(parallel.AXES, 1)))
-    return config, plan.Traced(program.abstract, program.frozen, flops=7e12, activations=1e9)
+    program = plan.program_of(config, shapes.abstract_mesh(dict.fromkeys(parallel.AXES, 1)))
+    return config, shapes.Traced(program.abstract, program.frozen, flops=7e12, activations=1e9)
 
 
 def test_a_state_is_divided_over_the_devices(xlxxl):
     config, traced = xlxxl
     judge = sum(leaf.size for leaf in jax.tree.leaves(traced.state.discriminator))
     whole = 4 * (4 * 2_893_970_443 + 3 * judge)  # parameters, average, moments; of judge no average
-    alone = plan.analyse(get("xlxxl"), traced, hardware.parse("h200x1"))
+    alone = shapes.analyse(get("xlxxl"), traced, hardware.parse("h200x1"))
     assert alone.memory["state"] == pytest.approx(whole, rel=1e-4)
     assert alone.memory["gradients"] == pytest.approx(8 * (2_893_970_443 + judge), rel=1e-4)
-    shared = plan.analyse(config, traced, hardware.parse("v5p:4x4x4"))
+    shared = shapes.analyse(config, traced, hardware.parse("v5p:4x4x4"))
     assert whole / 64 < shared.memory["state"] < whole / 64 + 250 * MIB  # small arrays are whole
     assert shared.memory["activations"] == 4e9 and shared.flops == 7e12 * 4
     assert (alone.micro_batches, shared.micro_batches) == (8, 1)
@@ -224,11 +224,11 @@ def test_a_state_is_divided_over_the_devices(xlxxl):
 def test_gradients_and_parameters_travel(xlxxl):
     config, traced = xlxxl
     size = 2 * 2_893_970_443  # bfloat16
-    fsdp = plan.analyse(config, traced, hardware.parse("v5p:4x4x4"))
+    fsdp = shapes.analyse(config, traced, hardware.parse("v5p:4x4x4"))
     sent = {one.kind: one for one in fsdp.traffic}
     assert sent["all-gather"].bytes == pytest.approx(3 * size, rel=0.02)  # again for remat
     assert sent["reduce-scatter"].bytes == pytest.approx(size, rel=0.02)
-    data = plan.analyse(get("xlxxl", dcn=2), traced, hardware.parse("v5p:4x4x4", 2))
+    data = shapes.analyse(get("xlxxl", dcn=2), traced, hardware.parse("v5p:4x4x4", 2))
     (sums,) = data.traffic
     assert sums.kind == "all-reduce" and (sums.near, sums.far) == (64, 2)
     assert sums.bytes == pytest.approx(size, rel=0.01)
@@ -236,7 +236,7 @@ def test_gradients_and_parameters_travel(xlxxl):
 
 def test_groups_of_gpus_reach_over_hosts():
     shape = {"data": 4, "fsdp": 4, "tensor": 4}
-    groups = plan._groups(shape, neighbours=8)
+    groups = shapes._groups(shape, neighbours=8)
     assert groups == {"tensor": (4, 1), "fsdp": (2, 2), "data": (1, 4), "data+fsdp": (2, 8)}
 
 
@@ -266,7 +266,7 @@ _xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
 
 
 def test_what_slices_send_each_other_is_counted():
-    (sent,) = plan._traffic(hlo.walk(SLICES).transfers, neighbours=4)
+    (sent,) = compiled._traffic(hlo.walk(SLICES).transfers, neighbours=4)
     assert sent == plan.Traffic("all-reduce", 256 * 2048 * 4, near=1, far=2)
     chip = hardware.CHIPS["v5e"]
     assert plan._seconds(sent, chip) == pytest.approx(sent.bytes / chip.network)
@@ -291,10 +291,10 @@ class Refusing:
 )
 def test_a_program_that_a_compiler_refuses_is_measured_by_what_it_says(told):
     mesh = parallel.make_mesh(get("ss").mesh)
-    memory, text = plan._compile(Refusing("", told), mesh)
+    memory, text = compiled._compile(Refusing("", told), mesh)
     assert list(memory.values()) == [int(20.5 * 2**30)] and text is None
     with pytest.raises(jax.errors.JaxRuntimeError, match="another"):
-        plan._compile(Refusing("", "another reason"), mesh)
+        compiled._compile(Refusing("", "another reason"), mesh)
 
 
 def test_micro_batches_follow_from_one_compilation(monkeypatch):
@@ -304,19 +304,18 @@ def test_micro_batches_follow_from_one_compilation(monkeypatch):
         tried.append(parts)
         return {"arguments": 2 * 2**30, "temporaries": 64 * 2**30 // parts}, "text"
 
-    shapes = types.SimpleNamespace(abstract={}, frozen={})
-    monkeypatch.setattr(plan, "program_of", lambda *_: shapes)
-    monkeypatch.setattr(plan.program_lib, "lower", lambda program, mesh, parts: parts)
-    monkeypatch.setattr(plan, "_compile", compiles)
-    mesh, config = plan.abstract_mesh({"data": 4, "fsdp": 1, "tensor": 1}), get("ss")
-    assert plan._fitted(config, mesh, 15 * 2**30, "ss")[0] == 8
+    program = types.SimpleNamespace(abstract={}, frozen={}, lower=lambda parts: parts)
+    monkeypatch.setattr(plan, "program_of", lambda *_: program)
+    monkeypatch.setattr(compiled, "_compile", compiles)
+    mesh, config = shapes.abstract_mesh({"data": 4, "fsdp": 1, "tensor": 1}), get("ss")
+    assert compiled._fitted(config, mesh, 15 * 2**30, "ss")[0] == 8
     assert tried == [1, 8]
-    assert plan._fitted(config, mesh, 2**30, "ss")[0] == 32  # one image at a time does not fit
+    assert compiled._fitted(config, mesh, 2**30, "ss")[0] == 32  # one image at a time does not fit
 
 
 def test_a_plan_that_does_not_fit_says_so(xlxxl):
     _, traced = xlxxl
-    made = plan.analyse(get("xlxxl"), traced, hardware.parse("v5e:4x4"))
+    made = shapes.analyse(get("xlxxl"), traced, hardware.parse("v5e:4x4"))
     assert not made.fits and made.micro_batches == 16  # one image at a time
     lines = report.lines(made)
     assert all(line.startswith("shape analysis for v5e:4x4: ") for line in lines)
@@ -333,7 +332,7 @@ def test_a_plan_that_does_not_fit_says_so(xlxxl):
 def test_a_mesh_that_does_not_fit_a_topology_is_refused(xlxxl, mesh, message):
     _, traced = xlxxl
     with pytest.raises(ConfigError, match=message):
-        plan.analyse(get("xlxxl", **mesh), traced, hardware.parse("v5p:8x8x16"))
+        shapes.analyse(get("xlxxl", **mesh), traced, hardware.parse("v5p:8x8x16"))
 
 
 # Tables.

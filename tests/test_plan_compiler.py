@@ -16,7 +16,7 @@ from gigatok_jax import library, parallel
 from gigatok_jax.benchmarks import plan_gate
 from gigatok_jax.models import tokenizer
 from gigatok_jax.ops import implementation
-from gigatok_jax.planning import hardware, hlo, plan
+from gigatok_jax.planning import compiled, hardware, hlo, plan, shapes
 
 pytestmark = pytest.mark.tpu_compiler
 KEPT = pathlib.Path(__file__).parent / "golden" / "plans.json"
@@ -63,12 +63,12 @@ def test_slices_send_gradients_alone_over_the_network():
     config.train.update(global_batch=32, dtype="bfloat16")
     config.mesh.update(data=2, fsdp=4, dcn=2)
     topology = hardware.parse("v5e:2x2", 2)
-    made = plan.compile_for(config, topology, hardware.compiler(topology))
+    made = compiled.compile_for(config, topology, hardware.compiler(topology))
     assert made.how == plan.COMPILED and made.fits and made.flops > 0
-    traced = plan.trace(config, "tpu")
+    traced = shapes.trace(config, "tpu")
     far, counted = (
         sum(one.bytes for one in plans.traffic if one.far > 1)
-        for plans in (made, plan.analyse(config, traced, topology))
+        for plans in (made, shapes.analyse(config, traced, topology))
     )
     assert 0.8 * counted < far < 1.3 * counted
 

@@ -19,7 +19,7 @@ import jax
 
 from gigatok_jax.benchmarks import plan_gate
 from gigatok_jax.errors import ConfigError
-from gigatok_jax.planning import hardware, plan
+from gigatok_jax.planning import compiled, hardware, plan, shapes
 from gigatok_jax.run import command_line
 
 CONFIGS = (
@@ -45,7 +45,7 @@ def main() -> None:
         plans, smallest = [], {}
         for name in given.configs:
             config = plan_gate.read(name)
-            traced = {platform: plan.trace(config, platform) for platform in ("tpu", "gpu")}
+            traced = {platform: shapes.trace(config, platform) for platform in ("tpu", "gpu")}
             for topology in topologies:
                 plans.append(best(config, traced, topology, given.compile)._replace(name=name))
                 print(*row(plans[-1]), sep="  ", flush=True)
@@ -94,7 +94,7 @@ def best(config, traced: dict, topology: hardware.Topology, compiles=False) -> p
     made = None
     for laid in meshes(config, topology):
         try:
-            made = plan.analyse(laid, traced[topology.chip.platform], topology)
+            made = shapes.analyse(laid, traced[topology.chip.platform], topology)
         except ConfigError:
             if made is None:
                 raise
@@ -106,7 +106,7 @@ def best(config, traced: dict, topology: hardware.Topology, compiles=False) -> p
     devices = hardware.compiler(topology)
     if devices is None:
         raise ConfigError(f"there is no compiler for {topology} here")
-    return plan.compile_for(laid, topology, devices)
+    return compiled.compile_for(laid, topology, devices)
 
 
 def first_fit(config, traced: dict, chip: str) -> plan.Plan | None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from gigatok_jax import parallel
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.models import tokenizer
-from gigatok_jax.planning import hardware, hlo, plan
+from gigatok_jax.planning import compiled, hardware, hlo, plan
 from gigatok_jax.run import command_line
 from gigatok_jax.train import program as program_lib
 
@@ -53,7 +53,7 @@ def training(config, mesh) -> jax.stages.Lowered:
     if config.model.kind != "prior":
         config.model.update(stem="patch", patch_size=16)
         config.loss.update(perceptual=0.0, discriminator="none")
-    return program_lib.lower(plan.program_of(config, mesh), mesh, config.train.micro_batches)
+    return plan.program_of(config, mesh).lower(config.train.micro_batches)
 
 
 def reconstruction(config, mesh) -> jax.stages.Lowered:
@@ -96,12 +96,12 @@ def measure(case: Case) -> dict[str, int]:
     config.mesh.update(case.mesh)
     config.train.update(case.train)
     lowered = case.lower(config, parallel.make_mesh(config.mesh, devices))
-    with plan.ticking(f"compiling {case.config} for {topology}"):
-        compiled = lowered.compile()
-    costs = hlo.costs(compiled.as_text())
+    with compiled.ticking(f"compiling {case.config} for {topology}"):
+        program = lowered.compile()
+    costs = hlo.costs(program.as_text())
     assert not costs.unknown_loops, costs.unknown_loops
     sent = {f"{kind} bytes": one.bytes for kind, one in costs.collectives.items()}
-    held = {f"{name} bytes": size for name, size in program_lib.memory_of(compiled).items()}
+    held = {f"{name} bytes": size for name, size in program_lib.memory_of(program).items()}
     return held | {"flops": costs.flops} | sent
 
 

@@ -4,7 +4,7 @@ import jax
 
 from gigatok_jax import parallel
 from gigatok_jax.models import parameters
-from gigatok_jax.planning import hardware, plan
+from gigatok_jax.planning import compiled, hardware, plan, shapes
 
 SMALL = 1e10  # FLOPs of a step that a CPU compiles in seconds
 WITHOUT_GPU = "XLA's attention in the place of cuDNN's, whose working memory only a GPU tells"
@@ -28,14 +28,14 @@ def show(config) -> None:
         print(parameters.report(config))
         return
     topology, table = _topology(config.mesh), parameters.report(config)
-    traced = plan.trace(config, topology.chip.platform)
-    analysed = plan.analyse(config, traced, topology)  # what is wrong is said before all else
+    traced = shapes.trace(config, topology.chip.platform)
+    analysed = shapes.analyse(config, traced, topology)  # what is wrong is said before all else
     print(table, *_placement(config, traced, topology), *lines(analysed), sep="\n", flush=True)
     devices, reason = _compiler(topology, analysed.flops, bool(config.mesh.topology))
     if devices is None:
         print(reason)
     else:
-        print(*lines(plan.compile_for(config, topology, devices)), sep="\n")
+        print(*lines(compiled.compile_for(config, topology, devices)), sep="\n")
         if config.mesh.topology and topology.chip.platform == "gpu":
             print(f"compiled for {topology}: {WITHOUT_GPU}")
 
@@ -60,10 +60,10 @@ def _compiler(topology: hardware.Topology, flops: float, planned: bool) -> tuple
     return jax.devices(), ""
 
 
-def _placement(config, traced: plan.Traced, topology: hardware.Topology) -> list[str]:
+def _placement(config, traced: shapes.Traced, topology: hardware.Topology) -> list[str]:
     sizes = parallel.axis_sizes(config.mesh, topology.devices)
     axes = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
-    state = plan.placed(config, traced, plan.abstract_mesh(sizes))
+    state = shapes.placed(config, traced, shapes.abstract_mesh(sizes))
     head = "path, shape, mesh axes and MiB per device of every array of more than a million numbers"
     return ["", f"mesh: {axes}, on {topology}", f"{head}:", *parallel.placement(state), ""]
 

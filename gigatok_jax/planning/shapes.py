@@ -1,13 +1,145 @@
-"""Memory that a traced step holds at once, from its equations: what there is without a compiler.
+"""Plans from shapes alone: shardings and the traced equations, without any compiler."""
 
-An array lives from the equation that makes it to the last one that needs it. What is cheap to make
-again from less (casts, sums, activations of one array) is not kept but its sources are, since
-compilers fuse it into whatever uses it.
-"""
+import collections
+import math
+from typing import Any, NamedTuple
 
-from typing import Any
-
+import jax
+import jax.numpy as jnp
 from jax.extend import core
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from gigatok_jax import parallel
+from gigatok_jax.planning import hardware, hlo, plan
+
+TRACED_BATCH = 256  # large, so that what does not grow with it is lost beside what does
+CNN_ON_TPU = 2.1  # compiled temporaries to those counted: XL-XXL on v5p:2x2x2, commit d447d54
+
+
+class Traced(NamedTuple):
+    """What a config's step is on any mesh."""
+
+    state: Any  # shapes
+    frozen: Any
+    flops: float  # of an image
+    activations: float  # bytes of an image
+
+
+def trace(config, platform: str) -> Traced:
+    """Traces the step of a config on one device that need not be there; seconds for any size.
+
+    Args:
+        config: of the run.
+        platform: "cpu", "gpu" or "tpu", on which attention and kernels depend.
+    """
+    config = config.copy_and_resolve_references()
+    config.train.global_batch, config.train.micro_batches = TRACED_BATCH, 1
+    mesh = abstract_mesh(dict.fromkeys(parallel.AXES, 1), platform)
+    program = plan.program_of(config, mesh)
+    with jax.sharding.use_abstract_mesh(mesh):
+        step = program.make_step(1).trace(
+            program.abstract, program.batch, program.frozen, *program.phase
+        )
+    flops, held = hlo.flops_of(step.jaxpr), peak(step.jaxpr)
+    if platform == "tpu" and config.model.get("stem") == "cnn":
+        held *= CNN_ON_TPU
+    return Traced(program.abstract, program.frozen, flops / TRACED_BATCH, held / TRACED_BATCH)
+
+
+def abstract_mesh(sizes: dict[str, int], platform: str = "cpu") -> AbstractMesh:
+    """A mesh of devices that nobody asks for."""
+    device = AbstractDevice(platform, None, platform)
+    types = (AxisType.Auto,) * len(sizes)
+    return AbstractMesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=types, abstract_device=device
+    )
+
+
+def analyse(config, traced: Traced, topology: hardware.Topology) -> plan.Plan:
+    """Plan from shapes alone.
+
+    Args:
+        config: of the run; its mesh is laid over the topology.
+        traced: from `trace` of that config.
+        topology: to plan for.
+
+    Raises:
+        ConfigError: the mesh does not fit the topology, the batch or the arrays.
+    """
+    sizes = parallel.axis_sizes(config.mesh, topology.devices)
+    mesh = abstract_mesh(sizes)
+    batch, parts = config.train.global_batch, config.train.micro_batches
+    parallel.check_batch(mesh, batch, parts)
+    state = placed(config, traced, mesh)
+    limit = topology.limit
+    share = batch // parallel.batch_shards(mesh)
+    while True:
+        memory = _shape_memory(state, traced, share / parts, parts)
+        if plan.fits(memory, limit, plan.ANALYSED) or share % (2 * parts):
+            break
+        parts *= 2
+    return plan.Plan(
+        config.name, str(topology), plan.ANALYSED, topology.chip, sizes, batch, parts, memory,
+        limit, int(traced.flops * batch / topology.devices),
+        _shape_traffic(config.train, state, mesh, topology, parts),
+    )  # fmt: skip
+
+
+def placed(config, traced: Traced, mesh) -> Any:
+    """Shapes of a state with their shardings on a mesh."""
+    return parallel.with_shardings(
+        traced.state, parallel.state_shardings(traced.state, mesh, config)
+    )
+
+
+def _trained(state) -> list:
+    """Shapes of all trained parameters."""
+    judge = getattr(state, "discriminator", None)
+    return jax.tree.leaves((state.params, judge))
+
+
+def _shape_memory(state, traced: Traced, images: float, parts: int) -> dict[str, int]:
+    gradients = parallel.bytes_per_device(_trained(state))
+    return {
+        "state": parallel.bytes_per_device(state),
+        "frozen": parallel.bytes_per_device(traced.frozen),
+        "gradients": gradients * (1 if parts == 1 else 2),  # a sum, and those that are added
+        "activations": int(traced.activations * images),
+    }
+
+
+def _shape_traffic(
+    train, state, mesh, topology: hardware.Topology, parts: int
+) -> tuple[plan.Traffic, ...]:
+    """Gathered parameters and summed gradients, both in the type that is computed with, as the
+    TPU's compiler sends them; what `tensor` sends is not in the shapes."""
+    groups, total = _groups(mesh.shape, topology.neighbours), collections.Counter()
+    gathers = 2 if train.remat == "none" else 3  # forwards, again, backwards
+    for leaf in _trained(state):
+        own = parallel.bytes_per_device([leaf]) * jnp.dtype(train.dtype).itemsize // 4
+        divided = "fsdp" in leaf.sharding.spec and mesh.shape["fsdp"] > 1
+        if divided:
+            whole = own * mesh.shape["fsdp"]
+            total["all-gather", groups["fsdp"]] += parts * gathers * whole
+            total["reduce-scatter", groups["fsdp"]] += parts * whole
+        others = groups["data"] if divided else groups["data+fsdp"]
+        if others != (1, 1):
+            total["all-reduce", others] += parts * own
+    return tuple(plan.Traffic(kind, count, *group) for (kind, group), count in total.items())
+
+
+def _groups(shape, neighbours: int) -> dict[str, tuple[int, int]]:
+    """Near and far parts of the groups along axes; devices lie in the order of the axes."""
+    made, stride = {}, 1
+    for axis in reversed(parallel.AXES):
+        near = math.gcd(shape[axis], max(1, neighbours // stride))
+        made[axis] = (near, shape[axis] // near)
+        stride *= shape[axis]
+    (a, b), (c, d) = made["data"], made["fsdp"]
+    return made | {"data+fsdp": (a * c, b * d)}
+
+
+# Memory of a traced step.
 
 # Elementwise or only another shape: fused into their users.
 _FUSED = {

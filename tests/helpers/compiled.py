@@ -16,7 +16,6 @@ from configs import xlxxl
 from gigatok_jax import parallel
 from gigatok_jax.models import cnn, layers, qformer
 from gigatok_jax.planning import plan
-from gigatok_jax.train import program as program_lib
 
 P = PartitionSpec
 
@@ -120,8 +119,7 @@ def step_config():
 
 def step(sizes: str):
     """Its training step on a mesh."""
-    mesh = make_mesh(sizes)
-    return program_lib.lower(plan.program_of(step_config(), mesh), mesh).compile()
+    return plan.program_of(step_config(), make_mesh(sizes)).lower().compile()
 
 
 def main(folder: str, *names: str) -> None:
