@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from gigatok_jax.model_config import model_config
 from gigatok_jax.models import ar, parameters, tokenizer
-from gigatok_jax.planning import hlo, hlo_text, plan
+from gigatok_jax.planning import flops, hlo, hlo_text, plan
 from gigatok_jax.planning.hlo import Collective
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -374,7 +374,7 @@ def counts(function, *shapes):
     """FLOPs of a function as compiled and as traced."""
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     text = jax.jit(function).lower(*shapes).compile().as_text()
-    return hlo.costs(text).flops, hlo.flops_of(jax.make_jaxpr(function)(*shapes))
+    return hlo.costs(text).flops, flops.of_jaxpr(jax.make_jaxpr(function)(*shapes))
 
 
 @pytest.mark.parametrize(
@@ -423,7 +423,7 @@ def test_products_cost_2_per_multiply_add():
     ],
 )
 def test_meetings_along_an_axis(axis, expected):
-    assert hlo.meetings(*axis) == expected
+    assert flops.meetings(*axis) == expected
 
 
 def test_traced_loops_branches_and_recomputation():
@@ -435,9 +435,9 @@ def test_traced_loops_branches_and_recomputation():
     def loss(x):
         return jax.lax.scan(jax.checkpoint(step), x, None, length=5)[0].sum()
 
-    assert hlo.flops_of(jax.make_jaxpr(loss)(w)) == 5 * 2 * PRODUCT
+    assert flops.of_jaxpr(jax.make_jaxpr(loss)(w)) == 5 * 2 * PRODUCT
     # Twice forward, but for the last product's value, which no gradient needs; once backward.
-    assert hlo.flops_of(jax.make_jaxpr(jax.grad(loss))(w)) <= 5 * 6 * PRODUCT
+    assert flops.of_jaxpr(jax.make_jaxpr(jax.grad(loss))(w)) <= 5 * 6 * PRODUCT
 
 
 def test_fused_attention_counts_when_traced(monkeypatch):
@@ -451,9 +451,9 @@ def test_fused_attention_counts_when_traced(monkeypatch):
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").sum()
 
     product = 2 * (2 * 4) * 64 * 16 * 32
-    assert hlo.flops_of(jax.make_jaxpr(loss)(query, key, key)) == 2 * product
+    assert flops.of_jaxpr(jax.make_jaxpr(loss)(query, key, key)) == 2 * product
     both = jax.value_and_grad(loss, argnums=(0, 1, 2))
-    assert hlo.flops_of(jax.make_jaxpr(both)(query, key, key)) == (2 + 5) * product
+    assert flops.of_jaxpr(jax.make_jaxpr(both)(query, key, key)) == (2 + 5) * product
 
 
 def test_a_traced_program_counts_all_devices():
@@ -462,7 +462,7 @@ def test_a_traced_program_counts_all_devices():
     spec = jax.sharding.PartitionSpec("data")
     spread = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=spec, out_specs=spec)
     x = jax.ShapeDtypeStruct((64, 16), jnp.float32)
-    assert hlo.flops_of(jax.make_jaxpr(spread)(x)) == 8 * 2 * 8 * 8 * 16
+    assert flops.of_jaxpr(jax.make_jaxpr(spread)(x)) == 8 * 2 * 8 * 8 * 16
 
 
 # The published models: GFLOPs of one image in performance.md, rounded there.
@@ -476,7 +476,7 @@ ROUNDED = 3e-3
 def traced(module, params, *shapes, **options) -> float:
     """GFLOPs of a forward pass."""
     apply = lambda params, *x: module.apply({"params": params}, *x, **options)  # noqa: E731
-    return hlo.flops_of(jax.make_jaxpr(apply)(params, *shapes)) / 1e9
+    return flops.of_jaxpr(jax.make_jaxpr(apply)(params, *shapes)) / 1e9
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -506,7 +506,7 @@ def traced_step(config) -> float:
         step = program.make_step(1).trace(
             program.abstract, program.batch, program.frozen, *program.phase
         )
-    return hlo.flops_of(step.jaxpr) / config.train.global_batch / 1e9
+    return flops.of_jaxpr(step.jaxpr) / config.train.global_batch / 1e9
 
 
 @pytest.mark.slow

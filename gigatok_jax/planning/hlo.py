@@ -4,14 +4,11 @@ The compiler's own cost analysis counts the body of a loop once. Here bodies are
 trip counts, and what fusions and asynchronous pairs wrap is found. Shapes are those of one device.
 """
 
-import math
 import re
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
-import numpy as np
-from jax.extend import core
-
+from gigatok_jax.planning import flops
 from gigatok_jax.planning.hlo_text import Computation, Instruction, Module, Shape, groups, parse
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -133,8 +130,8 @@ def _costs(frame: _Frame, one: Instruction) -> Done:
         return Done(transfers=() if _goes_on(one) else (_transfer(frame, one, kind),))
     if one.opcode == "send" and "megascale" in one.rest:
         return Done(transfers=(_between_slices(frame, one),))
-    if one.opcode in _FLOPS:
-        return Done(flops=_FLOPS[one.opcode](frame.computation, one))
+    if one.opcode in flops.OPCODES:
+        return Done(flops=flops.OPCODES[one.opcode](frame.computation, one))
     if one.opcode == "while":
         return _loop(frame, one)
     if one.opcode == "conditional":
@@ -301,162 +298,3 @@ def _added(a: _Affine | None, b: _Affine | None, opcode: str) -> _Affine | None:
     if a.carried is not None and b.carried is not None:
         return None
     return _Affine(a.offset + b.offset, b.carried if a.carried is None else a.carried)
-
-
-# Products.
-
-
-def _dot(computation: Computation, one: Instruction) -> int:
-    left, _ = computation.operand_shapes(one)
-    contracted = math.prod(left.dims[i] for i in one.numbers("lhs_contracting_dims"))
-    return 2 * one.shapes[0].elements * contracted
-
-
-def _convolution(computation: Computation, one: Instruction) -> int:
-    left, kernel = computation.operand_shapes(one)
-    inputs, taps, outputs = (
-        dict(zip(labels, shape.dims, strict=True))
-        for labels, shape in zip(_labels(one), (left, kernel, one.shapes[0]), strict=True)
-    )
-    window = _window(one.rest)
-    total = 2 * outputs["b"] * outputs["f"] * taps["i"]
-    for i, axis in enumerate(window):
-        total *= meetings(inputs[str(i)], taps[str(i)], outputs[str(i)], **axis)
-    return total
-
-
-def meetings(
-    inputs: int, taps: int, outputs: int, stride=1, low=0, input_dilation=1, tap_dilation=1
-) -> int:
-    """Multiplications along one axis of a convolution.
-
-    A tap in the padding counts, one in a hole between dilated inputs does not; but no more than an
-    input meets taps, or outputs: compilers write batches of matrix products as convolutions with
-    windows that are padding for the greater part.
-
-    Args:
-        inputs, taps, outputs: elements along the axis.
-        stride: of the window.
-        low: padding before the first input.
-        input_dilation, tap_dilation: distance of neighbours.
-    """
-    places = np.arange(outputs)[:, None] * stride + np.arange(taps) * tap_dilation - low
-    met = int(np.count_nonzero(places % input_dilation == 0))
-    return min(met, inputs * taps, inputs * outputs)
-
-
-def _labels(one: Instruction) -> tuple[str, str, str]:
-    """Axes of input, kernel and output, e.g. b01f, 01io and b01f."""
-    return re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest).groups()
-
-
-def _window(rest: str) -> list[dict[str, int]]:
-    """Arguments of `meetings` for each axis."""
-    match = re.search(r"window=\{(.*?)\}", rest)
-    fields = dict(field.split("=") for field in match[1].split()) if match else {}
-    names = {"stride": "stride", "lhs_dilate": "input_dilation", "rhs_dilate": "tap_dilation"}
-    axes = [{} for _ in fields["size"].split("x")] if fields else []
-    for field, name in names.items():
-        for axis, n in zip(axes, fields.get(field, "").split("x"), strict=False):
-            axis |= {name: int(n)} if n else {}
-    for axis, n in zip(axes, fields.get("pad", "").split("x"), strict=False):
-        axis |= {"low": int(n.split("_")[0])} if n else {}
-    return axes
-
-
-def _library(computation: Computation, one: Instruction) -> int:
-    """A call of cuBLAS or cuDNN; 0 for others."""
-    target = re.search(r'custom_call_target="([^"]*)"', one.rest)[1]
-    shapes = computation.operand_shapes(one)
-    if target.startswith("__cublas$"):
-        contracted = _configured(one, "lhs_contracting_dimensions")
-        return 2 * one.shapes[0].elements * math.prod(shapes[0].dims[i] for i in contracted)
-    if target.startswith("__cudnn$fmha"):
-        scores = math.prod(_configured(one, r"intermediate_tensor_shape.*?dimensions"))
-        products = 5 if target.endswith("Backward") else 2  # backward makes the scores again
-        return 2 * products * scores * shapes[0].dims[-1]
-    if target.startswith("__cudnn$conv"):
-        # Labels are the forward pass's; here one of its three arrays is the result.
-        roles = {"Input": (shapes[1:2], shapes[:1]), "Filter": (one.shapes, shapes[1:])}
-        kernel, output = roles.get(target.rpartition("Backward")[2], (shapes[1:], one.shapes))
-        features = kernel[0].dims[_labels(one)[1].index("o")]
-        return 2 * output[0].elements * kernel[0].elements // features
-    return 0
-
-
-def _configured(one: Instruction, name: str) -> list[int]:
-    """A list of numbers in the JSON of a library call."""
-    match = re.search(rf'"{name}":\s*\[([^\]]*)\]', one.rest)
-    return [int(n) for n in re.findall(r"\d+", match[1])]
-
-
-_FLOPS = {"dot": _dot, "convolution": _convolution, "custom-call": _library}
-
-
-# Before compilation.
-
-
-def flops_of(jaxpr: Any) -> int:
-    """FLOPs of a traced program over all devices, counted as in `costs`.
-
-    What only a device's compiler makes of it is not seen, so it serves hardware that is not there,
-    and finds what products inside kernels and custom calls cost. Recomputation counts; of a
-    conditional the largest branch; a loop whose length is no constant counts once.
-
-    Args:
-        jaxpr: from `jax.make_jaxpr(function)(*shapes)`.
-    """
-    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
-    return sum(_equation(one) for one in jaxpr.eqns)
-
-
-def _equation(one) -> int:
-    name = one.primitive.name
-    if name == "dot_general":
-        (contracted, _), _ = one.params["dimension_numbers"]
-        dims = one.invars[0].aval.shape
-        return 2 * one.outvars[0].aval.size * math.prod(dims[i] for i in contracted)
-    if name == "conv_general_dilated":
-        return _traced_convolution(one)
-    if name.startswith("dot_product_attention"):  # cuDNN's; backward makes the scores again
-        query, key = (variable.aval.shape for variable in one.invars[:2])  # [b n h d], [b m h d]
-        return 2 * (5 if "bwd" in name else 2) * math.prod(query) * key[1]
-    inside = [flops_of(part) for part in _parts(one.params)]
-    if name == "cond":
-        return max(inside)
-    return _repeats(one) * sum(inside)
-
-
-def _repeats(one) -> int:
-    params = one.params
-    if one.primitive.name == "scan":
-        return params["length"]
-    if one.primitive.name == "shard_map":
-        axes = params.get("newly_manual_axes", params.get("manual_axes"))
-        return math.prod(params["mesh"].shape[axis] for axis in axes)
-    if one.primitive.name == "pallas_call":
-        return math.prod(params["grid_mapping"].grid)
-    return 1
-
-
-def _parts(params: dict) -> Iterator:
-    """Programs among the parameters of an equation."""
-    for value in params.values():
-        for part in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(part, (core.ClosedJaxpr, core.Jaxpr)):
-                yield part
-
-
-def _traced_convolution(one) -> int:
-    params, names = one.params, one.params["dimension_numbers"]
-    inputs, kernel = (variable.aval.shape for variable in one.invars)
-    outputs = one.outvars[0].aval.shape
-    total = 2 * outputs[names.out_spec[0]] * outputs[names.out_spec[1]]
-    total *= kernel[names.rhs_spec[1]]
-    axes = zip(names.lhs_spec[2:], names.rhs_spec[2:], names.out_spec[2:], strict=True)
-    for i, (a, b, c) in enumerate(axes):
-        total *= meetings(
-            inputs[a], kernel[b], outputs[c], params["window_strides"][i], params["padding"][i][0],
-            params["lhs_dilation"][i], params["rhs_dilation"][i],
-        )  # fmt: skip
-    return total

@@ -10,7 +10,7 @@ from jax.extend import core
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from gigatok_jax import parallel
-from gigatok_jax.planning import hardware, hlo, plan
+from gigatok_jax.planning import flops, hardware, plan
 
 TRACED_BATCH = 256  # large, so that what does not grow with it is lost beside what does
 CNN_ON_TPU = 2.1  # compiled temporaries to those counted: XL-XXL on v5p:2x2x2, commit d447d54
@@ -40,10 +40,10 @@ def trace(config, platform: str) -> Traced:
         step = program.make_step(1).trace(
             program.abstract, program.batch, program.frozen, *program.phase
         )
-    flops, held = hlo.flops_of(step.jaxpr), peak(step.jaxpr)
+    products, held = flops.of_jaxpr(step.jaxpr), peak(step.jaxpr)
     if platform == "tpu" and config.model.get("stem") == "cnn":
         held *= CNN_ON_TPU
-    return Traced(program.abstract, program.frozen, flops / TRACED_BATCH, held / TRACED_BATCH)
+    return Traced(program.abstract, program.frozen, products / TRACED_BATCH, held / TRACED_BATCH)
 
 
 def abstract_mesh(sizes: dict[str, int], platform: str = "cpu") -> AbstractMesh:
