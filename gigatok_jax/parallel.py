@@ -6,6 +6,7 @@ the optimizer are divided alike. An array that no rule names is whole on every d
 """
 
 import collections
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clu import parameter_overview
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
@@ -306,16 +308,26 @@ def to_device(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("device")), tree)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Placed:
+    path: str
+    shape: tuple[int, ...]
+    sharding: str  # mesh axes of the dimensions, "-" for one that is not divided
+    per_device: str
+
+
 def placement(tree: Any) -> list[str]:
-    """Lines about the large arrays of a sharded state: path, shape, axes, MiB per device."""
-    lines = []
+    """Lines of a table of the arrays of over a million elements of a state with shardings.
+
+    Columns: path, shape, the mesh axis that divides each dimension, MiB that each device holds.
+    """
+    rows = []
     for path, leaf in trees.flatten(tree).items():
         if math.prod(leaf.shape) >= LARGE:
             axes = ", ".join(str(axis or "-") for axis in leaf.sharding.spec) or "whole"
-            host = " (host)" if _on_host(leaf) else ""
-            shape = "x".join(map(str, leaf.shape))
-            lines.append(f"{path}  {shape}  {axes}  {_shard_bytes(leaf) / 2**20:.1f}{host}")
-    return lines
+            size = f"{_shard_bytes(leaf) / 2**20:,.1f} MiB{' (host)' if _on_host(leaf) else ''}"
+            rows.append(_Placed(path, leaf.shape, axes, size))
+    return parameter_overview.make_table(rows).splitlines()
 
 
 def _shard_bytes(leaf) -> int:

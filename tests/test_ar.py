@@ -586,7 +586,7 @@ def test_a_prior_that_cannot_be_built_is_refused(message):
 def test_a_dry_run_shows_a_priors_parameters():
     config = ml_collections.ConfigDict({"name": "ar", "model": model_config("prior-B")})
     text = parameters.report(config)
-    assert "blocks/mlp/gate_up/kernel" in text and "12x768x4096" in text
+    assert "blocks/mlp/gate_up/kernel" in text and "(12, 768, 4096)" in text
     assert "111,085,824" in text and "alignment" not in text
     config.model.heads = 16  # as a command line sets it
     with pytest.raises(ConfigError, match="kv_heads is 12, expected a divisor of the 16 heads"):

@@ -9,6 +9,7 @@ import pytest
 from gigatok_jax import errors, model_config
 from gigatok_jax.models import parameters
 from gigatok_jax.run import command_line
+from gigatok_jax.trees import flatten
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -67,7 +68,8 @@ def test_dry_run_sees_overrides():
     result = run_main(*arguments, "--dry_run")
     assert result.returncode == 0, result.stderr
     row = next(line for line in result.stdout.splitlines() if "quantizer/codebook" in line)
-    assert row.split()[1:] == ["128x8", "float32", "1,024"]
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert cells == ["quantizer/codebook", "(128, 8)", "float32", "1,024"]
 
 
 def test_dry_run_refuses_a_model_that_cannot_be_built():
@@ -79,10 +81,9 @@ def test_dry_run_refuses_a_model_that_cannot_be_built():
 
 def test_dry_run_of_a_scanned_stack_is_one_row():
     params = parameters.abstract_params(model_config("XL-XXL"))
-    rows = {row.path: row for row in parameters.rows(params)}
-    row = rows["encoder/blocks/mlp/up/kernel"]
-    assert row.shape == (36, 1280, 5120)
-    assert row.count == 36 * 1280 * 5120
+    kernel = flatten(params)["encoder/blocks/mlp/up/kernel"]
+    assert kernel.shape == (36, 1280, 5120)
+    assert parameters.count(kernel) == 36 * 1280 * 5120
 
 
 def test_the_library_error_is_named_even_when_wrapped(capsys):

@@ -1,63 +1,48 @@
 """Parameters of a config's model, from shapes alone: seconds for any size."""
 
 import math
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
+from clu import parameter_overview
 
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.model_config import validate
 from gigatok_jax.models import ar, tokenizer
+from gigatok_jax.trees import flatten
 
-ALIGNMENT = "align"  # the part that only training uses
-
-
-class Row(NamedTuple):
-    path: str  # e.g. "decoder/blocks/mlp/up/kernel"; scanned blocks are one row
-    shape: tuple[int, ...]
-    dtype: str
-    count: int  # parameters
+ALIGNMENT = "align"  # module that only training uses; published counts leave it out
 
 
-def abstract_params(model) -> dict:
-    """Nested dict of `jax.ShapeDtypeStruct`, the parameters of a tokenizer's or prior's config."""
-    module, inputs = _prior(model) if model.kind == "prior" else _tokenizer(model)
+def abstract_params(model: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Shapes of a model's parameters, as nested dicts of `jax.ShapeDtypeStruct`.
+
+    Args:
+        model: config of a tokenizer or a prior.
+    """
+    if model.kind == "prior":
+        module, shapes, dtype = ar.make(model), [(1,), (1, model.tokens)], jnp.int32
+    else:
+        size = model.image_size
+        module, shapes, dtype = tokenizer.make(model), [(1, size, size, 3)], jnp.float32
+    inputs = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
 
 
-def _tokenizer(model):
-    """The module and the shapes of what it takes."""
-    size = model.image_size
-    return tokenizer.make(model), [jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)]
+def count(params: Any) -> int:
+    """Number of parameters in a tree of arrays or shapes."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
 
 
-def _prior(model):
-    shapes = (1,), (1, model.tokens)  # class ids and codes
-    return ar.make(model), [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes]
+def count_alignment(params: Any) -> int:
+    """Number of parameters of the alignment MLP."""
+    return count([x for path, x in flatten(params).items() if ALIGNMENT in path.split("/")])
 
 
-def rows(params) -> list[Row]:
-    """One row for each array, in the order of its path."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return [
-        Row("/".join(key.key for key in path), x.shape, x.dtype.name, math.prod(x.shape))
-        for path, x in leaves
-    ]
-
-
-def count(params) -> int:
-    """Number of parameters."""
-    return sum(row.count for row in rows(params))
-
-
-def count_alignment(params) -> int:
-    """Number of parameters of the alignment MLP, which the published counts leave out."""
-    return sum(row.count for row in rows(params) if ALIGNMENT in row.path.split("/"))
-
-
-def report(config) -> str:
-    """Parameter table and totals of a config's model, as text.
+def report(config: ml_collections.ConfigDict) -> str:
+    """Table of the parameters of a config's model, and totals of its modules, as text.
 
     Raises:
         ConfigError: the config has no model (its task reads a checkpoint) or a wrong one.
@@ -66,21 +51,8 @@ def report(config) -> str:
         raise ConfigError(f"{config.name} takes its model from a checkpoint: nothing to plan")
     validate(config.model)
     params = abstract_params(config.model)
-    return "\n".join([*_table(rows(params)), "", *_totals(params)])
-
-
-def _table(rows) -> list[str]:
-    width = max(len(row.path) for row in rows)
-    return [
-        f"{row.path:{width}}  {'x'.join(map(str, row.shape)):>18}  {row.dtype}  {row.count:>13,}"
-        for row in rows
-    ]
-
-
-def _totals(params) -> list[str]:
-    parts = {name: count(part) for name, part in params.items()}
-    total, alignment = sum(parts.values()), count_alignment(params)
-    parts["total"] = total
-    if alignment:
-        parts["without alignment MLP"] = total - alignment
-    return [f"{name:24}{number:>16,}" for name, number in parts.items()]
+    totals = {name: count(module) for name, module in params.items()} | {"total": count(params)}
+    if alignment := count_alignment(params):
+        totals["without alignment MLP"] = totals["total"] - alignment
+    table = parameter_overview.get_parameter_overview(params, include_stats=False)
+    return "\n".join([table, "", *(f"{name:24}{n:>16,}" for name, n in totals.items())])

@@ -64,8 +64,10 @@ def _placement(config, traced: shapes.Traced, topology: hardware.Topology) -> li
     sizes = parallel.axis_sizes(config.mesh, topology.devices)
     axes = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     state = shapes.placed(config, traced, shapes.abstract_mesh(sizes))
-    head = "path, shape, mesh axes and MiB per device of every array of more than a million numbers"
-    return ["", f"mesh: {axes}, on {topology}", f"{head}:", *parallel.placement(state), ""]
+    head = (
+        "arrays of more than a million elements, the mesh axis of each dimension, MiB per device:"
+    )
+    return ["", f"mesh: {axes}, on {topology}", head, *parallel.placement(state), ""]
 
 
 def lines(made: plan.Plan) -> list[str]:
