@@ -2,51 +2,70 @@
 
 import json
 import sys
+import types
 
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 from test_cluster import end, free_address, start
 
 from gigatok_jax import parallel
-from gigatok_jax.benchmarks import codebook_search, entropy, kernels, plan_gate, training
+from gigatok_jax.benchmarks import kernels, plan_gate, training
 from gigatok_jax.planning import plan
 
 
-@pytest.mark.parametrize("module", [codebook_search, entropy])
-def test_a_table_and_a_picture_on_a_cpu(module, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+def test_a_table_on_a_cpu(kernel, monkeypatch, tmp_path, capsys):
     sizes = ["--tokens", "128", "256", "--rows", "64", "--at", "128", "64", "--repeats", "1"]
-    monkeypatch.setattr(sys, "argv", ["benchmark", *sizes, "--out", str(tmp_path)])
-    module.main()
-    name = module.__name__.split(".")[-1]
+    options = ["--kernel", kernel, *sizes, "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *options])
+    kernels.main()
     said = capsys.readouterr().out
-    assert "| 256 | 64 | xla |" in said and (tmp_path / f"{name}.json").exists()
-    pixels = np.asarray(Image.open(tmp_path / f"{name}.png"))
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 2  # a line besides black on white
+    written = (tmp_path / f"{kernel}.md").read_text()
+    assert "| 256 | 64 | xla |" in said and "| 256 | 64 | xla |" in written
+    (row, *_) = json.loads((tmp_path / f"{kernel}.json").read_text())
+    assert row["tokens"] == 128 and row["ms"] > 0
+    assert {path.stem for path in tmp_path.iterdir()} == {kernel}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "width", "names"),
+    [
+        ("search", 32, ["xla", "pallas_gpu"]),
+        ("search", 65, ["xla"]),
+        ("entropy", 16, ["xla", "pallas_gpu"]),
+        ("entropy", 32, ["xla"]),  # wider than its kernel takes, though not than the search's
+    ],
+)
+def test_a_kernel_is_measured_at_the_widths_that_it_supports(monkeypatch, kernel, width, names):
+    hopper = types.SimpleNamespace(
+        platform="gpu", device_kind="NVIDIA H200", compute_capability="9.0"
+    )
+    monkeypatch.setattr(jax, "devices", lambda *_: [hopper])
+    assert kernels.implementations(kernels.KERNELS[kernel], width) == names
 
 
 def test_a_wrong_search_is_counted():
     z, codebook = kernels.unit_vectors(0, 100, 8), kernels.unit_vectors(1, 32, 8)
     codes = np.square(z[:, None] - codebook).sum(-1).argmin(1)
-    assert codebook_search.count_wrong(z, codebook, codes) == 0
+    assert kernels.count_wrong(z, codebook, codes) == 0
     codes[:7] = (codes[:7] + 1) % 32
-    assert codebook_search.count_wrong(z, codebook, codes) == 7
+    assert kernels.count_wrong(z, codebook, codes) == 7
 
 
 def test_gradients_are_checked_against_those_of_differences():
     z, codebook = (kernels.unit_vectors(i, 6, 4).astype(np.float64) for i in range(2))
-    dz, _ = entropy.float64_gradients(z, codebook)
+    dz, _ = kernels.float64_gradients(z, codebook)
     step = np.zeros_like(z)
     step[2, 1] = 1e-6
 
     def loss(z):
-        logits = -np.square(z[:, None] - codebook).sum(-1) / entropy.TEMPERATURE
+        logits = -np.square(z[:, None] - codebook).sum(-1) / kernels.TEMPERATURE
         p = np.exp(logits - logits.max(1, keepdims=True))
         p /= p.sum(1, keepdims=True)
         mean = p.mean(0)
         of_tokens = -(p * np.log(np.maximum(p, 1e-300))).sum(1).mean()
-        return of_tokens + (mean * np.log(mean + entropy.EPSILON)).sum()
+        return of_tokens + (mean * np.log(mean + kernels.EPSILON)).sum()
 
     slope = (loss(z + step) - loss(z - step)) / 2e-6
     assert dz[2, 1] == pytest.approx(slope, rel=1e-4, abs=1e-7)

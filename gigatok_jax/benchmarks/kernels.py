@@ -1,28 +1,40 @@
-"""What the benchmarks of kernels share: inputs, timing, memory, a table and a picture."""
+r"""Speed of the codebook search and the entropy loss beside XLA and PyTorch.
+
+    python -m gigatok_jax.benchmarks.kernels --out /tmp/kernels
+    python -m gigatok_jax.benchmarks.kernels --kernel search --tokens 4096 65536 --width 8
+
+Each implementation is checked before it is timed: codes of at most 4096 tokens against distances in
+float64 by the rule that `nearest` states, gradients of the entropy loss of 256 tokens against
+float64. "of the limit" is the share of a rate of the device that the kernel reaches: of bfloat16
+products for the search (three float16 products for a float32 one, padded), of exponentials for the
+entropy loss, with four for each pair of token and row.
+"""
 
 import argparse
 import importlib
 import importlib.util
 import json
-import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
-from PIL import Image, ImageDraw
 
+from gigatok_jax.benchmarks import markdown
+from gigatok_jax.ops import codebook_search, entropy, implementation
+from gigatok_jax.ops.entropy import EPSILON
 from gigatok_jax.run import command_line
 
-# Of a device: multiply-adds of bfloat16 (measured, twice a multiply-add) and exponentials a second
-# (16 a clock and multiprocessor).
+# Rates of a device per second: FLOPs of bfloat16 products (measured), and exponentials (16 per
+# clock cycle and multiprocessor).
 LIMITS = {"NVIDIA H200": {"products": 790e12, "exponentials": 16 * 132 * 1.98e9}}
-_PEER_BYTES = 2**34  # of one tokens x rows matrix; larger ones are not tried
-_COLOURS = ["#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280"]
+TEMPERATURE = 0.01
+_SEARCHED = 4096  # tokens whose codes are checked
+_GRADED = 256  # tokens of the checked gradients
 
 
 class Case(NamedTuple):
@@ -30,48 +42,135 @@ class Case(NamedTuple):
     rows: int
     width: int
 
+    @property
+    def pairs(self) -> int:
+        return self.tokens * self.rows
+
 
 class Result(NamedTuple):
     tokens: int
     rows: int
     implementation: str
     ms: float
-    share: float  # of the limit; 0 where the device's is not known
-    peak_mib: float  # inputs and results left out
-    error: str  # of what was checked before
+    share: float  # of the device's limit; 0 if the limit is not known
+    peak_mib: float  # device memory besides inputs and results
+    error: str  # outcome of the check; "" for PyTorch, which is not checked
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """The command line; sizes are small where there is no accelerator."""
+class Kernel(NamedTuple):
+    """An operation on tokens and codebook rows, in several implementations."""
+
+    widths: range  # widths that the Pallas kernels support
+    function: Callable[[str], Callable]  # implementation -> function of f32[m e] and f32[k e]
+    check: Callable[[Case, str], str]  # raises AssertionError on a wrong result
+    torch: Callable[[], dict[str, Callable]]  # the formula in PyTorch, by name
+    limit: str  # key of LIMITS
+    work: Callable[[Case], float]  # units of `limit` in one call
+    most_xla: float  # tokens x rows beyond which XLA is not timed
+    most_torch: float  # the same for PyTorch
+
+
+def main() -> None:
+    """Prints a table for each kernel; with `--out` writes it and its figures as JSON."""
+    options = arguments()
+    for name in KERNELS if options.kernel == "all" else [options.kernel]:
+        results = []
+        for case in cases(options):
+            for result in measure(KERNELS[name], case, options):
+                results.append(result)
+                print(name, *result, flush=True)
+        finish(name, options.out, results)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line; default sizes are small without an accelerator."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory to PyTorch
     large = jax.default_backend() != "cpu"
     tokens = [2**12, 2**14, 2**16, 2**18, 2**20] if large else [256, 512]
     rows = [2**10, 2**12, 2**14, 2**16, 2**18] if large else [64, 128]
-    parser = command_line.Parser(description=description)
-    parser.add_argument("--tokens", nargs="+", type=int, default=tokens)
-    parser.add_argument("--rows", nargs="+", type=int, default=rows)
-    parser.add_argument("--width", type=int, default=8)
-    parser.add_argument("--at", nargs=2, type=int, default=[2**16, 2**14] if large else [256, 128],
-                        help="tokens while rows vary, rows while tokens do")  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=9 if large else 2)
-    parser.add_argument("--torch", action=argparse.BooleanOptionalAction, default=large)
-    parser.add_argument("--out", default="", help="folder for the picture and the figures")
+    parser = command_line.Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--kernel", choices=[*KERNELS, "all"], default="all", help="operation (default: all)")
+    add("--tokens", nargs="+", type=int, default=tokens, help="at the rows of --at")
+    add("--rows", nargs="+", type=int, default=rows, help="codebook sizes, at the tokens of --at")
+    add("--width", type=int, default=8, help="length of a vector (default: 8)")
+    at = [2**16, 2**14] if large else [256, 128]
+    names = "TOKENS", "ROWS"
+    add("--at", nargs=2, type=int, default=at, metavar=names, help="where the other one varies")
+    add("--repeats", type=int, default=9 if large else 2, help="timings; their median counts")
+    add("--torch", action=argparse.BooleanOptionalAction, default=large, help="time PyTorch too")
+    add("--out", default="", help="folder for the tables and figures")
     return parser.parse_args()
 
 
-def cases(given: argparse.Namespace) -> list[Case]:
-    """Tokens vary at one number of rows, rows at one number of tokens."""
-    pairs = [(m, given.at[1]) for m in given.tokens] + [(given.at[0], k) for k in given.rows]
-    return [Case(m, k, given.width) for m, k in dict.fromkeys(pairs)]
+def cases(options: argparse.Namespace) -> list[Case]:
+    """Sizes to measure: tokens vary at one number of rows, rows at one number of tokens."""
+    pairs = [(m, options.at[1]) for m in options.tokens] + [
+        (options.at[0], k) for k in options.rows
+    ]
+    return [Case(m, k, options.width) for m, k in dict.fromkeys(pairs)]
+
+
+def measure(kernel: Kernel, case: Case, options: argparse.Namespace) -> Iterator[Result]:
+    """Results of every implementation that can run at one size, each checked before it is timed."""
+    for name in implementations(kernel, case.width):
+        if name == "xla" and case.pairs > kernel.most_xla:
+            continue
+        error = kernel.check(case, name)
+        yield _result(
+            kernel, case, name, *time_jax(kernel.function(name), case, options.repeats), error
+        )
+    if options.torch and torch_is_here() and case.pairs <= kernel.most_torch:
+        for name, function in kernel.torch().items():
+            yield _result(kernel, case, name, *time_torch(function, case, options.repeats), "")
+
+
+def implementations(kernel: Kernel, width: int) -> list[str]:
+    """Implementations that can run on this device with vectors of this width; XLA always can."""
+    return [
+        name
+        for name in implementation.NAMES
+        if implementation.obstacle(name, width, kernel.widths) is None
+    ]
+
+
+def _result(kernel: Kernel, case: Case, name: str, ms: float, peak: float, error: str) -> Result:
+    rate = LIMITS.get(jax.devices()[0].device_kind, {}).get(kernel.limit)
+    share = kernel.work(case) / rate / (ms * 1e-3) if rate else 0.0
+    return Result(case.tokens, case.rows, name, ms, share, peak, error)
+
+
+def finish(name: str, out: str, results: Sequence[Result]) -> None:
+    """Prints the table of a kernel; writes it and the figures into a folder if `out` names it."""
+    rows = [
+        (r.tokens, r.rows, r.implementation, f"{r.ms:.4g}", f"{r.share:.0%}" if r.share else "",
+         f"{r.peak_mib:.1f}", r.error)
+        for r in results
+    ]  # fmt: skip
+    head = ("tokens", "rows", "implementation", "ms", "of the limit", "MiB", "checked")
+    title = f"{name}, {jax.devices()[0].device_kind}, jax {jax.__version__}"
+    text = f"{title}\n\n{markdown.table(head, rows)}\n"
+    print(text)
+    if out:
+        folder = epath.Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.md").write_text(text)
+        (folder / f"{name}.json").write_text(json.dumps([r._asdict() for r in results], indent=1))
+
+
+# Inputs and timing.
 
 
 def unit_vectors(seed: int, count: int, width: int) -> np.ndarray:
+    """f32[count width], random directions of length 1."""
     x = np.random.default_rng(seed).normal(size=(count, width)).astype(np.float32)
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 def inputs(case: Case, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Tokens and rows; others every time, so that nothing is computed once for all."""
+    """Pairs of tokens and rows; all differ, so that no pair's result can be reused."""
     return [
         (
             unit_vectors(2 * i, case.tokens, case.width),
@@ -82,11 +181,12 @@ def inputs(case: Case, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def time_jax(function: Callable, case: Case, repeats: int) -> tuple[float, float]:
-    """Milliseconds of one call, in a program of several on other inputs, and MiB of temporaries.
+    """Milliseconds of one call, and MiB of temporaries.
 
-    Within a program the device does not wait for the host, as in a training step.
+    One program calls the function on several inputs, so that the device does not wait for the host,
+    as in a training step.
     """
-    number = 4 if case.tokens * case.rows <= 2**32 else 1
+    number = 4 if case.pairs <= 2**32 else 1
     data = jax.device_put(inputs(case, number))
     single = jax.jit(function).lower(*data[0]).compile()
     program = jax.jit(lambda data: [function(*x) for x in data]).lower(data).compile()
@@ -96,14 +196,14 @@ def time_jax(function: Callable, case: Case, repeats: int) -> tuple[float, float
     for _ in range(repeats):
         start = time.perf_counter()
         for _ in range(5):
-            made = program(data)
-        jax.block_until_ready(made)
+            results = program(data)
+        jax.block_until_ready(results)
         seconds.append((time.perf_counter() - start) / (5 * number))
     return 1e3 * statistics.median(seconds), memory.temp_size_in_bytes / 2**20
 
 
 def time_torch(function: Callable, case: Case, repeats: int) -> tuple[float, float]:
-    """The same in PyTorch, on CUDA."""
+    """Milliseconds of one call in PyTorch on CUDA, and MiB of its largest allocation."""
     torch = importlib.import_module("torch")
     data = [[torch.tensor(x, device="cuda") for x in pair] for pair in inputs(case, 2)]
     for pair in data:
@@ -123,92 +223,139 @@ def time_torch(function: Callable, case: Case, repeats: int) -> tuple[float, flo
 
 
 def torch_is_here() -> bool:
-    """Whether PyTorch can be timed on the same GPU."""
+    """Whether PyTorch is installed and sees the GPU that jax uses."""
     if jax.default_backend() != "gpu" or importlib.util.find_spec("torch") is None:
         return False
     return importlib.import_module("torch").cuda.is_available()
 
 
-def fits_peer(case: Case) -> bool:
-    """Whether a matrix of tokens x rows is tried."""
-    return 4 * case.tokens * case.rows <= _PEER_BYTES
+# Codebook search.
 
 
-def share(kind: str, work: float, ms: float) -> float:
-    """Part of the device's rate of `kind` at which the work was done; 0 if it is not known."""
-    rate = LIMITS.get(jax.devices()[0].device_kind, {}).get(kind)
-    return work / rate / (ms * 1e-3) if rate else 0.0
+def search(impl: str) -> Callable:
+    """The codebook search of an implementation, as a function of tokens and codebook."""
+    return lambda z, codebook: codebook_search.nearest(z, codebook, impl=impl)
 
 
-def table(results: Sequence[Result]) -> str:
-    """Markdown."""
-    lines = ["| tokens | rows | implementation | ms | of the limit | MiB | checked |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for r in results:
-        part = f"{r.share:.0%}" if r.share else ""
-        lines.append(
-            f"| {r.tokens} | {r.rows} | {r.implementation} | {r.ms:.4g} | {part} | "
-            f"{r.peak_mib:.1f} | {r.error} |"
+def check_search(case: Case, impl: str) -> str:
+    """Compares codes with distances in float64; raises AssertionError if one is wrong."""
+    z, codebook = inputs(case, 1)[0]
+    wrong = count_wrong(z, codebook, np.asarray(jax.jit(search(impl))(z, codebook)))
+    assert not wrong, f"{wrong} codes of {impl} are wrong at {case}"
+    return "0 wrong"
+
+
+def count_wrong(z: np.ndarray, codebook: np.ndarray, codes: np.ndarray) -> int:
+    """Number of codes whose float64 distance exceeds the smallest by over 1e-6 (|z|^2 + |e|^2)."""
+    step, wrong = max(1, len(z) // _SEARCHED), 0
+    rows = codebook.astype(np.float64)
+    squares = np.square(rows).sum(1)
+    for chunk in np.array_split(np.arange(0, len(z), step), 16):
+        tokens = z[chunk].astype(np.float64)
+        lengths = np.square(tokens).sum(1)
+        distance = lengths[:, None] + squares - 2 * tokens @ rows.T
+        chosen = np.take_along_axis(distance, codes[chunk][:, None], axis=1)[:, 0]
+        allowed = 1e-6 * (lengths + squares[codes[chunk]])
+        wrong += int(np.sum(chosen - distance.min(1) > allowed))
+    return wrong
+
+
+def search_flops(case: Case) -> float:
+    """FLOPs of the products of the kernel: a float32 product is three float16 ones, padded."""
+    return 2 * max(16, 1 << (3 * case.width + 2).bit_length()) * case.pairs
+
+
+def torch_searches() -> dict[str, Callable]:
+    """The search in PyTorch, in float32."""
+    torch = importlib.import_module("torch")
+
+    def search(z, codebook):
+        squares = z.square().sum(1, keepdim=True) + codebook.square().sum(1)
+        return torch.argmin(squares - 2 * z @ codebook.T, dim=1)
+
+    return {"torch": search, "torch.compile": torch.compile(search, dynamic=False)}
+
+
+# Entropy loss.
+
+
+def entropy_gradients(impl: str) -> Callable:
+    """Value and gradients of the entropy loss, as a function of tokens and codebook."""
+
+    def loss(z, codebook):
+        return entropy.entropy_loss(
+            z.reshape(-1, 64, z.shape[-1]), codebook, TEMPERATURE, impl=impl
         )
-    return "\n".join(lines)
+
+    return jax.value_and_grad(loss, argnums=(0, 1))
 
 
-def finish(name: str, given: argparse.Namespace, results: Sequence[Result]) -> None:
-    """Prints the table; with `--out` writes it, the figures and a picture as well."""
-    text = f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n\n{table(results)}"
-    print(text)
-    if not given.out:
-        return
-    folder = epath.Path(given.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.md").write_text(text + "\n")
-    (folder / f"{name}.json").write_text(json.dumps([r._asdict() for r in results], indent=1))
-    with (folder / f"{name}.png").open("wb") as file:
-        picture(name, given.at, results).save(file, "PNG")
+def check_entropy(case: Case, impl: str) -> str:
+    """Compares gradients with float64; raises AssertionError if they are off by over 2e-4.
+
+    The error is that of the norm, relative, of 256 tokens in 16 groups that are near each other.
+    """
+    codebook = unit_vectors(1, min(case.rows, 2**14), case.width)
+    near = unit_vectors(2, 16, case.width)[np.arange(_GRADED) % 16]
+    z = near + 0.05 * unit_vectors(3, _GRADED, case.width)
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    _, ours = jax.jit(entropy_gradients(impl))(z, codebook)
+    exact = float64_gradients(z.astype(np.float64), codebook.astype(np.float64))
+    pairs = zip(ours, exact, strict=True)
+    error = max(float(np.linalg.norm(x - y) / np.linalg.norm(y)) for x, y in pairs)
+    assert error < 2e-4, f"gradients of {impl} are off by {error} at {case}"
+    return f"{error:.1e}"
 
 
-def picture(name: str, at: Sequence[int], results: Sequence[Result]) -> Image.Image:
-    """Milliseconds over tokens, and over rows, both on logarithmic scales."""
-    image = Image.new("RGB", (1000, 420), "white")
-    draw = ImageDraw.Draw(image)
-    over_tokens = [r for r in results if r.rows == at[1]]
-    over_rows = [r for r in results if r.tokens == at[0]]
-    _panel(draw, (70, 40), f"{name}: ms over tokens, {at[1]} rows", over_tokens, "tokens")
-    _panel(draw, (570, 40), f"{name}: ms over rows, {at[0]} tokens", over_rows, "rows")
-    return image
+def float64_gradients(z: np.ndarray, codebook: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients of the entropy loss to tokens and codebook, by the chain rule, [m k] at once."""
+    distance = np.square(z[:, None] - codebook).sum(-1)
+    logits = -distance / TEMPERATURE
+    logits -= logits.max(1, keepdims=True)
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    p = np.exp(log_p)
+    mean = p.mean(0)
+    # d loss / d p, then through the softmax, then through the distances.
+    from_p = (np.log(mean + EPSILON) + mean / (mean + EPSILON) - log_p - 1) / len(z)
+    from_logits = p * (from_p - (p * from_p).sum(1, keepdims=True))
+    from_distance = -from_logits / TEMPERATURE
+    dz = 2 * (from_distance.sum(1, keepdims=True) * z - from_distance @ codebook)
+    de = 2 * (from_distance.sum(0)[:, None] * codebook - from_distance.T @ z)
+    return dz, de
 
 
-def _panel(draw, corner, title, results, axis):
-    if not results:
-        return
-    left, top, width, height = *corner, 400, 320
-    span = [_range([getattr(r, axis) for r in results]), _range([r.ms for r in results])]
+def torch_losses() -> dict[str, Callable]:
+    """The entropy loss in PyTorch, forward and backward, in float32."""
+    torch = importlib.import_module("torch")
 
-    def place(r):
-        x = (math.log(getattr(r, axis)) - span[0][0]) / (span[0][1] - span[0][0])
-        y = (math.log(r.ms) - span[1][0]) / (span[1][1] - span[1][0])
-        return left + width * x, top + height * (1 - y)
+    def loss(z, codebook):
+        squares = z.square().sum(1, keepdim=True) + codebook.square().sum(1)
+        log_p = torch.log_softmax((2 * z @ codebook.T - squares) / TEMPERATURE, dim=1)
+        p = log_p.exp()
+        mean = p.mean(0)
+        return -(p * log_p).sum(1).mean() + (mean * torch.log(mean + EPSILON)).sum()
 
-    draw.rectangle((left, top, left + width, top + height), outline="black")
-    draw.text((left, top - 20), title, "black")
-    _labels(draw, results, axis, place, corner, height)
-    for i, kind in enumerate(dict.fromkeys(r.implementation for r in results)):
-        colour = _COLOURS[i % len(_COLOURS)]
-        points = [place(r) for r in sorted(results, key=lambda r: getattr(r, axis))
-                  if r.implementation == kind]  # fmt: skip
-        draw.line(points, colour, 2)
-        for x, y in points:
-            draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
-        draw.text((left + 10, top + 8 + 14 * i), kind, colour)
+    def graded(loss):
+        def run(z, codebook):
+            leaves = [x.detach().requires_grad_() for x in (z, codebook)]
+            return torch.autograd.grad(loss(*leaves), leaves)
+
+        return run
+
+    return {"torch": graded(loss), "torch.compile": graded(torch.compile(loss, dynamic=False))}
 
 
-def _labels(draw, results, axis, place, corner, height):
-    for r in results:
-        draw.text((place(r)[0] - 12, corner[1] + height + 6), f"{getattr(r, axis)}", "black")
-    for r in (min(results, key=lambda r: r.ms), max(results, key=lambda r: r.ms)):
-        draw.text((corner[0] - 50, place(r)[1] - 6), f"{r.ms:.3g}", "black")
+KERNELS = {
+    "search": Kernel(
+        codebook_search.WIDTHS, search, check_search, torch_searches, "products", search_flops,
+        float("inf"), 2**32,
+    ),
+    "entropy": Kernel(  # beyond its limits XLA and PyTorch take minutes
+        entropy.WIDTHS, entropy_gradients, check_entropy, torch_losses, "exponentials",
+        lambda case: 4 * case.pairs, 2**32, 2**30,
+    ),
+}  # fmt: skip
 
 
-def _range(values: Sequence[Any]) -> tuple[float, float]:
-    low, high = math.log(min(values)), math.log(max(values))
-    return (low, high) if high > low else (low - 1, high + 1)
+if __name__ == "__main__":
+    main()

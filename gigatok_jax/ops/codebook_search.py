@@ -13,7 +13,7 @@ from gigatok_jax.ops import implementation
 from gigatok_jax.ops.constrain import batch_axes, per_device
 
 _CHUNK = 1 << 26  # scores held at a time: 256 MB of float32
-_WIDTHS = range(1, 65)  # widths that the kernels are tested with
+WIDTHS = range(1, 65)  # widths that the kernels are tested with
 
 
 def nearest(
@@ -45,8 +45,8 @@ def nearest(
     if z.shape[-1] != codebook.shape[-1]:
         raise ValueError(f"tokens are {z.shape[-1]} wide, codebook rows {codebook.shape[-1]}")
     if impl is None:
-        impl = implementation.choose("codebook search", z.shape[-1], _WIDTHS)
-    implementation.check("codebook search", impl, z.shape[-1], _WIDTHS, interpret)
+        impl = implementation.choose("codebook search", z.shape[-1], WIDTHS)
+    implementation.check("codebook search", impl, z.shape[-1], WIDTHS, interpret)
     if z.size == 0:
         return jnp.zeros(z.shape[:-1], jnp.int32)
     z, codebook = lax.stop_gradient(z), lax.stop_gradient(codebook)

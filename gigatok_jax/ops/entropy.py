@@ -18,7 +18,7 @@ from gigatok_jax.ops.constrain import batch_axes, per_device
 
 BLOCK_ELEMENTS = 2**22  # probabilities held at once, over all devices: 16 MiB
 EPSILON = 1e-5  # inside the logarithm of the mean distribution
-_WIDTHS = range(1, 17)  # widths that the kernels support
+WIDTHS = range(1, 17)  # widths that the kernels support
 
 
 def entropy_loss(
@@ -67,8 +67,8 @@ def entropy_loss(
         raise ValueError(f"{groups} groups do not divide a batch of {b}")
     if impl is None:  # kernels take whole groups: one in all, or equally many on every device
         whole = groups == 1 or groups % jax.device_count() == 0
-        impl = implementation.choose("entropy loss", e, _WIDTHS) if whole else "xla"
-    implementation.check("entropy loss", impl, e, _WIDTHS, interpret)
+        impl = implementation.choose("entropy loss", e, WIDTHS) if whole else "xla"
+    implementation.check("entropy loss", impl, e, WIDTHS, interpret)
     z, codebook = z.astype(jnp.float32), codebook.astype(jnp.float32)
     # Moving both does not change distances; around the mean row, a collapsed codebook keeps the
     # digits of its distances.
