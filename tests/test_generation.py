@@ -199,7 +199,7 @@ def kill_often(models, workdir, count, kills, rng):
     """Runs the task in processes that die by SIGKILL once some more files have been written."""
     command = [sys.executable, "-c", tiny_pair.SCRIPT, str(tiny.session() / "cache")]
     command += [str(models), str(workdir), repr({"num_images": count})]
-    path = os.pathsep.join(["tests", "."])
+    path = os.pathsep.join(["tests/helpers", "."])
     for _ in range(kills):
         aim = len(list(workdir.glob("images/*"))) + rng.randrange(1, 6)
         process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path})
