@@ -4,6 +4,7 @@ Axes: b batch, h w pixels, n codes.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -182,15 +183,10 @@ def _runner(model: library.Tokenizer, folder: str) -> Callable:
 
 def _batches(config, size: int) -> Iterator[tuple[list[str], np.ndarray]]:
     """Names and centre crops uint8[b h w 3] of the input's images; the last batch may be short."""
-    names, images = [], []
-    for name, image in sources.load_images(config.input):
-        names.append(name)
-        images.append(transforms.center_crop(image, size))
-        if len(names) == config.eval.batch:
-            yield names, np.stack(images)
-            names, images = [], []
-    if names:
-        yield names, np.stack(images)
+    images = sources.load_images(config.input)
+    crops = ((name, transforms.center_crop(image, size)) for name, image in images)
+    while batch := list(itertools.islice(crops, config.eval.batch)):
+        yield [name for name, _ in batch], np.stack([crop for _, crop in batch])
 
 
 def _first(reconstructed: Reconstructed, count: int) -> Reconstructed:
