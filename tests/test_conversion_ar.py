@@ -14,7 +14,7 @@ from gigatok_jax.errors import CheckpointError
 from gigatok_jax.model_config import PRIORS, model_config
 from gigatok_jax.models import ar
 from gigatok_jax.train import ar as training
-from gigatok_jax.weights import names
+from gigatok_jax.weights import names, prior_names
 
 OPTIONS = {
     "rope": {"rope": True},
@@ -56,7 +56,7 @@ def tensor_shapes(model) -> dict[str, tuple[int, ...]]:
     params = shapes_of(model)
     return {
         entry.name: tensor_shape(entry, names.get_path(params, entry.path).shape)
-        for entry in convert.entries(model)
+        for entry in prior_names.entries(model)
     }
 
 
@@ -91,7 +91,7 @@ def test_names_shapes_order_and_count_are_the_originals(name):
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_what_is_decayed_has_two_axes_in_the_original(name):
     content, model = manifest(name)
-    for entry in convert.entries(model):
+    for entry in prior_names.entries(model):
         matrix = len(content["state_dict"][entry.name]) >= 2
         assert training.is_decayed(entry.path) == matrix, entry
 
@@ -136,7 +136,7 @@ def test_every_tensor_is_read_once():
             return super().__getitem__(name)
 
     convert.from_torch(Counted(random_state(model)), model)
-    assert reads == [entry.name for entry in convert.entries(model)]
+    assert reads == [entry.name for entry in prior_names.entries(model)]
 
 
 def test_a_state_dict_of_another_model_is_refused():

@@ -156,7 +156,7 @@ def test_moments_lie_where_their_parameters_do(tmp_path):
     optimizer = {"state": states, "param_groups": [{"params": list(range(len(order)))}]}
     arrays = run_state.to_ours(parts, {"optimizer": optimizer}, 5, model)
     arrays = {path: names.value_of(array) for path, array in arrays.items()}
-    params = run_state.below(arrays, "params/")
+    params = names.below(arrays, "params/")
     for path, array in params.items():
         np.testing.assert_array_equal(arrays[f"opt_state/1/mu/{path}"], 2 * array)
         np.testing.assert_array_equal(arrays[f"opt_state/1/nu/{path}"], array**2)

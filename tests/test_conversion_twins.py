@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 from gigatok_jax.conversion import ar as convert_ar
-from gigatok_jax.conversion import tokenizer as convert
 from gigatok_jax.models import ar, cnn, discriminator, layers
 from gigatok_jax.weights import discriminator_names as convert_discriminator
-from gigatok_jax.weights import names, tables
+from gigatok_jax.weights import names, tables, tokenizer_names
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
@@ -98,7 +97,7 @@ def test_the_qformer_block(qk_norm):
         normal(4, 5, WIDTH), normal(5, 7, WIDTH)
     )  # fmt: skip
     module = layers.QFormerBlock(HEADS, qk_norm)
-    (ours, _), state = pair(module, convert._block(model), x, memory, at, at_memory)
+    (ours, _), state = pair(module, tokenizer_names._block(model), x, memory, at, at_memory)
     y, memory, at, at_memory = map(tensor, (x, memory, at, at_memory))
     normed = layer_norm(state, "norm1", y)
     query = normed + at
@@ -111,7 +110,7 @@ def test_the_qformer_block(qk_norm):
 def test_the_transformer_block():
     model = types.SimpleNamespace(kind="2d", layer_2d="transformer", qk_norm=False)
     x = normal(6, 2, 5, WIDTH)
-    (ours, _), state = pair(layers.TransformerBlock(HEADS), convert._block(model), x)
+    (ours, _), state = pair(layers.TransformerBlock(HEADS), tokenizer_names._block(model), x)
     y = tensor(x)
     normed = layer_norm(state, "norm1", y)
     y = y + attention(state, "self_attn", normed, normed, normed, False)
@@ -120,7 +119,7 @@ def test_the_transformer_block():
 
 def test_the_alignment_mlp():
     x = normal(7, 2, 5, 16)
-    table = names.under(convert._ALIGN, "", "distill_mlp.")
+    table = names.under(tokenizer_names._ALIGN, "", "distill_mlp.")
     ours, state = pair(layers.AlignmentMLP(12), table, x)
     y = tensor(x)
     for name in ("0", "2"):
@@ -150,7 +149,7 @@ def test_the_residual_block(features):
     x = normal(8, 2, 6, 4, 32)
     table = [
         entry._replace(path=entry.path.removeprefix("b/"), name=entry.name.removeprefix("b."))
-        for entry in convert._resnet("b", "b", features != 32)
+        for entry in tokenizer_names._resnet("b", "b", features != 32)
     ]
     ours, state = pair(cnn.ResnetBlock(features), table, x)
     x = images(x)
@@ -162,7 +161,7 @@ def test_the_residual_block(features):
 
 def test_attention_between_convolutions():
     x = normal(9, 2, 3, 4, 32)
-    ours, state = pair(cnn.SpatialAttention(), convert._CNN_ATTENTION, x)
+    ours, state = pair(cnn.SpatialAttention(), tokenizer_names._CNN_ATTENTION, x)
     x = images(x)
     y = group_norm(state, "norm", x)
     q, k, v = (conv(state, name, y, padding=0).flatten(2) for name in "qkv")  # [b c hw]

@@ -15,7 +15,7 @@ from gigatok_jax.errors import CheckpointError, ConfigError
 from gigatok_jax.model_config import num_tokens
 from gigatok_jax.model_config import tokenizer as model_config
 from gigatok_jax.models import cnn, layers, qformer, tokenizer, vit2d
-from gigatok_jax.weights import names
+from gigatok_jax.weights import names, tokenizer_names
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -289,7 +289,7 @@ def random_state(model):
     """A PyTorch state dict of random numbers for a model, and the shapes of our parameters."""
     _, variables = shapes_of(model)
     rng, state = np.random.default_rng(0), {}
-    for entry in convert.entries(model):
+    for entry in tokenizer_names.entries(model):
         if entry.path.startswith("buffers/"):
             shape = (65536,)
         else:
@@ -352,7 +352,7 @@ def test_attention_is_torchs_with_fused_projections(heads):
     query, key, value = normal(20, 2, 5, 32), normal(21, 2, 7, 32), normal(22, 2, 7, 32)
     expected = theirs(*map(torch.from_numpy, (query, key, value)))[0].detach().numpy()
     state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
-    params = names.from_torch(state, convert._FUSED)
+    params = names.from_torch(state, tokenizer_names._FUSED)
     out = layers.Attention(heads).apply({"params": params}, query, key, value)
     np.testing.assert_allclose(out, expected, rtol=0, atol=2e-5)
 

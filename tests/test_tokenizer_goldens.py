@@ -8,9 +8,9 @@ import pytest
 import rule
 from PIL import Image
 
-from gigatok_jax.conversion import tokenizer as convert
 from gigatok_jax.model_config import tokenizer as tokenizer_config
 from gigatok_jax.models.tokenizer import make
+from gigatok_jax.weights import names, tokenizer_names
 
 PORTABLE = ["tok_tiny_a", "tok_tiny_b", "tok_tiny_c", "tok_tiny_2d"]
 TINY = ["tiny_a", "tiny_b", "tiny_c", "tiny_d_qknorm", "tiny_e_meanquery", "tiny_f_learnquery"]
@@ -60,16 +60,16 @@ def rule_params(model, keep: tuple[str, ...] = ()) -> dict:
     module = make(model)
     size = model.image_size
     shapes = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, size, size, 3), "f4"))
-    entries = convert.entries(model)
+    entries = tokenizer_names.entries(model)
     state = {}
     for entry in entries:
         if entry.path.startswith("buffers/"):
             state[entry.name] = (65536,)
             continue
-        leaf = rule_shape(entry, convert.names.get_path(shapes["params"], entry.path).shape)
+        leaf = rule_shape(entry, names.get_path(shapes["params"], entry.path).shape)
         state[entry.name] = leaf
     kept = [e for e in entries if not keep or e.path.split("/")[0] in keep]
-    params = convert.names.from_torch(RuleState(state), kept)
+    params = names.from_torch(RuleState(state), kept)
     params.pop("buffers", None)
     return params
 
@@ -77,7 +77,7 @@ def rule_params(model, keep: tuple[str, ...] = ()) -> dict:
 def rule_shape(entry, shape) -> tuple[int, ...]:
     """Shape of the original's tensor from the shape of our array."""
     shape = shape if entry.layer is None else shape[1:]
-    there = convert.names.LAYOUTS[entry.layout][1](np.empty(shape, np.bool_)).shape
+    there = names.LAYOUTS[entry.layout][1](np.empty(shape, np.bool_)).shape
     return there if entry.part is None else (3 * there[0], *there[1:])
 
 

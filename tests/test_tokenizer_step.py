@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import tiny
 
-from gigatok_jax.conversion import tokenizer as convert
 from gigatok_jax.model_config import model_config
 from gigatok_jax.models import dino, discriminator
 from gigatok_jax.train import objective, optim, tokenizer_step
 from gigatok_jax.train import tokenizer as loop
 from gigatok_jax.train.objective import Phase
+from gigatok_jax.weights import tokenizer_names
 
 ALL_ON = Phase(shortcut=True, adversarial=True, entropy=True)
 PLAIN = Phase(shortcut=True, adversarial=True, entropy=False)  # with a judge without batch norm
@@ -433,6 +433,6 @@ def test_decay_follows_the_mask_and_the_schedule_reaches_the_update():
 
 @pytest.mark.parametrize("size", ["S-S", "XL-XXL", "B-L-2D", "S-S-2D"])
 def test_decay_spares_what_the_original_calls_norm(size):
-    names = convert.original_names(model_config(size))
+    names = {e.path: e.name for e in tokenizer_names.entries(model_config(size))}
     for path, name in names.items():
         assert loop.is_decayed(path) == ("norm" not in name), (path, name)

@@ -16,12 +16,11 @@ import rule
 from test_tokenizer_goldens import model_of, rule_params
 
 from configs import common
-from gigatok_jax.conversion import tokenizer as convert
 from gigatok_jax.models import discriminator, perceptual, tokenizer
 from gigatok_jax.train import networks as networks_lib
 from gigatok_jax.train import objective, optim, tokenizer_step
 from gigatok_jax.weights import discriminator_names as convert_discriminator
-from gigatok_jax.weights import frozen, names
+from gigatok_jax.weights import frozen, names, tokenizer_names
 
 ALL_ON = objective.Phase(shortcut=True, adversarial=True, entropy=True)
 TERMS = {  # ours to the original's, as it logs them
@@ -120,7 +119,9 @@ def updated():
 def original(tree, of="generator") -> dict[str, np.ndarray]:
     """Tensors under the original's names and layouts."""
     if of == "generator":
-        table = [e for e in convert.entries(run()[2].model) if not e.path.startswith("buffers")]
+        table = [
+            e for e in tokenizer_names.entries(run()[2].model) if not e.path.startswith("buffers")
+        ]
         return names.to_torch(tree, table)
     table = convert_discriminator.entries("patchgan")
     table = [e for e in table if e.path.startswith("params")]

@@ -4,46 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gigatok_jax.weights import names, recognise
-from gigatok_jax.weights.names import Entry, layer_pair, norm_pair, under
-
-_QK_NORM = [
-    *norm_pair("attention/query_norm", "attention.q_norm"),
-    *norm_pair("attention/key_norm", "attention.k_norm"),
-]
-_MLP = [
-    Entry("mlp/gate_up/kernel", "feed_forward.w1.weight", "dense", half=0),
-    Entry("mlp/gate_up/kernel", "feed_forward.w3.weight", "dense", half=1),
-    Entry("mlp/down/kernel", "feed_forward.w2.weight", "dense"),
-]
-_NORMS = [
-    Entry("norm1/scale", "attention_norm.weight"),
-    Entry("norm2/scale", "ffn_norm.weight"),
-]
-# What conditions on the class: in a block before and after all else, and outside the blocks.
-_FIRST = {"none": [], "full": [], "shared": [Entry("modulation", "ada_gss", "table")]}
-_LAST = {"none": [], "full": layer_pair("modulation", "adaLN_modulation.1", "dense"), "shared": []}
-_FINAL = layer_pair("final_modulation", "final_adaLN.1", "dense")
-_OUTSIDE = {
-    "none": [],
-    "full": _FINAL,
-    "shared": [*layer_pair("modulation", "adaLN.1", "dense"), *_FINAL],
-}
-
-
-def entries(model) -> list[Entry]:
-    """Every parameter of a prior config with its original name."""
-    block = _block(model)
-    blocks = [under(block, "blocks/", f"layers.{i}.", layer=i) for i in range(model.layers)]
-    return [
-        *([] if model.rope else [Entry("positions", "positional_embedding")]),
-        Entry("class_embedding/embedding", "cls_embedding.embedding_table.weight"),
-        Entry("code_embedding/embedding", "tok_embeddings.weight"),
-        *(entry for layer in blocks for entry in layer),
-        Entry("norm/scale", "norm.weight"),
-        Entry("head/kernel", "output.weight", "dense"),
-        *_OUTSIDE[model.adaln],
-    ]
+from gigatok_jax.weights import names, prior_names, recognise
 
 
 def from_torch(state_dict: Mapping, model) -> dict:
@@ -56,12 +17,12 @@ def from_torch(state_dict: Mapping, model) -> dict:
     Raises:
         CheckpointError: tensors are missing.
     """
-    return names.from_torch(state_dict, entries(model))
+    return names.from_torch(state_dict, prior_names.entries(model))
 
 
 def to_torch(params: Mapping, model) -> dict[str, np.ndarray]:
     """The original's state dict, every name of it, bit for bit."""
-    return names.to_torch(params, entries(model))
+    return names.to_torch(params, prior_names.entries(model))
 
 
 def infer_config(state_dict: Mapping, **overrides):
@@ -73,15 +34,3 @@ def infer_config(state_dict: Mapping, **overrides):
     Args, Raises: as of `conversion.tokenizer.infer_config`.
     """
     return recognise.infer_prior(state_dict, **overrides)
-
-
-def _block(model) -> list[Entry]:
-    return [
-        *_FIRST[model.adaln],
-        Entry("attention/qkv/kernel", "attention.wqkv.weight", "dense"),
-        Entry("attention/out/kernel", "attention.wo.weight", "dense"),
-        *(_QK_NORM if model.qk_norm else []),
-        *_MLP,
-        *_NORMS,
-        *_LAST[model.adaln],
-    ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from gigatok_jax.conversion import run_state
 from gigatok_jax.run.metric_writer import count_bytes
 from gigatok_jax.weights import read, recognise
 from gigatok_jax.weights.names import Promise
@@ -26,7 +27,7 @@ def compare(first: str, second: str, tolerance: float = 0.0, weights: str = "aut
     Returns:
         Whether they have the same names, and no difference is above the tolerance.
     """
-    a, b = read.load(first), read.load(second)
+    a, b = run_state.load(first), run_state.load(second)
     same = [_compare_part(a, b, one, other, tolerance) for one, other in _pairs(a, b, weights)]
     return all(same)
 
@@ -89,7 +90,7 @@ def _difference(left: Promise, right: Promise) -> float:
 
 def inspect(path: str) -> None:
     """Prints what a checkpoint holds; reads names, shapes and the config alone."""
-    found = read.load(path)
+    found = run_state.load(path)
     print(f"{path}: {found.kind}" + ("" if found.step is None else f" at step {found.step}"))
     for name, part in found.parts.items():
         kinds = collections.Counter(np.dtype(tensor.dtype).name for tensor in part.values())

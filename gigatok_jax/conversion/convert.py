@@ -59,7 +59,7 @@ def from_torch(
     """
     target = epath.Path(out).expanduser().absolute()  # Orbax wants it so
     _check_free(target)
-    found = read.load(source)
+    found = run_state.load(source)
     if target.suffix == ".safetensors":
         _weights_only(read.read(source, weights, **overrides or {}), target)
         return
@@ -80,7 +80,7 @@ def to_torch(source: str, out: str, *, weights: str = "auto", **overrides) -> No
     if target.suffix == ".safetensors":
         _weights_only(read.read(source, weights, **overrides), target)
     elif target.suffix == ".pt":
-        _to_pt(read.load(source), target, weights, overrides)
+        _to_pt(run_state.load(source), target, weights, overrides)
     else:
         raise ConfigError(f"{out}: to_torch writes .pt or .safetensors")
 
@@ -123,7 +123,7 @@ def _to_workdir(found, target: epath.Path, overrides, config_path: str, tokenize
     if run is not None:
         _check_same(model, run.model, found.path)
     parts = dict(found.parts)
-    for part in run_state.COPIES:
+    for part in read.COPIES:
         if part in parts:
             parts[part] = read.checked(found, part, model)
     fallback = run.loss.discriminator if run and "loss" in run else "patchgan"
@@ -188,7 +188,7 @@ def _settings(optimizers: Mapping[str, dict]) -> dict[str, list[dict]]:
 
 def _to_pt(found, target: epath.Path, weights: str, overrides) -> None:
     model = read.config_of(found, **overrides)
-    copies = [part for part in run_state.COPIES if part in found.parts]
+    copies = [part for part in read.COPIES if part in found.parts]
     if weights != "auto" or not found.optimizers:
         copies = [read.choose(found, weights)]
     saved = {part: read.checked(found, part, model) for part in copies}

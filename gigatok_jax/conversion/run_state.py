@@ -11,15 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from gigatok_jax.errors import CheckpointError
 from gigatok_jax.models import discriminator as discriminator_modules
-from gigatok_jax.weights import discriminator_names, names, recognise, tables
-from gigatok_jax.weights.names import Entry, Promise, value_of
+from gigatok_jax.weights import discriminator_names, names, read, recognise, tables
+from gigatok_jax.weights.names import Entry, Promise, below, value_of
+from gigatok_jax.weights.read import Checkpoint
 
 ADAM = "opt_state/1/"  # of the three links of `optim.make_optimizer`, the one that has a state
 MOMENTS = {"mu": "exp_avg", "nu": "exp_avg_sq"}
-COPIES = {"model": "params/", "ema": "ema_params/"}
 MODULES = {
     "patchgan": discriminator_modules.PatchGAN,
     "dino": discriminator_modules.DinoDiscriminator,
@@ -40,11 +41,6 @@ def parameter_order(tensors: Mapping[str, Any], entries: list[Entry], kind: str)
     if kind != "prior":
         return order
     return sorted(order, key=lambda name: len(tensors[name].shape) < 2)  # matrices, then the rest
-
-
-def below(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Entries whose path begins with a prefix, without it."""
-    return {path.removeprefix(prefix): x for path, x in arrays.items() if path.startswith(prefix)}
 
 
 def above(prefix: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,8 +90,8 @@ def to_ours(
     arrays = {
         "step": np.asarray(step, np.int32),
         "rng": np.asarray(jax.random.key_data(jax.random.key(seed))),
-        **above(COPIES["model"], params),
-        **above(COPIES["ema"], ema),
+        **above(read.COPIES["model"], params),
+        **above(read.COPIES["ema"], ema),
         **_adam_to_ours(optimizers, "optimizer", order, trained, entries),
     }
     if model.kind != "prior":
@@ -204,19 +200,19 @@ def _typed(array: Promise | np.ndarray, dtype: str) -> Promise | np.ndarray:
 # To the original.
 
 
-def to_theirs(arrays: Mapping[str, Promise], model) -> tuple[dict[str, Tensors], dict[str, dict]]:
-    """Parts and optimizers of our run as PyTorch has them.
+def load(path: epath.PathLike) -> Checkpoint:
+    """Contents of a checkpoint of any format; those of a run under the original's names too.
 
-    Returns:
-        "model", "ema", "discriminator" as far as they are there, and "optimizer",
-        "optimizer_disc", whose groups have no settings yet.
+    The groups of the optimizers of a run have no settings yet.
+
+    Raises:
+        CheckpointError: nothing there, damaged, or nothing of GigaTok.
     """
-    entries, parts, optimizers = tables.entries(model), {}, {}
-    for part, prefix in COPIES.items():
-        if copy := below(arrays, prefix):
-            parts[part] = names.tensors(copy | _history(arrays, model, part), entries)
-    if f"{ADAM}count" in arrays and parts:
-        tensors = next(iter(parts.values()))
+    checkpoint = read.load(path)
+    arrays, parts, optimizers = checkpoint.arrays, dict(checkpoint.parts), {}
+    if f"{ADAM}count" in arrays:
+        model, tensors = read.config_of(checkpoint), next(iter(parts.values()))
+        entries = tables.entries(model)
         order = parameter_order(tensors, entries, model.kind)
         optimizers["optimizer"] = _adam_to_theirs(arrays, order, entries, model.kind, tensors)
     if judge := below(arrays, "discriminator/"):
@@ -224,17 +220,7 @@ def to_theirs(arrays: Mapping[str, Promise], model) -> tuple[dict[str, Tensors],
         kind = "dino" if any(path.startswith("spectral/") for path in stats) else "patchgan"
         part, optimizer = _discriminator_to_theirs(arrays, above("params/", judge) | stats, kind)
         parts["discriminator"], optimizers["optimizer_disc"] = part, optimizer
-    return parts, optimizers
-
-
-def _history(arrays: Mapping[str, Promise], model, part: str) -> Tensors:
-    """The latest codes, which the original keeps in the model; its average never gets any."""
-    if model.kind == "prior":
-        return {}
-    if part == "model" and "codebook_used" in arrays:
-        return {tables.USED: arrays["codebook_used"]}
-    shape = (tables.HISTORY,)
-    return {tables.USED: Promise(shape, np.dtype("f4"), lambda: np.zeros(shape, np.float32))}
+    return checkpoint._replace(parts=parts, optimizers=checkpoint.optimizers | optimizers)
 
 
 def _adam_to_theirs(arrays, order: list[str], entries, kind: str, tensors) -> dict[str, Any]:

@@ -78,6 +78,11 @@ def norm_pair(path: str, name: str) -> list[Entry]:
     return [Entry(f"{path}/scale", f"{name}.weight"), Entry(f"{path}/bias", f"{name}.bias")]
 
 
+def below(arrays: Mapping, prefix: str) -> dict:
+    """Entries whose path begins with a prefix, without it."""
+    return {path.removeprefix(prefix): x for path, x in arrays.items() if path.startswith(prefix)}
+
+
 def set_path(tree: dict, path: str, value) -> None:
     """Puts a value into nested dicts, making them on the way."""
     *parents, leaf = path.split("/")

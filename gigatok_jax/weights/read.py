@@ -14,17 +14,17 @@ import numpy as np
 from etils import epath
 
 from gigatok_jax import files
-from gigatok_jax.conversion import ar, run_state, tokenizer
 from gigatok_jax.errors import CheckpointError, ConfigError
 from gigatok_jax.model_config import prior as prior_config
 from gigatok_jax.model_config import tokenizer as tokenizer_config
-from gigatok_jax.weights import orbax_file, recognise, safetensors_file, torch_file
+from gigatok_jax.weights import names, orbax_file, recognise, safetensors_file, tables, torch_file
 from gigatok_jax.weights.names import Promise, value_of
 
 SAFETENSORS, CONFIG = "model.safetensors", "config.json"
 WEIGHTS = {"auto": None, "ema": "ema", "raw": "model"}
 MODEL_KEYS = ("model", "state_dict")  # where the original's scripts look for a trained copy
-INFER = {"tokenizer": tokenizer.infer_config, "prior": ar.infer_config}
+INFER = {"tokenizer": recognise.infer_tokenizer, "prior": recognise.infer_prior}
+COPIES = {"model": "params/", "ema": "ema_params/"}  # in the state of our runs
 
 
 class Checkpoint(NamedTuple):
@@ -36,6 +36,7 @@ class Checkpoint(NamedTuple):
     config: dict[str, Any] | None  # of the model, when it is beside the tensors
     step: int | None
     extras: dict[str, Any]  # of our own checkpoints
+    arrays: dict[str, Promise]  # the whole state of a run of ours, by path
 
     @property
     def kind(self) -> str:
@@ -182,7 +183,7 @@ def _load_torch(path: epath.Path) -> Checkpoint:
     if step is not None and (type(step) is not int or not 0 <= step < 2**31):
         raise CheckpointError(f"{path}: steps is {step!r}, expected a number of updates")
     parts = {name: promised(path, part) for name, part in parts.items()}
-    return Checkpoint(str(path), parts, optimizers, None, step, {})
+    return Checkpoint(str(path), parts, optimizers, None, step, {}, {})
 
 
 def _load_safetensors(path: epath.Path) -> Checkpoint:
@@ -198,18 +199,32 @@ def _load_safetensors(path: epath.Path) -> Checkpoint:
     extras = {name: config[name] for name in ("tokenizer",) if name in config}
     part = "ema" if config.get("weights") == "ema" else "model"
     parts = {part: promised(path, arrays)}
-    return Checkpoint(str(path), parts, {}, model, config.get("step"), extras)
+    return Checkpoint(str(path), parts, {}, model, config.get("step"), extras, {})
 
 
 def _load_orbax(path: epath.Path) -> Checkpoint:
     step = orbax_file.read(path)
     model = ml_collections.ConfigDict(step.extras["config"]["model"])
     arrays = promised(path, step.arrays)
-    parts, optimizers = run_state.to_theirs(arrays, model)
+    parts = {
+        part: names.tensors(copy | _history(arrays, model, part), tables.entries(model))
+        for part, prefix in COPIES.items()
+        if (copy := names.below(arrays, prefix))
+    }
     if not parts:
         raise CheckpointError(f"{path} has no entry params or ema_params")
     number = step.extras["step"]
-    return Checkpoint(str(path), parts, optimizers, model.to_dict(), number, step.extras)
+    return Checkpoint(str(path), parts, {}, model.to_dict(), number, step.extras, arrays)
+
+
+def _history(arrays: Mapping[str, Promise], model, part: str) -> dict[str, Promise]:
+    """The latest codes, which the original keeps in the model; its average never gets any."""
+    if model.kind == "prior":
+        return {}
+    if part == "model" and "codebook_used" in arrays:
+        return {tables.USED: arrays["codebook_used"]}
+    shape = (tables.HISTORY,)
+    return {tables.USED: Promise(shape, np.dtype("f4"), lambda: np.zeros(shape, np.float32))}
 
 
 def promised(path: epath.PathLike, state: Mapping[str, Any]) -> dict[str, Promise]:

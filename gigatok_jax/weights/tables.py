@@ -3,16 +3,16 @@
 import jax
 import jax.numpy as jnp
 
-from gigatok_jax.conversion import ar, tokenizer
 from gigatok_jax.models import parameters
+from gigatok_jax.weights import prior_names, tokenizer_names
 from gigatok_jax.weights.names import Entry
 
-USED, HISTORY = "buffers/codebook_used", tokenizer.HISTORY
+USED, HISTORY = "buffers/codebook_used", tokenizer_names.HISTORY
 
 
 def entries(model) -> list[Entry]:
     """Every parameter and buffer of a config with its original name."""
-    return ar.entries(model) if model.kind == "prior" else tokenizer.entries(model)
+    return (prior_names if model.kind == "prior" else tokenizer_names).entries(model)
 
 
 def shapes(model) -> dict[str, jax.ShapeDtypeStruct]:
