@@ -117,6 +117,9 @@ def _backward(temperature, groups, block_elements, residuals, cotangent):
         p, log_p, h = _assign(block, codebook, temperature)
         mean_slope = jnp.sum(p * slope, axis=-1, keepdims=True)
         q = p * (slope - log_p - h - mean_slope)  # [g b/g t k]
+        # The sums over rows round differently on each processor. What they leave in q is a
+        # multiple of p, which hides the gradient of a collapsed codebook.
+        q -= p * q.sum(axis=-1, keepdims=True)
         from_z += _einsum("gbtk,gbte->ke", q, block)
         return (from_z, mass + q.sum(axis=(0, 1, 2))), _einsum("gbtk,ke->gbte", q, codebook)
 
