@@ -119,10 +119,10 @@ def test_other_sizes_are_cropped_and_damaged_files_passed_over(tmp_path, monkeyp
     Image.fromarray(wide).save(folder / "wide.jpg")
     (folder / "bad.png").write_bytes(b"this is no picture")
     told = []
-    monkeypatch.setattr(sources.logging, "warning", lambda text, *a: told.append(text % a))
+    monkeypatch.setattr(pipeline.logging, "warning", lambda text, *a: told.append(text % a))
     results, figures = run(tmp_path / "run", folder)
     assert list(figures) == ["wide.jpg"] and results["images"] == 1
-    assert any(line.startswith("skipped bad.png") for line in told)
+    assert any(line.startswith("unreadable image 1: bad.png") for line in told)
 
 
 def test_lpips_is_taken_where_its_weights_are(digits, tmp_path, monkeypatch):
@@ -210,7 +210,7 @@ def test_mistakes_are_one_line(tmp_path, values, error, message):
 
 def test_nothing_readable_is_an_error(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"this is no picture")
-    with pytest.raises(DataError, match=r"no readable image in .*bad\.png"):
+    with pytest.raises(DataError, match=r"1 unreadable images where 0 are allowed, first bad\.png"):
         run(tmp_path / "run", tmp_path)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gigatok_jax.data import sources
+from gigatok_jax.data import pipeline, sources, transforms
 from gigatok_jax.errors import ConfigError, DataError
 
 
@@ -171,16 +171,24 @@ def test_names_that_are_no_text_are_names_too(tmp_path):
     assert len(source) == 2 and len(sources.fingerprint(source)) == 16
 
 
-def test_load_images_reads_a_file_or_a_folder_and_names_the_bad(tmp_path, caplog):
+def test_images_at_a_path_are_those_of_a_folder_or_one_file(tmp_path, caplog):
     write(tmp_path, ["b/1.png", "a.png"])
     (tmp_path / "bad.png").write_bytes(b"nothing")
-    images = dict(sources.load_images(tmp_path))
-    assert list(images) == ["a.png", "b/1.png"]
-    assert images["b/1.png"].shape == (12, 12, 3)
-    assert [r.getMessage() for r in caplog.records] == ["skipped bad.png: not an image"]
-    ((name, image),) = sources.load_images(tmp_path / "a.png")
-    assert name == "a.png" and image.shape == (12, 13, 3)
-    with pytest.raises(DataError, match="no readable image"):
-        list(sources.load_images(tmp_path / "bad.png"))
+    source = sources.images_at(tmp_path)
+    with pipeline.eval_batches(source, 12, 3) as batches:
+        (batch,) = batches
+    kept = batch["index"][batch["mask"]]
+    assert [source.names[i] for i in kept] == ["a.png", "b/1.png"]
+    assert batch["image"].shape == (3, 12, 12, 3)
+    assert [r.getMessage() for r in caplog.records] == [
+        "unreadable image 1: bad.png (not an image)"
+    ]
+    source = sources.images_at(tmp_path / "a.png")
+    assert source.names == ["a.png"] and transforms.decode(source[0]["image"]).shape == (12, 13, 3)
+    with (
+        pytest.raises(DataError, match=r"1 unreadable images where 0 are allowed, first bad\.png"),
+        pipeline.eval_batches(sources.images_at(tmp_path / "bad.png"), 12, 1) as batches,
+    ):
+        list(batches)
     with pytest.raises(DataError, match="does not exist"):
-        list(sources.load_images(tmp_path / "nowhere"))
+        sources.images_at(tmp_path / "nowhere")

@@ -79,13 +79,19 @@ class Batches:
     """
 
     def __init__(
-        self, dataset: grain.IterDataset, image_size: int, share: int, limit: int, report: Report
+        self,
+        dataset: grain.IterDataset,
+        image_size: int,
+        source: Source,
+        process_count: int,
+        limit: int,
+        report: Report,
     ):
         self.report = report
         self._iterator = iter(dataset)
         self._image_size = image_size
-        self._records_left = share  # of the first pass over this process's share of the source
-        self._limit = limit
+        self._source, self._limit = source, limit
+        self._records_left = len(source) // process_count  # of this process in the first pass
 
     def __iter__(self) -> "Batches":
         return self
@@ -96,7 +102,7 @@ class Batches:
             self.report.add_unreadable(name, reason)
         if len(self.report.unreadable) > self._limit:
             self.close()
-            raise _too_many(self.report.unreadable.items(), self._limit)
+            raise _too_many(list(self.report.unreadable.items()), self._limit, self._source)
         self.report.enlarged.update(batch["index"][batch.pop("small")].tolist())
         self._records_left -= len(batch["index"])
         if self._records_left <= 0:
@@ -157,8 +163,7 @@ def train_batches(
     batches = batches[start_step * process_count + process_index :: process_count]
     workers = 0 if source.decoded or len(source) <= _FEW_RECORDS else data.workers
     dataset = _prefetched(batches, workers, local_batch * image_size**2 * 3)
-    share = len(source) // process_count
-    return Batches(dataset, image_size, share, data.max_unreadable, Report())
+    return Batches(dataset, image_size, source, process_count, data.max_unreadable, Report())
 
 
 def eval_batches(
@@ -201,8 +206,8 @@ def eval_batches(
     shape = views(np.zeros((image_size, image_size, 3), np.uint8), image_size).shape
     shown = batch // process_count * math.prod(shape)
     dataset = _prefetched(batches[process_index::process_count], workers, shown)
-    share, limit = len(source) // process_count, min(max_unreadable, len(source) - 1)
-    return Batches(dataset, image_size, share, limit, report or Report())
+    limit = min(max_unreadable, len(source) - 1)
+    return Batches(dataset, image_size, source, process_count, limit, report or Report())
 
 
 def order(records: int, seed: int) -> grain.MapDataset:
@@ -266,7 +271,7 @@ def _readable(source, index: int, size: int, limit: int) -> _Record:
     if len(unreadable) <= limit:
         name, reason = unreadable[0]
         raise DataError(f"none of the {len(source)} images can be read, first {name} ({reason})")
-    raise _too_many(unreadable, limit)
+    raise _too_many(unreadable, limit, source)
 
 
 def _read(source, index: int, size: int) -> _Record:
@@ -275,12 +280,12 @@ def _read(source, index: int, size: int) -> _Record:
     return _Record(image, record["label"], index, min(image.shape[:2]) < size, ())
 
 
-def _too_many(unreadable, limit: int) -> DataError:
-    unreadable = list(unreadable)
+def _too_many(unreadable: list[tuple[str, str]], limit: int, source: Source) -> DataError:
     first = ", ".join(f"{name} ({reason})" for name, reason in unreadable[:3])
+    cure = ", or raise data.max_unreadable" if len(unreadable) < len(source) else ""
     return DataError(
-        f"{len(unreadable)} unreadable images where {limit} are allowed, first {first}: repair or "
-        "remove them, or raise data.max_unreadable"
+        f"{len(unreadable)} unreadable images where {limit} are allowed, first {first}: repair or"
+        f" remove them{cure}"
     )
 
 

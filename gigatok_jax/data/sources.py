@@ -12,7 +12,6 @@ from concurrent import futures
 
 import ml_collections
 import numpy as np
-from absl import logging
 from etils import epath
 from PIL import Image
 
@@ -38,11 +37,12 @@ class FolderSource:
 
     decoded = False
 
-    def __init__(self, folder: epath.PathLike):
+    def __init__(self, folder: epath.PathLike, names: Sequence[str] | None = None):
         """Lists the images of a folder.
 
         Args:
             folder: a local or remote path.
+            names: relative paths of the images; None takes all that the folder holds.
 
         Raises:
             DataError: the folder does not exist or holds no image.
@@ -50,7 +50,7 @@ class FolderSource:
         self.folder = epath.Path(folder)
         if not self.folder.is_dir():
             raise DataError(f"data folder {folder} does not exist or is not a folder")
-        self.names = sorted(_walk(self.folder, ""))
+        self.names = sorted(_walk(self.folder, "") if names is None else names)
         if not self.names:
             endings = ", ".join(EXTENSIONS[:-1]) + " or " + EXTENSIONS[-1]
             raise DataError(f"no images in {folder}: expected files ending in {endings}")
@@ -222,17 +222,17 @@ def _bytes(names: str) -> bytes:
 def refuse_small(source: FolderSource, min_size: int) -> None:
     """Reads the header of every image; raises DataError for a short side under `min_size` px."""
     with futures.ThreadPoolExecutor(_HEADER_THREADS) as pool:
-        for name, size in zip(source.names, pool.map(_header, _paths(source)), strict=True):
+        for name, size in zip(
+            source.names,
+            pool.map(_header, [source.folder / name for name in source.names]),
+            strict=True,
+        ):
             if size is not None and min(size) < min_size:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise DataError(
                     f"{name} is {size[0]}x{size[1]} pixels, data.min_size asks for {min_size}: "
                     "remove it or lower data.min_size"
                 )
-
-
-def _paths(source: FolderSource) -> list[epath.Path]:
-    return [source.folder / name for name in source.names]
 
 
 def _header(path: epath.Path) -> tuple[int, int] | None:
@@ -253,30 +253,13 @@ def fingerprint(source: FolderSource | DigitsSource) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_images(path: epath.PathLike) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and pixels of one image file, or of every image of a folder, in sorted order.
-
-    Files that cannot be read are named in the log and passed over.
-
-    Yields:
-        (name relative to the folder, uint8[h w 3] of the image's own size).
+def images_at(path: epath.PathLike) -> FolderSource:
+    """Source of a single image file, or of every image of a folder.
 
     Raises:
-        DataError: the path does not exist, or nothing in it could be read.
+        DataError: the path does not exist, or the folder holds no image.
     """
     path = epath.Path(path)
     if not path.exists():
         raise DataError(f"input {path} does not exist: expected an image file or a folder")
-    files = _paths(FolderSource(path)) if path.is_dir() else [path]
-    root, reasons = (path if path.is_dir() else path.parent), []
-    for file in files:
-        name = str(file.relative_to(root))
-        try:
-            image = transforms.decode(file)
-        except DataError as error:
-            logging.warning("skipped %s: %s", name, error)
-            reasons.append(f"{name} ({error})")
-            continue
-        yield name, image
-    if len(reasons) == len(files):
-        raise DataError(f"no readable image in {path}: {reasons[0]}")
+    return FolderSource(path) if path.is_dir() else FolderSource(path.parent, [path.name])

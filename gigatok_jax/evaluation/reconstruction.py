@@ -4,8 +4,7 @@ Axes: b batch, h w pixels, n codes.
 """
 
 import functools
-import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -15,8 +14,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from gigatok_jax import files, library
-from gigatok_jax.data import sources, transforms
-from gigatok_jax.errors import ConfigError, DataError
+from gigatok_jax.data import pipeline, sources
+from gigatok_jax.errors import ConfigError
 from gigatok_jax.evaluation import metrics
 from gigatok_jax.models import perceptual, tokenizer
 from gigatok_jax.ops.image import to_pixels
@@ -152,19 +151,23 @@ def reconstruct(config: ConfigDict, workdir: epath.PathLike) -> None:
     workdir = epath.Path(workdir)
     model = library.load_tokenizer(config.checkpoint, weights=config.weights_kind)
     run = _runner(model, config.weights.folder)
+    source = sources.images_at(config.input)
     figures, scores, counts = {}, [], np.zeros(model.config.codebook_size, np.int64)
-    for i, (names, images) in enumerate(_batches(config, model.image_size)):
-        padding = config.eval.batch - len(images)  # one shape, so that one program is compiled
-        padded = np.pad(images, ((0, padding), (0, 0), (0, 0), (0, 0)))
-        reconstructed = _first(jax.device_get(run(padded)), len(images))
-        if i == 0:
-            shown = compare(images[:SHOWN], _first(reconstructed, SHOWN))
-            pictures.save(workdir, "reconstruction", model.step or 0, shown)
-        scores.append(score(images, reconstructed))
-        counts += np.bincount(reconstructed.codes.reshape(-1), minlength=len(counts))
-        figures |= _write(workdir, names, reconstructed, scores[-1])
-    if not scores:
-        raise DataError(f"no readable image at {config.input}")
+    size, count = model.image_size, len(source)
+    with pipeline.eval_batches(source, size, config.eval.batch, max_unreadable=count) as batches:
+        for batch in batches:
+            keep = batch["mask"]
+            if not keep.any():  # all are damaged
+                continue
+            images, every = batch["image"][keep], jax.device_get(run(batch["image"]))
+            reconstructed = jax.tree.map(lambda x, keep=keep: x[keep], every)
+            if not figures:
+                shown = compare(images[:SHOWN], jax.tree.map(lambda x: x[:SHOWN], reconstructed))
+                pictures.save(workdir, "reconstruction", model.step or 0, shown)
+            scores.append(score(images, reconstructed))
+            counts += np.bincount(reconstructed.codes.reshape(-1), minlength=len(counts))
+            names = [source.names[i] for i in batch["index"][keep]]
+            figures |= _write(workdir, names, reconstructed, scores[-1])
     files.write_json(workdir / "figures.json", figures)
     files.write_json(workdir / "results.json", _means(scores, counts) | {"step": model.step})
 
@@ -179,18 +182,6 @@ def _runner(model: library.Tokenizer, folder: str) -> Callable:
     step = make_reconstruct(tokenizer.make(model.config), lpips)
     params, lpips_params = jax.device_put((model.params, lpips_params))
     return lambda images: step(params, images, lpips_params)
-
-
-def _batches(config, size: int) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Names and centre crops uint8[b h w 3] of the input's images; the last batch may be short."""
-    images = sources.load_images(config.input)
-    crops = ((name, transforms.center_crop(image, size)) for name, image in images)
-    while batch := list(itertools.islice(crops, config.eval.batch)):
-        yield [name for name, _ in batch], np.stack([crop for _, crop in batch])
-
-
-def _first(reconstructed: Reconstructed, count: int) -> Reconstructed:
-    return jax.tree.map(lambda x: x[:count], reconstructed)
 
 
 def _write(
