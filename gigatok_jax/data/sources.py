@@ -139,11 +139,11 @@ def make_source(
 ) -> FolderSource | DigitsSource:
     """The images that a run trains on or is evaluated on.
 
-    A folder's held-out images come from `data.eval_folder`, or else are a share of the folder,
-    chosen by a hash of the file's name so that it stays the same when files come or go; its size
-    is `held_out_count`. A folder of one image is trained and evaluated on that image. `eval_images`
-    also shortens an `eval_folder` and the held-out digits. The embedded digits stand in for a
-    folder: naming one replaces them.
+    A folder's held-out images come from `data.eval_folder`, or else are `held_out_count` images of
+    the folder. A hash of the file's name chooses them, so that most stay the same when files come
+    or go. A folder of one image is trained and evaluated on that image. `data.eval_images` also
+    limits the images of an `eval_folder` and the held-out digits. Setting `data.folder` replaces
+    the digits.
 
     Args:
         data: `config.data`; reads source, folder, eval_folder, eval_images and min_size.
@@ -151,11 +151,12 @@ def make_source(
         image_size: side in pixels of the enlarged digits; folders keep their sizes.
 
     Returns:
-        A FolderSource or DigitsSource; the two splits never share an image.
+        The source of one split; the two splits share no image.
 
     Raises:
-        ConfigError: unknown `source`, or no `folder`.
-        DataError: nothing to read, too many images held out, or one smaller than `min_size`.
+        ConfigError: the source or split is unknown, or no folder is named.
+        DataError: the folder has no image, all would be held out, or an image is smaller than
+            `min_size`.
     """
     errors.one_of("split", split, ("train", "held_out"))
     errors.one_of("data.source", data.source, ("folder", "digits"))

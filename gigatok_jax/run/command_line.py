@@ -9,7 +9,7 @@ import pathlib
 import runpy
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import ml_collections
 from absl import flags, logging
@@ -20,7 +20,7 @@ _PARSING = (flags.Error, LookupError, AttributeError, ValueError, TypeError)
 
 
 @contextlib.contextmanager
-def one_line_errors(*also: type[Exception]):
+def one_line_errors(*also: type[Exception]) -> Iterator[None]:
     """Ends the process with one line for errors of this library, and for those of `also`."""
     try:
         yield
@@ -45,7 +45,7 @@ def _before(error) -> BaseException | None:
 
 
 @contextlib.contextmanager
-def folder_errors(workdir: str):
+def folder_errors(workdir: str) -> Iterator[None]:
     """Turns errors of the file system about a workdir, or a full disk, into a ConfigError.
 
     Raises:
@@ -87,7 +87,7 @@ def parse_known(argv: list[str]) -> list[str]:
 class Parser(argparse.ArgumentParser):
     """Arguments of a module; a mistake is one line and status 1."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         """Ends the process with one line."""
         sys.exit(f"error: {message}; --help says what there is")
 

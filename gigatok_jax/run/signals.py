@@ -59,7 +59,7 @@ class Interrupts:
 
 
 class Watchdog:
-    """Ends a process that has not moved for too long, with the stacks of all its threads.
+    """Ends a process that has finished nothing for too long, and prints the stacks of its threads.
 
     A collective that one process never enters holds all others for ever, so all of them end.
     """
