@@ -10,7 +10,8 @@ import pytest
 from test_cluster import end, free_address, start
 
 from gigatok_jax import parallel
-from gigatok_jax.benchmarks import kernels, plan_gate, training
+from gigatok_jax.benchmarks import kernels, training
+from gigatok_jax.benchmarks import plan as benchmark
 from gigatok_jax.planning import plan
 
 
@@ -96,7 +97,7 @@ def test_efficiency_is_against_the_same_batch_per_device():
 
 @pytest.mark.parametrize("name", ["ss:smoke", "ar:smoke"])
 def test_a_random_batch_has_all_values_that_there_are(name):
-    config = plan_gate.read(name)
+    config = benchmark.read(name)
     config.train.global_batch = 20_000 if config.model.kind == "prior" else 4
     mesh = parallel.make_mesh(config.mesh, jax.devices()[:1])
     shapes = plan.program_of(config, mesh).batch

@@ -13,7 +13,7 @@ import lowering
 import pytest
 
 from gigatok_jax import parallel
-from gigatok_jax.benchmarks import plan_gate
+from gigatok_jax.benchmarks import plan as benchmark
 from gigatok_jax.ops import attention, constrain
 from gigatok_jax.planning import compiled, hardware, hlo, plan, shapes
 
@@ -27,7 +27,7 @@ def compiler():
 
 
 def mesh_of(name):
-    return parallel.make_mesh(plan_gate.read("ss").mesh, hardware.compiler(hardware.parse(name)))
+    return parallel.make_mesh(benchmark.read("ss").mesh, hardware.compiler(hardware.parse(name)))
 
 
 @pytest.mark.parametrize("name", ["h100x1", "h200x4", "b200x2"])
@@ -70,7 +70,7 @@ def test_the_stream_of_a_step_keeps_the_features_of_a_token_together(monkeypatch
     batch, width = 48, 192  # sizes that nothing else has
 
     def apart():
-        config = plan_gate.read("ar:size=b,smoke")
+        config = benchmark.read("ar:size=b,smoke")
         config.model.update(width=width, heads=3, kv_heads=3)
         config.train.update(global_batch=batch, dtype="bfloat16", unroll="gpu")
         topology, texts = hardware.parse("h200x1"), []
@@ -86,7 +86,7 @@ def test_the_stream_of_a_step_keeps_the_features_of_a_token_together(monkeypatch
 
 
 def test_kernels_are_in_the_step_of_a_plan(monkeypatch):
-    config = plan_gate.read("bl:smoke")
+    config = benchmark.read("bl:smoke")
     config.model.update(stem="patch")
     config.loss.update(discriminator="none", entropy=0.005)
     topology, texts = hardware.parse("h200x2"), []
@@ -97,7 +97,7 @@ def test_kernels_are_in_the_step_of_a_plan(monkeypatch):
 
 
 def test_a_step_for_gpus_costs_what_its_shapes_say():
-    config = plan_gate.read("ar:size=b,smoke")
+    config = benchmark.read("ar:size=b,smoke")
     config.model.update(width=512, heads=8, kv_heads=8)
     config.train.update(global_batch=32, dtype="bfloat16")
     config.mesh.update(data=2, fsdp=8)

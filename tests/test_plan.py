@@ -11,7 +11,6 @@ from test_main import ROOT, run_main
 
 from gigatok_jax import parallel
 from gigatok_jax.benchmarks import plan as table
-from gigatok_jax.benchmarks import plan_gate
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.models import parameters
 from gigatok_jax.ops import implementation
@@ -368,7 +367,7 @@ def test_what_moved_is_named():
     }
     now = before | {"temporaries bytes": 1.03e9, "flops": 1.01e12, "tiny bytes": 50}
     del now["all-gather bytes"]
-    lines = plan_gate.moved(before, {name: int(size) for name, size in now.items()})
+    lines = table.moved(before, {name: int(size) for name, size in now.items()})
     assert lines == [
         "all-gather bytes: 100,000,000 to 0 (-100.0%)",
         "temporaries bytes: 1,000,000,000 to 1,030,000,000 (+3.0%)",

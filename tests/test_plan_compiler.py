@@ -13,7 +13,7 @@ import lowering
 import pytest
 
 from gigatok_jax import library, parallel
-from gigatok_jax.benchmarks import plan_gate
+from gigatok_jax.benchmarks import plan as benchmark
 from gigatok_jax.models import tokenizer
 from gigatok_jax.ops import implementation
 from gigatok_jax.planning import compiled, hardware, hlo, plan, shapes
@@ -30,7 +30,7 @@ def compiler():
 @pytest.mark.parametrize("sizes", [{}, {"data": 1, "fsdp": 4}, {"data": 2, "tensor": 2}])
 @pytest.mark.parametrize("groups", [1, 4])
 def test_kernels_run_on_every_chips_own_tokens(sizes, groups):
-    config = plan_gate.read("ss").mesh
+    config = benchmark.read("ss").mesh
     config.update(sizes)
     mesh = parallel.make_mesh(config, hardware.compiler(hardware.parse("v5e:2x2")))
     text = lowering.search_and_loss(mesh, (32, 64, 8), 4096, groups).as_text()
@@ -43,10 +43,10 @@ def test_kernels_run_on_every_chips_own_tokens(sizes, groups):
 def test_codes_and_reconstructions_need_no_mesh_in_force(monkeypatch):
     """As in an evaluation between two steps; the compiler divides the search by itself."""
     devices = hardware.compiler(hardware.parse("v5e:2x2"))
-    mesh = parallel.make_mesh(plan_gate.read("ss").mesh, devices)
+    mesh = parallel.make_mesh(benchmark.read("ss").mesh, devices)
     monkeypatch.setattr(implementation, "_default", lambda: devices[0])
     monkeypatch.setattr(jax, "device_count", lambda: len(devices))
-    config = plan_gate.read("ss:smoke").model
+    config = benchmark.read("ss:smoke").model
     config.update(stem="patch", codebook_size=4096)
     images = jax.ShapeDtypeStruct((32, 32, 32, 3), jnp.float32)
     shapes = jax.eval_shape(tokenizer.make(config).init, jax.random.key(0), images)["params"]
@@ -58,7 +58,7 @@ def test_codes_and_reconstructions_need_no_mesh_in_force(monkeypatch):
 
 
 def test_slices_send_gradients_alone_over_the_network():
-    config = plan_gate.read("ar:size=b,smoke")
+    config = benchmark.read("ar:size=b,smoke")
     config.model.update(width=512, heads=8, kv_heads=8)
     config.train.update(global_batch=32, dtype="bfloat16")
     config.mesh.update(data=2, fsdp=4, dcn=2)
@@ -73,8 +73,8 @@ def test_slices_send_gradients_alone_over_the_network():
     assert 0.8 * counted < far < 1.3 * counted
 
 
-@pytest.mark.parametrize("name", plan_gate.CASES)
+@pytest.mark.parametrize("name", benchmark.CASES)
 def test_compiled_memory_flops_and_collectives_have_not_moved(name):
     kept = json.loads(KEPT.read_text())
-    lines = plan_gate.moved(kept["figures"][name], plan_gate.measure(plan_gate.CASES[name]))
+    lines = benchmark.moved(kept["figures"][name], benchmark.measure(benchmark.CASES[name]))
     assert not lines, f"{name}, kept with {kept['versions']}: {'; '.join(lines)}"

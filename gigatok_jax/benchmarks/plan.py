@@ -11,16 +11,24 @@ recipe's batch, the batch is one image of each. `--compile` wants the compilers 
 `--keep` wants the TPU's, and minutes.
 """
 
+import argparse
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
 
-from gigatok_jax.benchmarks import plan_gate
+from gigatok_jax import parallel
+from gigatok_jax.benchmarks import markdown
 from gigatok_jax.errors import ConfigError
-from gigatok_jax.planning import compiled, hardware, plan, shapes
+from gigatok_jax.models import tokenizer
+from gigatok_jax.planning import compiled, hardware, hlo, plan, shapes
 from gigatok_jax.run import command_line
+from gigatok_jax.train import program as program_lib
 
 CONFIGS = (
     "ss sb sl bl bl_dinodisc bl_simple xlxxl ss_2d sb_2d bl_2d"
@@ -32,90 +40,127 @@ TOPOLOGIES = (
     " h200x64 h200x1024"
 )
 GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+TOLERANCE = 0.02  # relative change of a figure that the gate lets pass
+SMALL = 2**20  # bytes or FLOPs: the tolerance of smaller figures is that of this one
+PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 
 
 def main() -> None:
     """Prints the tables; writes them, and every figure as JSON, with `--out`."""
-    given = _arguments()
+    options = _arguments()
     jax.config.update("jax_platforms", "cpu")
     with command_line.one_line_errors():
-        if given.keep:
-            return plan_gate.keep(pathlib.Path(given.keep), given.cases)
-        topologies = [parse(text) for text in given.topologies]
+        if options.keep:
+            return keep(pathlib.Path(options.keep), options.cases)
+        topologies = [parse(text) for text in options.topologies]
         plans, smallest = [], {}
-        for name in given.configs:
-            config = plan_gate.read(name)
+        for name in options.configs:
+            config = read(name)
             traced = {platform: shapes.trace(config, platform) for platform in ("tpu", "gpu")}
             for topology in topologies:
-                plans.append(best(config, traced, topology, given.compile)._replace(name=name))
+                plans.append(best(config, traced, topology, options.compile)._replace(name=name))
                 print(*row(plans[-1]), sep="  ", flush=True)
             smallest[name] = {chip: first_fit(config, traced, chip) for chip in hardware.CHIPS}
-    text = table(HEAD, [row(one) for one in plans]) + "\n\n" + smallest_table(smallest)
+    text = markdown.table(HEAD, [row(step) for step in plans]) + "\n\n" + smallest_table(smallest)
     print(text)
-    if given.out:
-        folder = pathlib.Path(given.out)
+    if options.out:
+        folder = pathlib.Path(options.out)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "plans.md").write_text(text + "\n")
-        (folder / "plans.json").write_text(json.dumps([values(one) for one in plans], indent=1))
+        (folder / "plans.json").write_text(json.dumps([values(step) for step in plans], indent=1))
 
 
-def _arguments():
+def _arguments() -> argparse.Namespace:
     parser = command_line.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--configs", nargs="+", default=CONFIGS.split(), help="ss ar:size=b ...")
     parser.add_argument("--topologies", nargs="+", default=TOPOLOGIES.split(), help="v5p:4x4x4 ...")
-    parser.add_argument("--compile", action="store_true", help="instead of shape analysis")
-    parser.add_argument("--keep", default="", help="compiles the gate's cases into this file, ends")
-    parser.add_argument("--cases", nargs="*", choices=plan_gate.CASES, help="of the gate; or all")
+    parser.add_argument("--compile", action="store_true", help="compile, not only analyse")
+    parser.add_argument("--keep", default="", help="file to keep the costs of the gate in")
+    parser.add_argument(
+        "--cases", nargs="*", choices=CASES, help="cases of the gate (default: all)"
+    )
     parser.add_argument("--out", default="", help="folder for the tables and plans.json")
     return parser.parse_args()
 
 
+def read(name: str) -> ConfigDict:
+    """Config named like "ss" or "ar:size=b".
+
+    Raises:
+        ConfigError: no config has that name.
+    """
+    file, _, argument = name.partition(":")
+    path = pathlib.Path("configs") / f"{file}.py"
+    if not path.exists():
+        raise ConfigError(f"no config file {path}: run this in the folder that has configs/")
+    return command_line.load_config(f"{path}:{argument}")
+
+
 def parse(text: str) -> hardware.Topology:
-    """Of "v5p:4x4x4", "h200x8", or "2*v5e:16x16" for slices."""
-    slices, star, one = text.rpartition("*")
+    """Topology of "v5p:4x4x4", "h200x8", or "2*v5e:16x16" for two slices.
+
+    Raises:
+        ConfigError: the topology is unknown.
+    """
+    slices, star, name = text.rpartition("*")
     if star and not slices.isdigit():
         raise ConfigError(f"topology {text!r}: expected a number of slices before the *")
-    return hardware.parse(one, int(slices or 1))
+    return hardware.parse(name, int(slices or 1))
 
 
-def meshes(config, topology: hardware.Topology) -> Iterator:
+def meshes(config: ConfigDict, topology: hardware.Topology) -> Iterator[ConfigDict]:
     """Configs with the meshes to try, fewest fsdp first, which replicate most."""
     count = topology.devices
     for fsdp in (2**i for i in range(count.bit_length())):
         if (count // topology.slices) % fsdp == 0:
-            made = config.copy_and_resolve_references()
-            made.train.global_batch = max(made.train.global_batch, count)
-            made.mesh.update(data=-1, fsdp=fsdp, tensor=1, dcn=topology.slices)
-            yield made
+            own = config.copy_and_resolve_references()
+            own.train.global_batch = max(own.train.global_batch, count)
+            own.mesh.update(data=-1, fsdp=fsdp, tensor=1, dcn=topology.slices)
+            yield own
 
 
-def best(config, traced: dict, topology: hardware.Topology, compiles=False) -> plan.Plan:
-    """The plan of the first mesh that fits, or of the last one tried; traced by platform."""
-    made = None
-    for laid in meshes(config, topology):
+def best(
+    config: ConfigDict,
+    traced: dict[str, shapes.Traced],
+    topology: hardware.Topology,
+    compiles: bool = False,
+) -> plan.Plan:
+    """The plan of the first mesh that fits, or of the last mesh tried.
+
+    Args:
+        config: of a run; the mesh in it is replaced.
+        traced: the config's step on each platform.
+        topology: devices to plan for.
+        compiles: compile the plan that fits, rather than only analyse its shapes.
+
+    Raises:
+        ConfigError: no mesh suits the config, or the compiler of the devices is not installed.
+    """
+    step = None
+    for own in meshes(config, topology):
         try:
-            made = shapes.analyse(laid, traced[topology.chip.platform], topology)
+            step = shapes.analyse(own, traced[topology.chip.platform], topology)
         except ConfigError:
-            if made is None:
+            if step is None:
                 raise
             break  # more fsdp than an array divides by
-        if made.fits:
+        if step.fits:
             break
-    if not compiles or not made.fits:
-        return made
+    if not compiles or not step.fits:
+        return step
     devices = hardware.compiler(topology)
     if devices is None:
-        raise ConfigError(f"there is no compiler for {topology} here")
-    return compiled.compile_for(laid, topology, devices)
+        raise ConfigError(f"--compile needs the compiler for {topology}, which is not installed")
+    return compiled.compile_for(own, topology, devices)
 
 
-def first_fit(config, traced: dict, chip: str) -> plan.Plan | None:
-    """The smallest slice, or number of GPUs, that fits a config."""
-    names = [f"{chip}:{one}" for one in hardware.SLICES.get(chip, ())]
+def first_fit(config: ConfigDict, traced: dict[str, shapes.Traced], chip: str) -> plan.Plan | None:
+    """Plan of the smallest slice, or number of GPUs, that fits a config; None if none does."""
+    names = [f"{chip}:{shape}" for shape in hardware.SLICES.get(chip, ())]
     for name in names or [f"{chip}x{count}" for count in GPU_COUNTS]:
-        made = best(config, traced, hardware.parse(name))
-        if made.fits:
-            return made
+        step = best(config, traced, hardware.parse(name))
+        if step.fits:
+            return step
     return None
 
 
@@ -125,44 +170,141 @@ HEAD = (
 )  # fmt: skip
 
 
-def row(made: plan.Plan) -> list[str]:
-    """A line of the table; times are of a step whose collectives hide behind computing."""
-    axes = " x ".join(f"{axis} {size}" for axis, size in made.mesh.items() if size > 1)
-    cut = f" in {made.micro_batches}" if made.micro_batches > 1 else ""
-    memory = f"{made.needed / 2**30:.1f} of {made.limit / 2**30:.1f}"
-    start = [made.name, made.where, axes or "1", f"{made.batch}{cut}", memory]
-    if not made.fits:
-        return [*start, *["-"] * 3, "does not fit", made.how.removesuffix(" for")]
-    sent = sum(one.bytes for one in made.traffic) / 1e9
-    seconds = max(made.seconds())
-    figures = [f"{made.flops / 1e12:.1f}", f"{sent:.1f}", f"{seconds:.3g}"]
-    return [*start, *figures, f"{made.batch / seconds:.0f}", made.how.removesuffix(" for")]
+def row(step: plan.Plan) -> list[str]:
+    """Cells of a plan's row; its time is that of a step whose collectives hide behind computing."""
+    axes = " x ".join(f"{axis} {size}" for axis, size in step.mesh.items() if size > 1)
+    cut = f" in {step.micro_batches}" if step.micro_batches > 1 else ""
+    memory = f"{step.needed / 2**30:.1f} of {step.limit / 2**30:.1f}"
+    start = [step.name, step.where, axes or "1", f"{step.batch}{cut}", memory]
+    if not step.fits:
+        return [*start, *["-"] * 3, "does not fit", step.how.removesuffix(" for")]
+    sent = sum(group.bytes for group in step.traffic) / 1e9
+    seconds = max(step.seconds())
+    figures = [f"{step.flops / 1e12:.1f}", f"{sent:.1f}", f"{seconds:.3g}"]
+    return [*start, *figures, f"{step.batch / seconds:.0f}", step.how.removesuffix(" for")]
 
 
-def smallest_table(smallest: dict) -> str:
-    """The smallest slice of every chip that fits every config, by shape analysis."""
+def smallest_table(smallest: dict[str, dict[str, plan.Plan | None]]) -> str:
+    """Table of the smallest slice of every chip that fits each config, by shape analysis."""
     rows = [
         [
             name,
-            *(f"{one.where} ({one.needed / 2**30:.0f} GiB)" if one else "-" for one in of.values()),
+            *(
+                f"{step.where} ({step.needed / 2**30:.0f} GiB)" if step else "-"
+                for step in plans.values()
+            ),
         ]
-        for name, of in smallest.items()
+        for name, plans in smallest.items()
     ]
-    return table(["shape analysis: smallest that fits", *hardware.CHIPS], rows)
+    return markdown.table(["shape analysis: smallest that fits", *hardware.CHIPS], rows)
 
 
-def table(head, rows: list[list[str]]) -> str:
-    """Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def values(made: plan.Plan) -> dict:
+def values(step: plan.Plan) -> dict[str, Any]:
     """A plan as JSON values."""
-    compute, sending = made.seconds()
-    more = {"fits": made.fits, "compute_seconds": compute, "collective_seconds": sending}
-    traffic = [one._asdict() for one in made.traffic]
-    return made._asdict() | {"chip": made.chip._asdict(), "traffic": traffic} | more
+    compute, sending = step.seconds()
+    more = {"fits": step.fits, "compute_seconds": compute, "collective_seconds": sending}
+    traffic = [group._asdict() for group in step.traffic]
+    return step._asdict() | {"chip": step.chip._asdict(), "traffic": traffic} | more
+
+
+# The gate: costs of programs by the TPU's compiler, kept in the repository; no TPU is needed. Steps
+# contain the whole transformers. The compiler needs half an hour for the gradient of the CNN at 256
+# pixels, so the CNN is compiled forwards alone.
+
+
+class Case(NamedTuple):
+    """A program that the gate compiles."""
+
+    config: str
+    topology: str
+    mesh: dict[str, int]
+    lower: Callable[[ConfigDict, jax.sharding.Mesh], jax.stages.Lowered]
+    train: dict  # keys that differ from the recipe, so that the step fits
+
+
+def training(config: ConfigDict, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+    """The training step; a tokenizer's has patches instead of a CNN, and pixel losses alone."""
+    if config.model.kind != "prior":
+        config.model.update(stem="patch", patch_size=16)
+        config.loss.update(perceptual=0.0, discriminator="none")
+    return plan.program_of(config, mesh).lower(config.train.micro_batches)
+
+
+def reconstruction(config: ConfigDict, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+    """Reconstruction of 64 images by the whole tokenizer, pixels to pixels."""
+    module = tokenizer.make(config.model, jnp.bfloat16)
+    size = config.model.image_size
+    images = jax.ShapeDtypeStruct((64, size, size, 3), jnp.float32)
+    params = jax.eval_shape(module.init, jax.random.key(0), images)
+    whole, split = parallel.replicated(mesh), parallel.split_batch(mesh)
+    inputs = parallel.with_shardings(params, whole), parallel.with_shardings(images, split)
+
+    def forward(params, images):
+        return module.apply(params, images)[1].images
+
+    with jax.set_mesh(mesh):
+        return jax.jit(forward, out_shardings=split).lower(*inputs)
+
+
+FSDP = {"data": 1, "fsdp": -1}
+DATA = {"data": -1, "fsdp": 1}
+CASES = {
+    "xlxxl_step": Case("xlxxl", "v5p:2x2x2", FSDP, training, {}),
+    "bl_step": Case("bl", "v5e:2x4", DATA, training, {"global_batch": 64, "remat": "blocks"}),
+    "bl_forward": Case("bl", "v5e:2x4", DATA, reconstruction, {}),
+    "ar_xxl_step": Case("ar:size=xxl", "v6e:4x4", FSDP, training, {"remat": "blocks"}),
+}
+
+
+def measure(case: Case) -> dict[str, int]:
+    """Bytes and FLOPs of a case on one device, by name.
+
+    Raises:
+        ConfigError: the TPU's compiler is not installed.
+    """
+    topology = hardware.parse(case.topology)
+    devices = hardware.compiler(topology)
+    if devices is None:
+        raise ConfigError('the gate needs the TPU\'s compiler: pip install "jax[tpu]"')
+    config = read(case.config)
+    config.mesh.update(case.mesh)
+    config.train.update(case.train)
+    lowered = case.lower(config, parallel.make_mesh(config.mesh, devices))
+    with compiled.ticking(f"compiling {case.config} for {topology}"):
+        program = lowered.compile()
+    costs = hlo.costs(program.as_text())
+    assert not costs.unknown_loops, costs.unknown_loops
+    sent = {f"{kind} bytes": total.bytes for kind, total in costs.collectives.items()}
+    held = {f"{name} bytes": size for name, size in program_lib.memory_of(program).items()}
+    return held | {"flops": costs.flops} | sent
+
+
+def keep(path: pathlib.Path, names: list[str] | None) -> None:
+    """Compiles the named cases, or all, and writes their costs and the versions of the compilers.
+
+    Raises:
+        ConfigError: `names` leaves out cases that other versions compiled.
+    """
+    kept = json.loads(path.read_text()) if path.exists() else {"figures": {}}
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    if names and kept["figures"] and kept["versions"] != versions:
+        raise ConfigError(f"{path} was kept with other versions: leave --cases out")
+    figures = kept["figures"] if kept.get("versions") == versions else {}
+    for name in names or CASES:
+        figures[name] = measure(CASES[name])
+        print(name, figures[name], flush=True)
+        path.write_text(json.dumps({"versions": versions, "figures": figures}, indent=1) + "\n")
+
+
+def moved(before: dict[str, int], now: dict[str, int]) -> list[str]:
+    """A line for each figure that differs by more than `TOLERANCE`."""
+    lines = []
+    for name in sorted(before | now):
+        old, new = before.get(name, 0), now.get(name, 0)
+        if abs(new - old) > TOLERANCE * max(old, SMALL):
+            change = f"{new / old - 1:+.1%}" if old else "new"
+            lines.append(f"{name}: {old:,} to {new:,} ({change})")
+    return lines
 
 
 if __name__ == "__main__":

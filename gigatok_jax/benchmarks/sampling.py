@@ -1,11 +1,11 @@
-r"""Speed of sampling codes with guidance, and whether the batch changes them.
+r"""Speed of sampling codes with guidance, and whether the codes depend on the batch size.
 
     python -m gigatok_jax.benchmarks.sampling --models prior-B prior-XXL --batches 8 64 256
     python -m gigatok_jax.benchmarks.sampling --models prior-B --batches 8 64 256 --images 1000
 
 Weights are random. Cached decoding is first checked against the full pass. Times are medians of
-runs on a device that was waited for. `bound` is the time in which the device could read what every
-step has to read (weights once, the filled part of the cache) at the rate of a measured copy.
+runs; each run waits for the device. `bound` is the share of the time in which the device could read
+what every step must read (weights, the filled part of the cache) at the rate of a measured copy.
 """
 
 import argparse
@@ -32,31 +32,32 @@ class Timing(NamedTuple):
     batch: int
     images_per_second: float
     ms_per_code: float
-    bound: float  # share of the time that reading what has to be read would take
-    peak_gib: float  # of the process so far; 0 where the device does not say
+    bound: float  # least time to read weights and cache, as a share of the time taken
+    peak_gib: float  # of the process so far; 0 if the device does not say
 
 
 def main() -> None:
-    """Prints a table, and the same as JSON with `--out`."""
+    """Prints figures of each model and batch; with `--out` writes them as JSON."""
     arguments = parse()
     rate = copy_rate()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, copy {rate / 1e12:.2f} TB/s")
-    found = []
+    rows = []
     for name in arguments.models:
         prior = random_prior(name, arguments.tokens, arguments.dtype)
         print(f"{name}: {check(prior):.1e} between cached and whole logits, relative", flush=True)
         if arguments.images:
-            found += differences(prior, name, arguments.images, arguments.batches)
+            rows += differences(prior, name, arguments.images, arguments.batches)
             continue
         for batch in arguments.batches:
-            found.append(measure(prior, name, batch, rate, arguments.repeats)._asdict())
-            print(" ".join(f"{key} {show(value)}" for key, value in found[-1].items()), flush=True)
+            rows.append(measure(prior, name, batch, rate, arguments.repeats)._asdict())
+            print(" ".join(f"{key} {show(value)}" for key, value in rows[-1].items()), flush=True)
     if arguments.out:
         with open(arguments.out, "w") as file:
-            json.dump(found, file, indent=1)
+            json.dump(rows, file, indent=1)
 
 
 def parse() -> argparse.Namespace:
+    """The command line."""
     parser = command_line.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["prior-B"])
     parser.add_argument("--batches", nargs="+", type=int, default=[8, 64, 256])
@@ -69,7 +70,7 @@ def parse() -> argparse.Namespace:
 
 
 def random_prior(name: str, tokens: int, dtype: str) -> Prior:
-    """A prior of a published size whose weights are random, the head's too."""
+    """A prior of a published size with random weights, those of the head included."""
     model = model_config(name, tokens=tokens)
     module = ar.make(model)
     ids, codes = jnp.zeros(1, jnp.int32), jnp.zeros((1, 2), jnp.int32)
@@ -84,7 +85,7 @@ def random_prior(name: str, tokens: int, dtype: str) -> Prior:
 
 
 def check(prior: Prior) -> float:
-    """Largest difference of the guided path's logits from the full pass, over their deviation."""
+    """Largest error of cached logits, relative to the deviation of those of the full pass."""
     module = ar.make(prior.config, jnp.float32)
     params = jax.tree.map(lambda x: x.astype(jnp.float32), prior.params)
     ids = jnp.arange(2, dtype=jnp.int32)
@@ -101,7 +102,15 @@ def check(prior: Prior) -> float:
 
 
 def measure(prior: Prior, name: str, batch: int, rate: float, repeats: int) -> Timing:
-    """Median time of `generate` with guidance."""
+    """Speed of `Prior.generate` with guidance, by the median time.
+
+    Args:
+        prior: model to measure.
+        name: of the model.
+        batch: images per call; guidance doubles it.
+        rate: bytes per second that the device can read, from `copy_rate`.
+        repeats: timed calls.
+    """
     ids = np.arange(batch) % prior.config.classes
 
     def once(seed):
@@ -119,17 +128,19 @@ def measure(prior: Prior, name: str, batch: int, rate: float, repeats: int) -> T
 
 
 def bytes_read(prior: Prior, batch: int) -> int:
-    """Bytes that all steps of one guided generation have to read."""
+    """Bytes that all steps of one guided generation must read at least."""
     c = prior.config
     item = prior.params["head"]["kernel"].dtype.itemsize
-    tables = c.width * (c.vocab + c.classes + 1 + c.tokens + 1)  # only rows of these are read
+    tables = c.width * (
+        c.vocab + c.classes + 1 + c.tokens + 1
+    )  # tables of which a step reads single rows
     weights = sum(x.size for x in jax.tree.leaves(prior.params)) - tables
     cached = 2 * batch * c.layers * 2 * c.kv_heads * (c.width // c.heads)  # per position
     return item * (c.tokens * weights + cached * c.tokens * (c.tokens + 1) // 2)
 
 
 def copy_rate() -> float:
-    """Bytes per second of a large copy on the device, counting reads and writes."""
+    """Bytes per second, read and written, of a large copy on the device."""
     size = 2**30 if jax.default_backend() == "gpu" else 2**26
     x = jnp.zeros(size // 4, jnp.float32)
     copy = jax.jit(lambda x: x + 1)
@@ -143,30 +154,31 @@ def copy_rate() -> float:
 
 
 def differences(prior: Prior, name: str, images: int, batches: list[int]) -> list[dict]:
-    """How many codes of the same images differ between batch sizes."""
-    made = {batch: in_batches(prior, images, batch) for batch in batches}
-    found = []
+    """Number of codes of the same images that differ between the first batch size and another."""
+    codes = {batch: in_batches(prior, images, batch) for batch in batches}
+    rows = []
     for batch in batches[1:]:
-        differ = made[batch] != made[batches[0]]
+        differ = codes[batch] != codes[batches[0]]
         row = {"model": name, "dtype": str(prior.params["head"]["kernel"].dtype)}
         row |= {"batches": [batches[0], batch], "images": images, "codes": int(differ.sum())}
         row |= {"images_that_differ": int(differ.any(1).sum()), "all_codes": differ.size}
-        found.append(row)
+        rows.append(row)
         print(row, flush=True)
-    return found
+    return rows
 
 
 def in_batches(prior: Prior, images: int, batch: int) -> np.ndarray:
-    """i32[images n], every call padded to the batch."""
-    parts = []
+    """Codes i32[images n], sampled in calls of `batch` images; the last call is padded."""
+    chunks = []
     for start in range(0, images, batch):
         ids = np.arange(start, start + batch)
         codes = prior.generate(ids % prior.config.classes, image_ids=ids, cfg_scale=SCALE)
-        parts.append(np.asarray(codes))
-    return np.concatenate(parts)[:images]
+        chunks.append(np.asarray(codes))
+    return np.concatenate(chunks)[:images]
 
 
-def show(value) -> str:
+def show(value: object) -> str:
+    """A figure as text; floats with four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -1,4 +1,4 @@
-r"""Speed and memory of a training step on the devices that are here, whatever the mesh.
+r"""Speed and memory of a training step on the devices of this machine or cluster, for any mesh.
 
     python -m gigatok_jax.benchmarks.training --config=configs/xlxxl.py --out=runs/scale \
         --config.mesh.fsdp=4 --config.train.global_batch=64 [--save=DIR]
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent import futures
 from typing import Any
 
@@ -29,6 +29,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from gigatok_jax import files, parallel
+from gigatok_jax.benchmarks import markdown
 from gigatok_jax.errors import ConfigError
 from gigatok_jax.planning import plan
 from gigatok_jax.run import checkpoint, cluster, command_line, metric_writer, processes
@@ -38,38 +39,38 @@ from gigatok_jax.train import settings
 from gigatok_jax.weights import load
 
 MEASURED = "gigatok_jax_measured"  # folder of a checkpoint that is only timed
-LOSSES = 5  # first updates, whose losses are kept
-ALIKE = ("config", "dtype", "remat", "unrolled", "micro_batches")  # what efficiency compares
-NAMED = (*ALIKE, "mesh", "global_batch")  # and what tells measurements apart
+LOSSES = 5  # updates whose losses are recorded, from the first
+ALIKE = ("config", "dtype", "remat", "unrolled", "micro_batches")  # equal if efficiency compares
+NAMED = (*ALIKE, "mesh", "global_batch")  # fields in the file name of a measurement
 COLLECTIVES = ("nccl", "allgather", "allreduce", "reducescatter", "all_gather", "all_reduce")
 
 
 def main(argv) -> None:
-    """Measures one config, or prints the table of all that were."""
+    """Measures a config, or prints the table of all measurements."""
     del argv
-    given = flags.FLAGS
+    options = flags.FLAGS
     with command_line.one_line_errors():
-        if given.table:
-            print(table(read(given.table)))
+        if options.table:
+            print(table(read(options.table)))
             return
-        if given.config is None:
+        if options.config is None:
             raise ConfigError("nothing to measure: name --config=configs/<run>.py, or --table=DIR")
-        if given.save and (left := epath.Path(given.save) / MEASURED).exists():
-            raise ConfigError(f"{left} is left of a measurement that was cut off: delete it")
-        folder = given.out or given.save or tempfile.gettempdir()
-        with cluster.joined(given.config, folder), command_line.one_line_errors():
-            found = measure(given.config, given.repeats, given.save)
+        if options.save and (left := epath.Path(options.save) / MEASURED).exists():
+            raise ConfigError(f"{left} is the checkpoint of an interrupted measurement: delete it")
+        folder = options.out or options.save or tempfile.gettempdir()
+        with cluster.joined(options.config, folder), command_line.one_line_errors():
+            figures = measure(options.config, options.repeats, options.save)
             if processes.is_first():
-                tell(found, given.out)
+                report(figures, options.out)
 
 
-def tell(found: dict[str, Any], folder: epath.PathLike) -> None:
-    """Prints figures, and keeps them where a folder is named."""
-    print(json.dumps(found), flush=True)
+def report(figures: dict[str, Any], folder: epath.PathLike) -> None:
+    """Prints the figures of a measurement; writes them into `folder` unless it is ""."""
+    print(json.dumps(figures), flush=True)
     if folder:
-        name = f"{'_'.join(str(found[key]) for key in NAMED)}.json"
+        name = f"{'_'.join(str(figures[key]) for key in NAMED)}.json"
         epath.Path(folder).mkdir(parents=True, exist_ok=True)
-        (epath.Path(folder) / name).write_text(json.dumps(found, indent=1))
+        (epath.Path(folder) / name).write_text(json.dumps(figures, indent=1))
 
 
 def measure(config: ml_collections.ConfigDict, repeats: int, save: str) -> dict[str, Any]:
@@ -84,28 +85,28 @@ def measure(config: ml_collections.ConfigDict, repeats: int, save: str) -> dict[
         GigatokError: the mesh or the batch does not fit, or a value of the config is wrong.
     """
     compiled, run = timed(Running, config)
-    found = describe(config, run.mesh) | {"compile_s": compiled, "needed_gib": run.needed_gib}
-    tell_so_far(found)
-    found["create_s"], _ = timed(run.create)
-    found["losses"] = [float(run.advance(seed)) for seed in range(LOSSES)]
-    tell_so_far(found)
+    figures = describe(config, run.mesh) | {"compile_s": compiled, "needed_gib": run.needed_gib}
+    report_so_far(figures)
+    figures["create_s"], _ = timed(run.create)
+    figures["losses"] = [float(run.advance(seed)) for seed in range(LOSSES)]
+    report_so_far(figures)
     seconds = timed(run.updates, repeats)[0] / repeats
-    found |= {"ms": 1e3 * seconds, "images_per_second": config.train.global_batch / seconds}
-    found |= metric_writer.peak_memory()
-    tell_so_far(found)
-    found |= trace(run)
-    return found | (save_and_restore(run, epath.Path(save) / MEASURED) if save else {})
+    figures |= {"ms": 1e3 * seconds, "images_per_second": config.train.global_batch / seconds}
+    figures |= metric_writer.peak_memory()
+    report_so_far(figures)
+    figures |= trace(run)
+    return figures | (save_and_restore(run, epath.Path(save) / MEASURED) if save else {})
 
 
-def tell_so_far(found: dict[str, Any]) -> None:
-    """What is known, should the rest be cut off."""
-    print(json.dumps(found), file=sys.stderr, flush=True)
+def report_so_far(figures: dict[str, Any]) -> None:
+    """Prints the figures that are known, in case the measurement is interrupted."""
+    print(json.dumps(figures), file=sys.stderr, flush=True)
 
 
 class Running:
     """A training run without its data and its folder."""
 
-    def __init__(self, config):
+    def __init__(self, config: ml_collections.ConfigDict):
         mesh = self.mesh = parallel.make_mesh(config.mesh)
         parallel.check_batch(mesh, config.train.global_batch, config.train.micro_batches)
         self.program = plan.program_of(config, mesh, random_frozen)
@@ -113,25 +114,26 @@ class Running:
             create = pool.submit(self.program.create.lower().compile)
             lowered = self.program.lower(config.train.micro_batches)
             self._step = lowered.compile()
-            most = limits(config)
-            self._batches = [random_batch(self.program.batch, most, i) for i in range(LOSSES)]
+            bounds = limits(config)
+            self._batches = [random_batch(self.program.batch, bounds, i) for i in range(LOSSES)]
             self._create, self.state = create.result(), None
 
     @property
     def needed_gib(self) -> float:
-        """Memory of a device that a step takes, by the compiler; 0 where it does not say."""
+        """GiB per device that a step needs, by the compiler; 0 if the compiler does not say."""
         return (program_lib.memory_needed(self._step) or 0) / 2**30
 
     def create(self) -> None:
+        """Creates the first state and waits for it."""
         self.state = jax.block_until_ready(self._create())
 
     def advance(self, seed: int) -> jax.Array:
-        """One update on the random batch of a seed; its loss."""
+        """Makes one update on the random batch of a seed; returns its loss."""
         self.state, scalars = self._step(self.state, self._batches[seed], self.program.frozen)
         return scalars["loss"]
 
     def updates(self, count: int) -> None:
-        """Several, each loss fetched while the next update runs, as a run does."""
+        """Makes updates and waits for each loss while the next update runs, as a run does."""
         late = self.advance(0)
         for i in range(1, count):
             late, ready = self.advance(i % LOSSES), late
@@ -139,8 +141,8 @@ class Running:
         jax.block_until_ready((late, self.state))
 
 
-def describe(config, mesh) -> dict[str, Any]:
-    """What is measured, and on what."""
+def describe(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Figures that identify a measurement: config, devices and software."""
     software = workdir_lib.software()
     return {
         "config": config.name,
@@ -158,15 +160,18 @@ def describe(config, mesh) -> dict[str, Any]:
     }
 
 
-def timed(function, *arguments) -> tuple[float, Any]:
-    """Seconds and result."""
+def timed(function: Callable, *arguments: Any) -> tuple[float, Any]:
+    """Seconds that a call takes, and its result."""
     start = time.perf_counter()
-    made = function(*arguments)
-    return time.perf_counter() - start, made
+    result = function(*arguments)
+    return time.perf_counter() - start, result
 
 
 def random_frozen(name: str, folder: epath.PathLike = "") -> Any:
-    """Parameters of a frozen network's shapes that keep the size of activations, heads positive."""
+    """Random parameters of a frozen network, scaled to keep the size of activations.
+
+    Weights of heads are positive, as those of LPIPS are.
+    """
 
     def draw(keys, shape):
         if len(shape.shape) < 2:
@@ -180,41 +185,41 @@ def random_frozen(name: str, folder: epath.PathLike = "") -> Any:
     return jax.tree_util.tree_map_with_path(draw, load.frozen_shapes(name, folder))
 
 
-def limits(config) -> dict[str, int]:
-    """Below which the integers of a batch are: as many codes and classes as a model knows."""
+def limits(config: ml_collections.ConfigDict) -> dict[str, int]:
+    """Exclusive upper bound of each integer input: 256 for pixels; codes, classes of the model."""
     model = config.model
     return {"image": 256, "codes": model.get("vocab"), "label": model.get("classes")}
 
 
 def random_batch(shapes: Any, limits: dict[str, int], seed: int) -> Any:
-    """Integers from 0 up to the limit of each name, all as likely; without names an image's."""
+    """Batch of uniform integers in [0, limit of the name); an unnamed array is an image."""
     rng = np.random.default_rng(seed)
 
     def draw(keys, x):
-        most = limits[keys[0].key] if keys else limits["image"]
-        return jax.device_put(rng.integers(most, size=x.shape).astype(x.dtype), x.sharding)
+        limit = limits[keys[0].key] if keys else limits["image"]
+        return jax.device_put(rng.integers(limit, size=x.shape).astype(x.dtype), x.sharding)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def save_and_restore(run: Running, folder: epath.Path) -> dict[str, float]:
-    """Seconds until training may go on, until a checkpoint is whole, and to read it, checked."""
+    """Seconds to start a save, to complete it, and to read and verify the checkpoint."""
     kept = checkpoint.Checkpoints(folder)
     blocked, _ = timed(kept.save, 1, run.state, {})
     rest, _ = timed(kept.wait)
     kept.close()
     run.state = None
-    other = checkpoint.Checkpoints(folder)  # knows nothing of what the first has verified
+    other = checkpoint.Checkpoints(folder)  # verifies again: the first one remembers its checks
     seconds, _ = timed(other.restore, run.program.abstract, 1)
     other.close()
-    processes.gather(b"")  # all have read it
+    processes.gather(b"")  # waits until all processes have read the checkpoint
     size = processes.from_first(lambda: delete(folder))
     figures = {"save_blocks_s": blocked, "save_s": blocked + rest, "restore_s": seconds}
     return figures | {"checkpoint_gib": size / 2**30}
 
 
 def delete(folder: epath.Path) -> int:
-    """Removes a measured checkpoint; its bytes."""
+    """Deletes a measured checkpoint; returns its bytes."""
     written = files.read_json(folder / checkpoint.FOLDER / "1" / checkpoint.CHECKSUMS)
     folder.rmtree()
     return sum(file["bytes"] for file in written.values())
@@ -224,7 +229,7 @@ def delete(folder: epath.Path) -> int:
 
 
 def trace(run: Running) -> dict[str, float]:
-    """Shares of three updates' time on the first GPU; empty without one."""
+    """Shares of the time of three updates on the first GPU; empty without a GPU."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             run.updates(3)
@@ -236,8 +241,8 @@ def trace(run: Running) -> dict[str, float]:
         return shares(kernels(planes[device])) if device else {}
 
 
-def kernels(plane) -> list[tuple[str, float, float]]:
-    """Name, begin and end in ns of everything that ran on a GPU's streams."""
+def kernels(plane: Any) -> list[tuple[str, float, float]]:
+    """Name, begin and end in ns of every kernel and copy on the streams of a GPU."""
     streams = [line for line in plane.lines if line.name.startswith("Stream")]
     return [
         (event.name, event.start_ns, event.start_ns + event.duration_ns)
@@ -247,29 +252,29 @@ def kernels(plane) -> list[tuple[str, float, float]]:
 
 
 def shares(events: list[tuple[str, float, float]]) -> dict[str, float]:
-    """Of the time between the first kernel and the last.
+    """Shares of the time from the first kernel's begin to the last one's end.
 
     Returns:
-        collectives: while one ran; exposed: while one ran and nothing else did; idle: while
-        nothing ran. Nothing of a trace without kernels.
+        "collectives": a collective ran; "exposed": only collectives ran; "idle": nothing ran.
+        Empty for a trace without kernels.
     """
     if not events:
         return {}
-    of_links, of_compute = [], []
+    sending, computing = [], []
     for name, begin, end in events:
         collective = any(word in name.lower() for word in COLLECTIVES)
-        (of_links if collective else of_compute).append((begin, end))
+        (sending if collective else computing).append((begin, end))
     span = max(end for *_, end in events) - min(begin for _, begin, _ in events)
-    busy, computing = length(of_links + of_compute), length(of_compute)
+    busy = length(sending + computing)
     return {
-        "collectives": length(of_links) / span,
-        "exposed": (busy - computing) / span,
+        "collectives": length(sending) / span,
+        "exposed": (busy - length(computing)) / span,
         "idle": 1 - busy / span,
     }
 
 
 def length(spans: Iterable[tuple[float, float]]) -> float:
-    """Of the union of intervals."""
+    """Length of the union of intervals."""
     total, reached = 0.0, -np.inf
     for begin, end in sorted(spans):
         total += max(0.0, end - max(begin, reached))
@@ -281,51 +286,55 @@ def length(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def read(folder: epath.PathLike) -> list[dict[str, Any]]:
-    """Everything measured into a folder, by config, devices, mesh and batch.
+    """Measurements of a folder, sorted by config, devices, mesh and batch.
 
     Raises:
-        ConfigError: nothing is there.
+        ConfigError: the folder holds no measurements.
     """
-    found = [json.loads(path.read_text()) for path in epath.Path(folder).glob("*.json")]
-    if not found:
+    rows = [json.loads(path.read_text()) for path in epath.Path(folder).glob("*.json")]
+    if not rows:
         raise ConfigError(f"{folder} holds no figures: measure into it with --out={folder}")
     order = ("config", "devices", "mesh", "global_batch")
-    return sorted(found, key=lambda row: [row[name] for name in order])
+    return sorted(rows, key=lambda row: [row[name] for name in order])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown; efficiency is against one device with the same batch per device."""
-    head = "| config | remat | devices | data x fsdp x tensor | batch | images/s | efficiency |"
-    lines = [f"{head} peak GiB | collectives | exposed | loss 1 to {LOSSES} |", "|---" * 11 + "|"]
+    """Markdown table; efficiency is relative to one device with the same batch per device."""
+    head = (
+        "config", "remat", "devices", "data x fsdp x tensor", "batch", "images/s", "efficiency",
+        "peak GiB", "collectives", "exposed", f"loss 1 to {LOSSES}",
+    )  # fmt: skip
+    lines = []
     for row in rows:
-        part = efficiency(row, rows)
+        ratio = efficiency(row, rows)
         shown = (f"{row[name]:.1%}" if name in row else "" for name in ("collectives", "exposed"))
         cells = (
             row["config"], row["remat"] + ", unrolled" * row["unrolled"],
             *(row["devices"], row["mesh"], row["global_batch"]),
-            f"{row['images_per_second']:.1f}", f"{part:.1%}" if part else "",
+            f"{row['images_per_second']:.1f}", f"{ratio:.1%}" if ratio else "",
             f"{row.get('peak_memory_gib', 0):.0f}", *shown,
             " ".join(f"{loss:.5g}" for loss in row["losses"]),
         )  # fmt: skip
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown.table(head, lines)
 
 
 def efficiency(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
-    """Images per second and device, over those of one device with the same batch per device."""
-    for one in rows:
-        same = one["devices"] == 1 and all(one.get(key) == row.get(key) for key in ALIKE)
-        if same and one["global_batch"] * row["devices"] == row["global_batch"]:
-            return row["images_per_second"] / row["devices"] / one["images_per_second"]
+    """Images per second and device, relative to one device with the same batch; None without it."""
+    for alone in rows:
+        same = alone["devices"] == 1 and all(alone.get(key) == row.get(key) for key in ALIKE)
+        if same and alone["global_batch"] * row["devices"] == row["global_batch"]:
+            return row["images_per_second"] / row["devices"] / alone["images_per_second"]
     return None
 
 
 def define_flags() -> None:
+    """Defines the flags of the command line; importing the module leaves absl's flags alone."""
     config_flags.DEFINE_config_file("config", None, "configs/<run>.py[:arg=value,...]")
     flags.DEFINE_integer("repeats", 10, "Timed updates.")
-    flags.DEFINE_string("save", "", "Folder on whose disk a checkpoint is written and read, timed.")
-    flags.DEFINE_string("out", "", "Folder that the figures are added to.")
-    flags.DEFINE_string("table", "", "Folder of figures to make a table of.")
+    flags.DEFINE_string("save", "", "Folder for a checkpoint whose writing and reading are timed.")
+    flags.DEFINE_string("out", "", "Folder to write the figures into.")
+    flags.DEFINE_string("table", "", "Folder of figures to print as a table.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Plans from the program that the compiler of the devices makes of a step."""
+"""Plans from a compiled training step: memory by the compiler, FLOPs and traffic from its HLO."""
 
 import collections
 import contextlib
@@ -10,99 +10,108 @@ from collections.abc import Iterator
 
 import jax
 from absl import logging
+from ml_collections import ConfigDict
 
 from gigatok_jax import parallel
 from gigatok_jax.planning import hardware, hlo, plan
 from gigatok_jax.train import program as program_lib
 
-TICK = 15.0  # seconds between signs of life
+TICK = 15.0  # seconds
 
 
-def compile_for(config, topology: hardware.Topology, devices: list) -> plan.Plan:
-    """Plan from the program that the devices' compiler makes of the step.
+def compile_for(
+    config: ConfigDict, topology: hardware.Topology, devices: list[jax.Device]
+) -> plan.Plan:
+    """Plan of a training step by compiling it for devices, present or not.
+
+    Micro-batches are doubled until the step fits.
 
     Args:
-        config: of the run; its mesh is laid over the devices.
-        topology: of the devices.
-        devices: from `hardware.compiler`.
+        config: of a run that trains; its mesh spans the devices.
+        topology: name and limits of the devices.
+        devices: from `hardware.compiler` or `jax.devices`.
 
     Raises:
         ConfigError: the mesh does not fit the devices, the batch or the arrays.
     """
     mesh = parallel.make_mesh(config.mesh, devices)
     limit = topology.limit
-    parts, memory, text = _fitted(config, mesh, limit, f"{config.name} for {topology}")
-    found = hlo.walk(text) if text else hlo.Done()
-    if found.unknown_loops:
-        logging.warning("loops of unknown length count once: %s", ", ".join(found.unknown_loops))
+    micro_batches, memory, text = _fitted(config, mesh, limit, f"{config.name} for {topology}")
+    work = hlo.walk(text) if text else hlo.Work()
+    if work.unknown_loops:
+        logging.warning("loops of unknown length count once: %s", ", ".join(work.unknown_loops))
     return plan.Plan(
         config.name, str(topology), plan.COMPILED, topology.chip, dict(mesh.shape),
-        config.train.global_batch, parts, memory, limit, found.flops,
-        _traffic(found.transfers, topology.neighbours),
+        config.train.global_batch, micro_batches, memory, limit, work.flops,
+        _traffic(work.transfers, topology.neighbours),
     )  # fmt: skip
 
 
-def _fitted(config, mesh, limit: int | None, what: str):
+def _fitted(
+    config: ConfigDict, mesh: jax.sharding.Mesh, limit: int | None, what: str
+) -> tuple[int, dict[str, int], str | None]:
     """Micro-batches, memory and text of the first program that fits, or of the last one tried."""
     batch, parts = config.train.global_batch, config.train.micro_batches
     parallel.check_batch(mesh, batch, parts)
     program = plan.program_of(config, mesh)
     held = parallel.bytes_per_device((program.abstract, program.frozen))
-    most = parts * _power_of_two(batch // parallel.batch_shards(mesh) // parts)
+    share = batch // parallel.batch_shards(mesh) // parts
+    most = parts * (share & -share)  # times the largest power of two that divides the share
     while True:
         with ticking(f"compiling {what}, micro-batches {parts}"):
             memory, text = _compile(program.lower(parts), mesh)
         if plan.fits(memory, limit, plan.COMPILED) or parts == most:
             return parts, memory, text
         needed = sum(memory.values())
-        logging.warning("%s: %.1f GiB do not fit", what, needed / hardware.GIB)
+        logging.warning("%s: %.1f GiB per device do not fit", what, needed / hardware.GIB)
         tried, parts = parts, parts * 2
-        # As if all but the state were cut alike: programs that take minutes are not tried for it.
+        # Compiling takes minutes, so counts are skipped that would not fit even if all memory but
+        # the state's shrank in proportion.
         while parts < most and held + (needed - held) / (parts / tried) > limit:
             parts *= 2
 
 
-def _power_of_two(count: int) -> int:
-    """The largest that divides a count."""
-    return count & -count
-
-
-# The TPU compiler's words: "Used 20.5G of 15.75G hbm", "temporaries (224G) exceeds available HBM".
+# The TPU compiler says "Used 20.5G of 15.75G hbm", "temporaries (224G) exceeds available HBM"
 _REFUSED = r"([\d.]+)([KMG])\)? (?:of [\d.]+[KMG] hbm|exceeds available HBM)"
 
 
-def _compile(lowered: jax.stages.Lowered, mesh) -> tuple[dict[str, int], str | None]:
-    """Memory of a device, and the program; no program where the compiler refused its size."""
+def _compile(
+    lowered: jax.stages.Lowered, mesh: jax.sharding.Mesh
+) -> tuple[dict[str, int], str | None]:
+    """Bytes per device by use, and HLO text; no text if the compiler refused the program's size."""
     try:
         with jax.set_mesh(mesh):  # kernels are traced while the compiler runs, and ask for devices
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if found := re.search(_REFUSED, str(error)):
-            unit = {"K": 2**10, "M": 2**20, "G": 2**30}[found[2]]
-            return {"at least, which the compiler refused": int(float(found[1]) * unit)}, None
+        if match := re.search(_REFUSED, str(error)):
+            unit = {"K": 2**10, "M": 2**20, "G": 2**30}[match[2]]
+            return {"at least, which the compiler refused": int(float(match[1]) * unit)}, None
         raise
     return program_lib.memory_of(compiled), compiled.as_text()
 
 
 def _traffic(transfers: tuple[hlo.Transfer, ...], neighbours: int) -> tuple[plan.Traffic, ...]:
+    """Bytes of a step's transfers, summed over those of one kind in groups of one form."""
     total = collections.Counter()
-    for one in transfers:
-        total[one.kind, _parted(one, neighbours)] += one.bytes * one.times
+    for transfer in transfers:
+        total[transfer.kind, _form(transfer, neighbours)] += transfer.bytes * transfer.times
     return tuple(plan.Traffic(kind, count, *group) for (kind, group), count in total.items())
 
 
-def _parted(one: hlo.Transfer, neighbours: int) -> tuple[int, int]:
-    if one.kind == "collective-permute":
-        crosses = any(len({device // neighbours for device in pair}) > 1 for pair in one.groups)
+def _form(transfer: hlo.Transfer, neighbours: int) -> tuple[int, int]:
+    """`near` and `far` of `plan.Traffic`, of the devices that exchange data in a transfer."""
+    if transfer.kind == "collective-permute":
+        pairs = transfer.groups
+        crosses = any(len({device // neighbours for device in pair}) > 1 for pair in pairs)
         return (1, 2) if crosses else (2, 1)
-    group = one.groups[0]
-    parts = {device // neighbours for device in group}
-    return len(group) // len(parts), len(parts)
+    group = transfer.groups[0]
+    hosts = {device // neighbours for device in group}
+    return len(group) // len(hosts), len(hosts)
 
 
 @contextlib.contextmanager
 def ticking(what: str) -> Iterator[None]:
-    """Tells the time on stderr while something takes long."""
+    """Prints the elapsed seconds on stderr every `TICK` seconds while the body runs."""
     start, done = time.monotonic(), threading.Event()
 
     def tick():

@@ -75,25 +75,25 @@ def largest(text: str, kind: str) -> Transfer | None:
 # A computation and what it calls.
 
 
-class Done(NamedTuple):
+class Work(NamedTuple):
     """What running something once comes to, as `Costs` with every collective by itself."""
 
     flops: int = 0
     transfers: tuple[Transfer, ...] = ()
     unknown_loops: tuple[str, ...] = ()
 
-    def times(self, n: int) -> "Done":
+    def times(self, n: int) -> "Work":
         transfers = tuple(one._replace(times=one.times * n) for one in self.transfers)
-        return Done(self.flops * n, transfers, self.unknown_loops)
+        return Work(self.flops * n, transfers, self.unknown_loops)
 
     def weight(self) -> tuple[int, int]:
         return self.flops, sum(one.bytes * one.times for one in self.transfers)
 
 
-def _sum(parts: list[Done]) -> Done:
+def _sum(parts: list[Work]) -> Work:
     transfers = tuple(one for part in parts for one in part.transfers)
     loops = tuple(one for part in parts for one in part.unknown_loops)
-    return Done(sum(part.flops for part in parts), transfers, loops)
+    return Work(sum(part.flops for part in parts), transfers, loops)
 
 
 class _Frame(NamedTuple):
@@ -113,37 +113,37 @@ class _Frame(NamedTuple):
         return _Frame(self.module, computation, argument, one.op_name or self.op_name)
 
 
-def walk(text: str) -> Done:
+def walk(text: str) -> Work:
     """All that a run of the program reaches; `costs` sums it up."""
     module = parse(text)
     entry = module.computations[module.entry]
     return _frame_costs(_Frame(module, entry, lambda number, element: None, ""))
 
 
-def _frame_costs(frame: _Frame) -> Done:
+def _frame_costs(frame: _Frame) -> Work:
     return _sum([_costs(frame, one) for one in frame.computation.instructions.values()])
 
 
-def _costs(frame: _Frame, one: Instruction) -> Done:
+def _costs(frame: _Frame, one: Instruction) -> Work:
     kind = one.opcode.removesuffix("-start")  # of asynchronous pairs; what ends one is free
     if kind in KINDS:
-        return Done(transfers=() if _goes_on(one) else (_transfer(frame, one, kind),))
+        return Work(transfers=() if _goes_on(one) else (_transfer(frame, one, kind),))
     if one.opcode == "send" and "megascale" in one.rest:
-        return Done(transfers=(_between_slices(frame, one),))
+        return Work(transfers=(_between_slices(frame, one),))
     if one.opcode in flops.OPCODES:
-        return Done(flops=flops.OPCODES[one.opcode](frame.computation, one))
+        return Work(flops=flops.OPCODES[one.opcode](frame.computation, one))
     if one.opcode == "while":
         return _loop(frame, one)
     if one.opcode == "conditional":
         attributes = ("branch_computations", "true_computation", "false_computation")
         names = [name for attribute in attributes for name in one.computations(attribute)]
-        return max((_frame_costs(frame.call(n, one)) for n in names), key=Done.weight)
+        return max((_frame_costs(frame.call(n, one)) for n in names), key=Work.weight)
     attribute = {"fusion": "calls", "async": "calls", "call": "to_apply"}.get(kind)
     called = one.computations(attribute) if attribute else []
     return _scattered(called, _sum([_frame_costs(frame.call(n, one)) for n in called]))
 
 
-def _scattered(called: list[str], done: Done) -> Done:
+def _scattered(called: list[str], done: Work) -> Work:
     """The TPU's fusion of a sum and the slice that each device keeps is a reduce-scatter."""
     if not any(name.startswith("all-reduce-scatter") for name in called):
         return done
@@ -191,7 +191,7 @@ def _widened(shape: Shape, axis: int, factor: int) -> Shape:
 # Loops.
 
 
-def _loop(frame: _Frame, one: Instruction) -> Done:
+def _loop(frame: _Frame, one: Instruction) -> Work:
     """A loop's body, and condition, times its trips."""
     body, condition = (frame.call(one.computations(name)[0], one) for name in ("body", "condition"))
     moving = body._replace(argument=_carried)

@@ -1,13 +1,14 @@
-"""What a training step would need on devices that may not be there.
+"""Memory, FLOPs and traffic that a training step needs on devices, present or not.
 
-Two ways, and every result says which: "compiled for" asks the compiler of the devices, "shape
-analysis" has only shapes, shardings and the traced equations.
+A plan says whether it is compiled (`compiled.compile_for`) or estimated from shapes, shardings and
+traced equations (`shapes.analyse`).
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+from ml_collections import ConfigDict
 
 from gigatok_jax.planning import hardware
 from gigatok_jax.train import ar, networks, settings, tokenizer
@@ -15,36 +16,37 @@ from gigatok_jax.train.program import Program
 from gigatok_jax.weights import load as load_lib
 
 COMPILED, ANALYSED = "compiled for", "shape analysis for"
-UTILISATION = 0.5  # of a chip's peak: an assumption of every estimated time
-SURE = 0.9  # of a device's memory: what shape analysis says to fit leaves the rest
+UTILISATION = 0.5  # share of a chip's peak FLOP/s that estimated times assume
+SURE = 0.9  # share of a device's memory that a plan by shape analysis may fill
 
 
 class Traffic(NamedTuple):
-    """Collectives of one kind within groups of one form, of a whole step."""
+    """All collectives of a step of one kind, in groups of devices of one form."""
 
     kind: str
-    bytes: int  # operands of one device, or the result of an all-gather
-    near: int  # devices of a group that fast links join
-    far: int  # such parts of a group, joined by a network
+    bytes: int  # on each device: of the operands, or of the result of an all-gather
+    near: int  # devices of a group in one slice or host, joined by fast links
+    far: int  # slices or hosts of a group, joined by a network
 
 
 class Plan(NamedTuple):
-    """Of one training step; bytes and FLOPs are those of one device."""
+    """Needs of one training step; bytes and FLOPs are per device."""
 
     name: str  # of the config
-    where: str
+    where: str  # devices, such as "v5p:4x4x4"
     how: str  # COMPILED or ANALYSED
     chip: hardware.Chip
     mesh: dict[str, int]
     batch: int  # images of all devices
     micro_batches: int
-    memory: dict[str, int]
-    limit: int | None
+    memory: dict[str, int]  # bytes by use
+    limit: int | None  # bytes; None if unknown
     flops: int
     traffic: tuple[Traffic, ...]
 
     @property
     def needed(self) -> int:
+        """Bytes of memory per device."""
         return sum(self.memory.values())
 
     @property
@@ -52,39 +54,45 @@ class Plan(NamedTuple):
         return fits(self.memory, self.limit, self.how)
 
     def seconds(self) -> tuple[float, float]:
-        """Of computing and of collectives, each alone, on a chip whose speed is known."""
+        """Seconds of computing and of collectives, each alone, on a chip of known speed."""
         compute = self.flops / (self.chip.peak * UTILISATION)
-        return compute, sum(_seconds(one, self.chip) for one in self.traffic)
+        return compute, sum(_seconds(group, self.chip) for group in self.traffic)
 
 
 def fits(memory: dict[str, int], limit: int | None, how: str) -> bool:
+    """Whether memory by use is within a device's limit, for a plan that is COMPILED or ANALYSED."""
     return limit is None or sum(memory.values()) <= limit * (SURE if how == ANALYSED else 1)
 
 
-def _seconds(one: Traffic, chip: hardware.Chip) -> float:
-    """Near parts first: a ring over fast links, then one over the network of a share each."""
-    if one.kind == "collective-permute":  # from each to one other
-        return one.bytes / (chip.network if one.far > 1 else chip.link)
-    rounds = 2 if one.kind == "all-reduce" else 1
-    near = rounds * one.bytes * (one.near - 1) / one.near / chip.link
-    return near + rounds * one.bytes / one.near * (one.far - 1) / one.far / chip.network
+def _seconds(traffic: Traffic, chip: hardware.Chip) -> float:
+    """Seconds of a ring over fast links, then of one over the network for each device's share."""
+    if traffic.kind == "collective-permute":  # each device sends to one other
+        return traffic.bytes / (chip.network if traffic.far > 1 else chip.link)
+    rounds = 2 if traffic.kind == "all-reduce" else 1
+    near = rounds * traffic.bytes * (traffic.near - 1) / traffic.near / chip.link
+    return (
+        near
+        + rounds * traffic.bytes / traffic.near * (traffic.far - 1) / traffic.far / chip.network
+    )
 
 
-def program_of(config, mesh: jax.sharding.Mesh, load: Callable = load_lib.frozen_shapes) -> Program:
-    """The training step of a run's config on a mesh; a prior's learns codes.
+def program_of(
+    config: ConfigDict, mesh: jax.sharding.Mesh, load: Callable = load_lib.frozen_shapes
+) -> Program:
+    """The training step of a run's config on a mesh.
 
     Args:
-        config: of a run that trains a tokenizer or a prior.
-        mesh: devices of the run, there or not.
-        load: name and folder of a frozen network to its parameters or, as here, to their shapes.
+        config: of a run that trains a tokenizer, or a prior on codes.
+        mesh: devices of the run, present or not.
+        load: gives the parameters of a frozen network, or their shapes, by name and folder.
 
     Raises:
-        GigatokError: what `networks.build` and `program.make` refuse.
+        GigatokError: `settings.check`, `networks.build` or `program.make` refuse the config.
     """
     settings.check(config)
     if config.model.kind == "prior":
         return ar.make_program(config, mesh)
     parts = networks.build(config, tokenizer.statistics_groups(config, mesh), load)
     config = config.copy_and_resolve_references()
-    config.loss = parts.loss  # without what was left out
+    config.loss = parts.loss  # without the losses that were left out
     return tokenizer.make_program(config, mesh, parts)

@@ -1,4 +1,9 @@
-"""Plans from shapes alone: shardings and the traced equations, without any compiler."""
+"""Plans by shape analysis: from shapes, shardings and traced equations, without a compiler.
+
+Activations are counted from the equations. An array lives from the equation that makes it to the
+last equation that needs it. Arrays that are cheap to compute from smaller ones (casts, sums,
+activations of one array) are not counted but their sources are, since compilers fuse them.
+"""
 
 import collections
 import math
@@ -8,29 +13,32 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from ml_collections import ConfigDict
 
 from gigatok_jax import parallel
 from gigatok_jax.planning import flops, hardware, plan
 
-TRACED_BATCH = 256  # large, so that what does not grow with it is lost beside what does
-CNN_ON_TPU = 2.1  # compiled temporaries to those counted: XL-XXL on v5p:2x2x2, commit d447d54
+TRACED_BATCH = 256  # large, so that costs which do not grow with the batch are negligible
+CNN_ON_TPU = (
+    2.1  # ratio of compiled temporaries to counted ones: XL-XXL on v5p:2x2x2, commit d447d54
+)
 
 
 class Traced(NamedTuple):
-    """What a config's step is on any mesh."""
+    """Shapes and costs of a config's training step, for any mesh."""
 
-    state: Any  # shapes
-    frozen: Any
-    flops: float  # of an image
-    activations: float  # bytes of an image
+    state: Any  # shapes of the training state
+    frozen: Any  # shapes of the parameters of frozen networks
+    flops: float  # per image
+    activations: float  # bytes per image
 
 
-def trace(config, platform: str) -> Traced:
-    """Traces the step of a config on one device that need not be there; seconds for any size.
+def trace(config: ConfigDict, platform: str) -> Traced:
+    """Traces the training step of a config for one device, which need not exist, in seconds.
 
     Args:
-        config: of the run.
-        platform: "cpu", "gpu" or "tpu", on which attention and kernels depend.
+        config: of a run that trains.
+        platform: "cpu", "gpu" or "tpu"; attention and kernels depend on it.
     """
     config = config.copy_and_resolve_references()
     config.train.global_batch, config.train.micro_batches = TRACED_BATCH, 1
@@ -47,7 +55,7 @@ def trace(config, platform: str) -> Traced:
 
 
 def abstract_mesh(sizes: dict[str, int], platform: str = "cpu") -> AbstractMesh:
-    """A mesh of devices that nobody asks for."""
+    """A mesh of axis sizes without any devices."""
     device = AbstractDevice(platform, None, platform)
     types = (AxisType.Auto,) * len(sizes)
     return AbstractMesh(
@@ -55,11 +63,13 @@ def abstract_mesh(sizes: dict[str, int], platform: str = "cpu") -> AbstractMesh:
     )
 
 
-def analyse(config, traced: Traced, topology: hardware.Topology) -> plan.Plan:
-    """Plan from shapes alone.
+def analyse(config: ConfigDict, traced: Traced, topology: hardware.Topology) -> plan.Plan:
+    """Plan of a training step from shapes.
+
+    Micro-batches are doubled until the step fits.
 
     Args:
-        config: of the run; its mesh is laid over the topology.
+        config: of a run that trains; its mesh spans the topology.
         traced: from `trace` of that config.
         topology: to plan for.
 
@@ -85,17 +95,16 @@ def analyse(config, traced: Traced, topology: hardware.Topology) -> plan.Plan:
     )  # fmt: skip
 
 
-def placed(config, traced: Traced, mesh) -> Any:
-    """Shapes of a state with their shardings on a mesh."""
+def placed(config: ConfigDict, traced: Traced, mesh: AbstractMesh) -> Any:
+    """Shapes of the training state, with their shardings on a mesh."""
     return parallel.with_shardings(
         traced.state, parallel.state_shardings(traced.state, mesh, config)
     )
 
 
-def _trained(state) -> list:
-    """Shapes of all trained parameters."""
-    judge = getattr(state, "discriminator", None)
-    return jax.tree.leaves((state.params, judge))
+def _trained(state: Any) -> list:
+    """Shapes of all trained parameters, those of a discriminator included."""
+    return jax.tree.leaves((state.params, getattr(state, "discriminator", None)))
 
 
 def _shape_memory(state, traced: Traced, images: float, parts: int) -> dict[str, int]:
@@ -103,7 +112,8 @@ def _shape_memory(state, traced: Traced, images: float, parts: int) -> dict[str,
     return {
         "state": parallel.bytes_per_device(state),
         "frozen": parallel.bytes_per_device(traced.frozen),
-        "gradients": gradients * (1 if parts == 1 else 2),  # a sum, and those that are added
+        "gradients": gradients
+        * (1 if parts == 1 else 2),  # with micro-batches, a sum and its next term
         "activations": int(traced.activations * images),
     }
 
@@ -111,37 +121,37 @@ def _shape_memory(state, traced: Traced, images: float, parts: int) -> dict[str,
 def _shape_traffic(
     train, state, mesh, topology: hardware.Topology, parts: int
 ) -> tuple[plan.Traffic, ...]:
-    """Gathered parameters and summed gradients, both in the type that is computed with, as the
-    TPU's compiler sends them; what `tensor` sends is not in the shapes."""
+    """Gathers of parameters and sums of gradients, both in the compute dtype, as the TPU's compiler
+    sends them. Collectives over `tensor` cannot be seen from shapes."""
     groups, total = _groups(mesh.shape, topology.neighbours), collections.Counter()
     gathers = 2 if train.remat == "none" else 3  # forwards, again, backwards
     for leaf in _trained(state):
-        own = parallel.bytes_per_device([leaf]) * jnp.dtype(train.dtype).itemsize // 4
+        shard = parallel.bytes_per_device([leaf]) * jnp.dtype(train.dtype).itemsize // 4
         divided = "fsdp" in leaf.sharding.spec and mesh.shape["fsdp"] > 1
         if divided:
-            whole = own * mesh.shape["fsdp"]
+            whole = shard * mesh.shape["fsdp"]
             total["all-gather", groups["fsdp"]] += parts * gathers * whole
             total["reduce-scatter", groups["fsdp"]] += parts * whole
         others = groups["data"] if divided else groups["data+fsdp"]
         if others != (1, 1):
-            total["all-reduce", others] += parts * own
+            total["all-reduce", others] += parts * shard
     return tuple(plan.Traffic(kind, count, *group) for (kind, group), count in total.items())
 
 
 def _groups(shape, neighbours: int) -> dict[str, tuple[int, int]]:
-    """Near and far parts of the groups along axes; devices lie in the order of the axes."""
-    made, stride = {}, 1
+    """`near` and `far` of `plan.Traffic` for groups along mesh axes, with devices in axis order."""
+    forms, stride = {}, 1
     for axis in reversed(parallel.AXES):
         near = math.gcd(shape[axis], max(1, neighbours // stride))
-        made[axis] = (near, shape[axis] // near)
+        forms[axis] = (near, shape[axis] // near)
         stride *= shape[axis]
-    (a, b), (c, d) = made["data"], made["fsdp"]
-    return made | {"data+fsdp": (a * c, b * d)}
+    (a, b), (c, d) = forms["data"], forms["fsdp"]
+    return forms | {"data+fsdp": (a * c, b * d)}
 
 
-# Memory of a traced step.
+# Activations of a traced step.
 
-# Elementwise or only another shape: fused into their users.
+# Elementwise operations and changes of shape, which compilers fuse into their users.
 _FUSED = {
     "abs", "add", "add_any", "and", "broadcast_in_dim", "clamp", "convert_element_type", "copy",
     "copy_p", "cos", "div", "eq", "erf", "exp", "exp2", "expand_dims", "ge", "gt", "integer_pow",
@@ -157,10 +167,10 @@ _CALLS = {
 
 
 def peak(jaxpr: Any) -> int:
-    """Most bytes of intermediate results and results that are there at once, arguments not counted.
+    """Most bytes of intermediate results and results that live at once; arguments are not counted.
 
-    Shapes are the traced ones, so of all devices together. An estimate: compilers choose an order
-    of their own, pad, and share buffers; see tests/test_plan.py for how far off it was.
+    Bytes are those of all devices together. This is an estimate: compilers reorder, pad and share
+    buffers. tests/test_plan.py holds the measured error.
 
     Args:
         jaxpr: from `jax.make_jaxpr(function)(*shapes)` or `jax.jit(function).trace(*shapes)`.
@@ -172,45 +182,49 @@ def peak(jaxpr: Any) -> int:
 
 
 class _Flat:
-    """A program with its calls, and loops that are unrolled, written out.
+    """A program with its calls and unrolled loops inlined.
 
-    Values are numbers, arguments and constants None, what an unrolled loop stacks a list of them.
+    Values are numbers, but None for arguments and constants, and lists for stacks of an unrolled
+    loop.
     """
 
     def __init__(self):
         self.equations, self.sizes = [], []
 
     def add(self, jaxpr, arguments: list) -> list:
-        """Appends the equations of a jaxpr of known arguments; its results."""
+        """Appends the equations of a jaxpr that is called with `arguments`; returns its results."""
         names = dict(zip(jaxpr.invars, arguments, strict=True))
-        for one in jaxpr.eqns:
-            given = [None if isinstance(x, core.Literal) else names.get(x) for x in one.invars]
-            names.update(zip(one.outvars, self._results(one, given), strict=True))
+        for equation in jaxpr.eqns:
+            inputs = [
+                None if isinstance(x, core.Literal) else names.get(x) for x in equation.invars
+            ]
+            names.update(zip(equation.outvars, self._results(equation, inputs), strict=True))
         return [None if isinstance(x, core.Literal) else names.get(x) for x in jaxpr.outvars]
 
-    def _results(self, one, given: list) -> list:
-        """Appends an equation, or what it stands for."""
-        if inner := _called(one):
-            return self.add(inner, given)
-        if one.primitive.name == "scan" and one.params["unroll"] == one.params["length"]:
-            return self._unrolled(one, given)
-        made = [self._new(x.aval) for x in one.outvars]
-        self.equations.append((one, _pieces(given), made))
-        return made
+    def _results(self, equation, inputs: list) -> list:
+        """Appends an equation, or the equations that it calls; returns its results."""
+        if inner := _called(equation):
+            return self.add(inner, inputs)
+        params = equation.params
+        if equation.primitive.name == "scan" and params["unroll"] == params["length"]:
+            return self._unrolled(equation, inputs)
+        outputs = [self._new(x.aval) for x in equation.outvars]
+        self.equations.append((equation, _pieces(inputs), outputs))
+        return outputs
 
-    def _unrolled(self, one, given: list) -> list:
-        """A loop's turns one after the other; what they stack stays in pieces, a list."""
-        body, turns = one.params["jaxpr"].jaxpr, one.params["length"]
-        carried = _alike(one.outvars, body.outvars)
-        constant = _alike(one.invars, body.invars) - carried
-        constants, carry = given[:constant], given[constant : constant + carried]
-        stacks, pieces = given[constant + carried :], []
-        for turn in reversed(range(turns)) if one.params["reverse"] else range(turns):
+    def _unrolled(self, equation, inputs: list) -> list:
+        """Appends all turns of a loop; returns its results, in which stacks are lists."""
+        body, turns = equation.params["jaxpr"].jaxpr, equation.params["length"]
+        carried = _alike(equation.outvars, body.outvars)
+        constant = _alike(equation.invars, body.invars) - carried
+        constants, carry = inputs[:constant], inputs[constant : constant + carried]
+        stacks, pieces = inputs[constant + carried :], []
+        for turn in reversed(range(turns)) if equation.params["reverse"] else range(turns):
             own = [x[turn] if isinstance(x, list) else x for x in stacks]
             out = self.add(body, [*constants, *carry, *own])
             carry = out[:carried]
             pieces.append(out[carried:])
-        if one.params["reverse"]:
+        if equation.params["reverse"]:
             pieces.reverse()
         return [*carry, *(list(stack) for stack in zip(*pieces, strict=True))]
 
@@ -224,26 +238,28 @@ class _Flat:
         for value, end in last.items():
             dying[end].append(value)
         live = most = 0
-        for step, (one, _, made) in enumerate(self.equations):
+        for step, (equation, _, outputs) in enumerate(self.equations):
             freed = sum(self.sizes[value] for value in dying[step])
-            born = sum(self.sizes[value] for value in made if value in kept)
-            in_place = freed if one.primitive.name in _FUSED else 0
-            most = max(most, live + born - in_place + _inside(one))
-            unused = sum(self.sizes[v] for v in made if v in kept and v not in last)
+            born = sum(self.sizes[value] for value in outputs if value in kept)
+            in_place = freed if equation.primitive.name in _FUSED else 0
+            most = max(most, live + born - in_place + _inside(equation))
+            unused = sum(self.sizes[v] for v in outputs if v in kept and v not in last)
             live += born - freed - unused
         return max(most, live)
 
     def _lives(self, results: list) -> tuple[set, dict]:
-        """Values that are kept, and the last equation that needs each."""
+        """Values that are kept in memory, and the last equation that needs each value."""
         sources, kept, last = {None: frozenset()}, set(), {}
-        for step, (one, given, made) in enumerate(self.equations):
-            needed = frozenset().union(*(sources[value] for value in given))
+        for step, (equation, inputs, outputs) in enumerate(self.equations):
+            needed = frozenset().union(*(sources[value] for value in inputs))
             last.update(dict.fromkeys(needed, step))
-            again = one.primitive.name in _FUSED and self._total(made) >= self._total(needed)
-            for value in made:
-                sources[value] = needed if again else frozenset([value])
-            if not again:
-                kept.update(made)
+            recomputed = equation.primitive.name in _FUSED and self._total(outputs) >= self._total(
+                needed
+            )
+            for value in outputs:
+                sources[value] = needed if recomputed else frozenset([value])
+            if not recomputed:
+                kept.update(outputs)
         for value in _pieces(results):
             last.update(dict.fromkeys(sources[value], len(self.equations)))
         return kept, last
@@ -252,35 +268,35 @@ class _Flat:
         return sum(self.sizes[value] for value in values)
 
 
-def _called(one) -> Any | None:
-    """The jaxpr of a call that happens once, just here."""
-    if one.primitive.name not in _CALLS:
+def _called(equation) -> Any | None:
+    """The jaxpr of an equation that only calls it; None for other equations."""
+    if equation.primitive.name not in _CALLS:
         return None
     inner = next(
-        (p for p in one.params.values() if isinstance(p, core.ClosedJaxpr | core.Jaxpr)), None
+        (p for p in equation.params.values() if isinstance(p, core.ClosedJaxpr | core.Jaxpr)), None
     )
     return inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner
 
 
 def _pieces(values: list) -> list:
-    """With those of every stack in its place."""
+    """Values with each stack replaced by its pieces."""
     return [piece for x in values for piece in (x if isinstance(x, list) else [x])]
 
 
 def _alike(outside: list, inside: list) -> int:
-    """Arrays of a loop that its body sees whole; of the others it sees one turn's."""
+    """Number of a loop's arrays that its body sees whole rather than one turn's slice of."""
     pairs = zip(outside, inside, strict=True)
     return sum(x.aval.shape == y.aval.shape for x, y in pairs)
 
 
-def _inside(one) -> int:
-    """What a loop or a branch holds while it runs, besides its arguments and results."""
-    if one.primitive.name not in ("scan", "while", "cond"):
+def _inside(equation) -> int:
+    """Bytes that a loop or branch holds while it runs, besides its arguments and results."""
+    if equation.primitive.name not in ("scan", "while", "cond"):
         return 0
-    parts = one.params.get("branches") or [
-        one.params[name] for name in ("jaxpr", "body_jaxpr") if name in one.params
+    bodies = equation.params.get("branches") or [
+        equation.params[name] for name in ("jaxpr", "body_jaxpr") if name in equation.params
     ]
-    return max(peak(part) for part in parts)
+    return max(peak(body) for body in bodies)
 
 
 def _bytes(aval) -> int:
