@@ -51,10 +51,10 @@ def test_a_topology_is_so_many_devices(text, slices, devices, neighbours):
         ("v5q:4x4x4", 1, r"did you mean 'v5p:4x4x\d' or 'v5p:4x4x\d'\?"),
         ("h200:8", 1, "did you mean 'h200x8'"),
         ("v5px64", 1, "expected a TPU slice like 'v5p:4x4x4' or GPUs like 'h200x64'"),
-        ("v5p:3x3x3", 1, "v5p has no slice 3x3x3: there are 2x2x1, 2x2x2"),
+        ("v5p:3x3x3", 1, "v5p has no slice 3x3x3, expected one of 2x2x1, 2x2x2"),
         ("h200x12", 1, "h200x12: expected 1 to 8 GPUs, or whole hosts of 8"),
         ("v5e:4x4", 0, "mesh.dcn is 0, expected the number of slices"),
-        ("h200x16", 2, "mesh.dcn is 2, expected 1: slices are of TPUs"),
+        ("h200x16", 2, "mesh.dcn is 2, expected 1: only TPUs have slices"),
     ],
 )
 def test_a_topology_that_there_is_not_is_refused(text, slices, message):

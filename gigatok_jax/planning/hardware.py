@@ -1,10 +1,9 @@
-"""Accelerators to plan for, and the topologies that they come in.
+"""Accelerators to plan for, and their topologies. Names of topologies:
 
 v5p:4x4x4    one slice of 64 TPU v5p chips
 h200x64      64 H200 GPUs, 8 to a host
 """
 
-import difflib
 import importlib.util
 import math
 import os
@@ -14,57 +13,60 @@ from typing import NamedTuple
 import jax
 from jax.experimental import topologies
 
-from gigatok_jax.errors import ConfigError
+from gigatok_jax.errors import ConfigError, near
 from gigatok_jax.train import program as program_lib
 
 GIB = 2**30
 GPUS_PER_HOST = 8
-SHARE = 0.92  # of a GPU's memory, which launch/xla_flags.sh gives to jax
+SHARE = 0.92  # share of a GPU's memory that launch/xla_flags.sh gives to jax
 
 
 class Chip(NamedTuple):
-    """What one device offers. Links are in bytes per second, one direction, of one device."""
+    """Memory and speeds of a device; links are in bytes per second and direction."""
 
     name: str
     platform: str
-    memory: float  # GiB that programs may take; 0 is not known
-    peak: float  # FLOP/s in bfloat16, dense; 0 is not known
-    link: float  # to the others of its slice (ICI) or host (NVLink)
-    network: float  # to other slices or hosts
+    memory: float  # GiB that programs may use; 0 if unknown
+    peak: float  # dense bfloat16 FLOP/s; 0 if unknown
+    link: float  # to devices of the same slice (ICI) or host (NVLink)
+    network: float  # to devices of other slices or hosts
 
 
 class Topology(NamedTuple):
+    """Devices of one kind: TPU slices of one shape, or GPUs."""
+
     chip: Chip
-    shape: tuple[int, ...]  # of one slice; (count,) of GPUs
+    shape: tuple[int, ...]  # chips of one slice along its axes; (count,) of GPUs
     slices: int
 
     @property
     def devices(self) -> int:
+        """Number of devices."""
         return math.prod(self.shape) * self.slices
 
     @property
     def neighbours(self) -> int:
-        """Devices that the fast links join."""
+        """Number of devices that fast links join: those of a slice or host."""
         return GPUS_PER_HOST if self.chip.platform == "gpu" else math.prod(self.shape)
 
     @property
     def limit(self) -> int | None:
-        """Bytes of a device; None where nobody knows."""
+        """Bytes that programs may use on a device; None if unknown."""
         return int(self.chip.memory * GIB) if self.chip.memory else None
 
     def __str__(self):
         if self.chip.platform != "tpu":
             return f"{self.chip.name}x{self.shape[0]}"
-        one = f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
-        return one if self.slices == 1 else f"{self.slices} slices of {one}"
+        piece = f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+        return piece if self.slices == 1 else f"{self.slices} slices of {piece}"
 
 
 class GPU(NamedTuple):
-    """What the compiler asks of a GPU that is not there."""
+    """Properties of a GPU that its compiler needs if the GPU is absent."""
 
     kind: str
     capability: int
-    memory: float  # GiB that its driver shows
+    memory: float  # GiB by its driver
     cores: int  # streaming multiprocessors
     bandwidth: int  # bytes per second
     cache: int  # bytes of L2
@@ -75,9 +77,8 @@ GPUS = {
     "h200": GPU("NVIDIA H200", 9, 139.8, 132, 4_814 * 10**9, 60 * 2**20),
     "b200": GPU("NVIDIA B200", 10, 178.3, 148, 8_000 * 10**9, 126 * 2**20),
 }
-# TPUs: cloud.google.com/tpu/docs, pages v5e, v5p and v6e; the memory is what the TPU compiler calls
-# its limit. GPUs: NVIDIA's data sheets of H100 SXM, H200 SXM and DGX B200, with one 400 Gb/s port
-# each, and that share of their memory.
+# Sources. TPUs: cloud.google.com/tpu/docs, pages v5e, v5p and v6e, and the TPU compiler's limit of
+# memory. GPUs: NVIDIA's data sheets of H100 SXM, H200 SXM and DGX B200, with a 400 Gb/s port each.
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -105,7 +106,7 @@ dnn_version_info {{ major: 9 minor: 10 }}
 runtime_version {{ major: 13 }}
 device_description_str: "{kind}"
 """
-# What libtpu else asks a cloud's server for, or complains of; nothing runs on a TPU here.
+# Settings without which libtpu asks a server of the cloud or warns; nothing runs on a TPU here.
 _ALONE = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -119,28 +120,28 @@ SLICES = {"v5e": _FLAT.split(), "v6e": _FLAT.split(), "v5p": _DEEP.split()}
 
 
 def parse(text: str, slices: int = 1) -> Topology:
-    """Topology of a name.
+    """Topology with a name.
 
     Args:
-        text: as in the head of this file.
-        slices: of TPUs, of that shape each, joined by the data centre's network.
+        text: name of a TPU slice, like "v5p:4x4x4", or of GPUs, like "h200x64".
+        slices: number of such TPU slices, joined by the network of the data centre.
 
     Raises:
-        ConfigError: a chip or slice that there is not, with the nearest.
+        ConfigError: the chip or slice is unknown; the message names the nearest.
     """
     match = re.fullmatch(r"([a-z]\w*?)(?::(\d+(?:x\d+)*)|x(\d+))", text)
     chip = CHIPS.get(match[1]) if match else None
     if chip is None or bool(match[2]) != (chip.platform == "tpu"):
-        known = [*(f"{name}:{one}" for name in SLICES for one in SLICES[name]), *_SOME_GPUS]
+        known = [*(f"{name}:{shape}" for name in SLICES for shape in SLICES[name]), *_SOME_GPUS]
         raise ConfigError(
             f"topology {text!r} is unknown, expected a TPU slice like 'v5p:4x4x4' or GPUs like"
-            f" 'h200x64', of {', '.join(CHIPS)}{_nearest(text, known)}"
+            f" 'h200x64', of {', '.join(CHIPS)}{near(text, known, count=2, cutoff=0.5)}"
         )
     if chip.platform == "gpu":
         return _gpus(chip, int(match[3]), slices)
     if match[2] not in SLICES[chip.name]:
         raise ConfigError(
-            f"{chip.name} has no slice {match[2]}: there are {', '.join(SLICES[chip.name])}"
+            f"{chip.name} has no slice {match[2]}, expected one of {', '.join(SLICES[chip.name])}"
         )
     if slices < 1:
         raise ConfigError(f"mesh.dcn is {slices}, expected the number of slices, 1 or more")
@@ -152,7 +153,7 @@ _SOME_GPUS = [f"{c.name}x{n}" for c in CHIPS.values() if c.platform == "gpu" for
 
 def _gpus(chip: Chip, count: int, slices: int) -> Topology:
     if slices != 1:
-        raise ConfigError(f"mesh.dcn is {slices}, expected 1: slices are of TPUs")
+        raise ConfigError(f"mesh.dcn is {slices}, expected 1: only TPUs have slices")
     if count < 1 or (count > GPUS_PER_HOST and count % GPUS_PER_HOST):
         raise ConfigError(
             f"{chip.name}x{count}: expected 1 to {GPUS_PER_HOST} GPUs, or whole hosts of"
@@ -161,13 +162,8 @@ def _gpus(chip: Chip, count: int, slices: int) -> Topology:
     return Topology(chip, (count,), 1)
 
 
-def _nearest(text: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(text, known, n=2, cutoff=0.5)
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-
-
 def here() -> Topology:
-    """The devices of this process, as far as the table knows them."""
+    """Topology of the devices of this process; speeds are 0 for chips not in CHIPS."""
     kind, count = jax.devices()[0].device_kind, jax.device_count()
     words = kind.lower().split()
     name = _KINDS.get(kind) or next((name for name in CHIPS if name in words), None)
@@ -179,8 +175,8 @@ def here() -> Topology:
 _KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e"}
 
 
-def compiler(topology: Topology) -> list | None:
-    """Devices that programs can be compiled for here; None where their compiler is not."""
+def compiler(topology: Topology) -> list[jax.Device] | None:
+    """Absent devices of a topology to compile for; None if their compiler is not installed."""
     if topology.chip.platform == "gpu":
         return _absent_gpus(topology) if _has_gpu_compiler() else None
     if importlib.util.find_spec("libtpu") is None:
@@ -203,5 +199,5 @@ def _absent_gpus(topology: Topology) -> list:
     gpu, count = GPUS[topology.chip.name], topology.devices
     target = _TARGET.format(**gpu._asdict(), bytes=int(gpu.memory * GIB))
     shape = f"1x{math.ceil(count / GPUS_PER_HOST)}x{min(count, GPUS_PER_HOST)}"
-    made = topologies.get_topology_desc(platform="cuda", target_config=target, topology=shape)
-    return made.devices
+    absent = topologies.get_topology_desc(platform="cuda", target_config=target, topology=shape)
+    return absent.devices

@@ -1,7 +1,7 @@
-"""What one run of a compiled program costs a device, read from its HLO text.
+"""Cost of one run of a compiled program on a device, read from its HLO text.
 
 The compiler's own cost analysis counts the body of a loop once. Here bodies are multiplied by their
-trip counts, and what fusions and asynchronous pairs wrap is found. Shapes are those of one device.
+trip counts, and instructions inside fusions and asynchronous pairs count. Shapes are per device.
 """
 
 import re
@@ -17,12 +17,12 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 class Transfer(NamedTuple):
     """One collective instruction."""
 
-    kind: str  # of KINDS
+    kind: str  # one of KINDS
     shapes: tuple[Shape, ...]  # operands, or results of an all-gather; several where combined
     bytes: int  # of `shapes`, on one device in one execution
     times: int  # executions in one run of the program
-    groups: tuple[tuple[int, ...], ...]  # devices that take part together; (source, target) pairs
-    op_name: str  # of the operation that it was made for, or of what calls it
+    groups: tuple[tuple[int, ...], ...]  # devices that exchange data; or (source, target) pairs
+    op_name: str  # of the traced operation, or of the caller's
 
     @property
     def group_size(self) -> int:
@@ -36,14 +36,14 @@ class Collective(NamedTuple):
 
 class Costs(NamedTuple):
     flops: int  # 2 per multiply-add of matrix products and convolutions, on one device
-    collectives: dict[str, Collective]  # by kind; those that do not occur are not there
+    collectives: dict[str, Collective]  # by kind, without kinds that do not occur
     unknown_loops: tuple[str, ...]  # op_names of loops without a trip count, which count once
 
 
 def costs(text: str) -> Costs:
     """FLOPs and traffic of one run of a program on one device.
 
-    Of a conditional the branch with the most FLOPs counts. FLOPs of a convolution are 2 x output
+    The branch with the most FLOPs counts for a conditional. FLOPs of a convolution are 2 x output
     elements x taps x input features: taps in the padding count, those in holes of a dilation do
     not, so that a gradient counts as its forward pass does. Products that became calls of cuBLAS
     and cuDNN count, kernels in Pallas or Triton do not.
@@ -51,14 +51,14 @@ def costs(text: str) -> Costs:
     Args:
         text: `compiled.as_text()`.
     """
-    done = walk(text)
+    work = walk(text)
     totals = {}
     for kind in KINDS:
-        own = [one for one in done.transfers if one.kind == kind]
+        own = [transfer for transfer in work.transfers if transfer.kind == kind]
         if own:
-            total = sum(one.bytes * one.times for one in own)
-            totals[kind] = Collective(total, sum(one.times for one in own))
-    return Costs(done.flops, totals, done.unknown_loops)
+            total = sum(transfer.bytes * transfer.times for transfer in own)
+            totals[kind] = Collective(total, sum(transfer.times for transfer in own))
+    return Costs(work.flops, totals, work.unknown_loops)
 
 
 def collectives(text: str) -> list[Transfer]:
@@ -66,120 +66,116 @@ def collectives(text: str) -> list[Transfer]:
     return list(walk(text).transfers)
 
 
-def largest(text: str, kind: str) -> Transfer | None:
-    """The collective of a kind with the most bytes in one execution; None without one."""
-    own = [one for one in collectives(text) if one.kind == kind]
-    return max(own, key=lambda one: one.bytes, default=None)
-
-
 # A computation and what it calls.
 
 
 class Work(NamedTuple):
-    """What running something once comes to, as `Costs` with every collective by itself."""
+    """Cost of one run of a computation: like `Costs`, but collectives are listed, not summed."""
 
     flops: int = 0
     transfers: tuple[Transfer, ...] = ()
     unknown_loops: tuple[str, ...] = ()
 
     def times(self, n: int) -> "Work":
-        transfers = tuple(one._replace(times=one.times * n) for one in self.transfers)
+        transfers = tuple(
+            transfer._replace(times=transfer.times * n) for transfer in self.transfers
+        )
         return Work(self.flops * n, transfers, self.unknown_loops)
 
     def weight(self) -> tuple[int, int]:
-        return self.flops, sum(one.bytes * one.times for one in self.transfers)
+        return self.flops, sum(transfer.bytes * transfer.times for transfer in self.transfers)
 
 
-def _sum(parts: list[Work]) -> Work:
-    transfers = tuple(one for part in parts for one in part.transfers)
-    loops = tuple(one for part in parts for one in part.unknown_loops)
-    return Work(sum(part.flops for part in parts), transfers, loops)
+def _sum(works: list[Work]) -> Work:
+    transfers = tuple(transfer for work in works for transfer in work.transfers)
+    loops = tuple(loop for work in works for loop in work.unknown_loops)
+    return Work(sum(work.flops for work in works), transfers, loops)
 
 
 class _Frame(NamedTuple):
-    """A computation where it is called."""
+    """A computation with the arguments and the name of its caller."""
 
     module: Module
     computation: Computation
-    argument: Callable  # (parameter, element of it | None) -> what is known of it
+    argument: Callable  # (parameter, element of a tuple | None) -> its _Affine value | None
     op_name: str  # of the caller
 
-    def call(self, name: str, one: Instruction) -> "_Frame":
+    def call(self, name: str, op: Instruction) -> "_Frame":
         def argument(number, element):
-            known = number < len(one.operands)
-            return _value(self, one.operands[number], element) if known else None
+            known = number < len(op.operands)
+            return _value(self, op.operands[number], element) if known else None
 
         computation = self.module.computations[name]
-        return _Frame(self.module, computation, argument, one.op_name or self.op_name)
+        return _Frame(self.module, computation, argument, op.op_name or self.op_name)
 
 
 def walk(text: str) -> Work:
-    """All that a run of the program reaches; `costs` sums it up."""
+    """Cost of one run of a program, with every collective that it executes; `costs` sums them."""
     module = parse(text)
     entry = module.computations[module.entry]
     return _frame_costs(_Frame(module, entry, lambda number, element: None, ""))
 
 
 def _frame_costs(frame: _Frame) -> Work:
-    return _sum([_costs(frame, one) for one in frame.computation.instructions.values()])
+    return _sum([_costs(frame, op) for op in frame.computation.instructions.values()])
 
 
-def _costs(frame: _Frame, one: Instruction) -> Work:
-    kind = one.opcode.removesuffix("-start")  # of asynchronous pairs; what ends one is free
+def _costs(frame: _Frame, op: Instruction) -> Work:
+    kind = op.opcode.removesuffix("-start")  # of asynchronous pairs, whose second half is free
     if kind in KINDS:
-        return Work(transfers=() if _goes_on(one) else (_transfer(frame, one, kind),))
-    if one.opcode == "send" and "megascale" in one.rest:
-        return Work(transfers=(_between_slices(frame, one),))
-    if one.opcode in flops.OPCODES:
-        return Work(flops=flops.OPCODES[one.opcode](frame.computation, one))
-    if one.opcode == "while":
-        return _loop(frame, one)
-    if one.opcode == "conditional":
+        return Work(transfers=() if _continues(op) else (_transfer(frame, op, kind),))
+    if op.opcode == "send" and "megascale" in op.rest:
+        return Work(transfers=(_between_slices(frame, op),))
+    if op.opcode in flops.OPCODES:
+        return Work(flops=flops.OPCODES[op.opcode](frame.computation, op))
+    if op.opcode == "while":
+        return _loop(frame, op)
+    if op.opcode == "conditional":
         attributes = ("branch_computations", "true_computation", "false_computation")
-        names = [name for attribute in attributes for name in one.computations(attribute)]
-        return max((_frame_costs(frame.call(n, one)) for n in names), key=Work.weight)
+        names = [name for attribute in attributes for name in op.computations(attribute)]
+        return max((_frame_costs(frame.call(n, op)) for n in names), key=Work.weight)
     attribute = {"fusion": "calls", "async": "calls", "call": "to_apply"}.get(kind)
-    called = one.computations(attribute) if attribute else []
-    return _scattered(called, _sum([_frame_costs(frame.call(n, one)) for n in called]))
+    called = op.computations(attribute) if attribute else []
+    return _scattered(called, _sum([_frame_costs(frame.call(n, op)) for n in called]))
 
 
-def _scattered(called: list[str], done: Work) -> Work:
-    """The TPU's fusion of a sum and the slice that each device keeps is a reduce-scatter."""
+def _scattered(called: list[str], work: Work) -> Work:
+    """Cost of a fusion; the TPU's fusion of an all-reduce and a slice is a reduce-scatter."""
     if not any(name.startswith("all-reduce-scatter") for name in called):
-        return done
-    made = tuple(one._replace(kind="reduce-scatter") for one in done.transfers)
-    return done._replace(transfers=made)
+        return work
+    scattered = tuple(transfer._replace(kind="reduce-scatter") for transfer in work.transfers)
+    return work._replace(transfers=scattered)
 
 
-def _goes_on(one: Instruction) -> bool:
-    """Whether a fusion of the TPU only goes on with a collective that an earlier one began."""
-    match = re.search(r'"async_collective_fusion_config":\{"flag_start":"(-?\d+)"', one.rest)
+def _continues(op: Instruction) -> bool:
+    """Whether a fusion of the TPU continues a collective that an earlier fusion began."""
+    match = re.search(r'"async_collective_fusion_config":\{"flag_start":"(-?\d+)"', op.rest)
     return match is not None and int(match[1]) >= 0
 
 
-def _between_slices(frame: _Frame, one: Instruction) -> Transfer:
-    """Of TPU slices: a host sends its device's part to the same place in other slices."""
-    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', one.rest)[1]
+def _between_slices(frame: _Frame, op: Instruction) -> Transfer:
+    """A transfer between TPU slices: each device exchanges data with its peer in other slices."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.rest)[1]
     kind = kind.lower().replace("_", "-")
-    target = re.search(r'_xla_megascale_target="\{([^}]*)\}', one.rest)[1]
+    target = re.search(r'_xla_megascale_target="\{([^}]*)\}', op.rest)[1]
     ranges = (part.split(":") for part in target.split(","))
     slices = sum(int(part[-1]) - int(part[0]) + 1 for part in ranges)
     own = frame.module.devices  # of one slice
     together = tuple(tuple(i + own * j for j in range(slices)) for i in range(own))
-    (shape, *_) = frame.computation.operand_shapes(one)
+    (shape, *_) = frame.computation.operand_shapes(op)
     shape = _widened(shape, 0, slices) if kind == "all-gather" else shape
     kind = kind if kind in KINDS else "collective-permute"
-    return Transfer(kind, (shape,), shape.bytes, 1, together, one.op_name or frame.op_name)
+    return Transfer(kind, (shape,), shape.bytes, 1, together, op.op_name or frame.op_name)
 
 
-def _transfer(frame: _Frame, one: Instruction, kind: str) -> Transfer:
-    together = groups(one.rest, frame.module.devices)
-    shapes = frame.computation.operand_shapes(one)
+def _transfer(frame: _Frame, op: Instruction, kind: str) -> Transfer:
+    together = groups(op.rest, frame.module.devices)
+    shapes = frame.computation.operand_shapes(op)
     if kind == "all-gather":
-        (axis,) = one.numbers("dimensions")
+        (axis,) = op.numbers("dimensions")
         shapes = tuple(_widened(shape, axis, len(together[0])) for shape in shapes)
     total = sum(shape.bytes for shape in shapes)
-    return Transfer(kind, shapes, total, 1, together, one.op_name or frame.op_name)
+    return Transfer(kind, shapes, total, 1, together, op.op_name or frame.op_name)
 
 
 def _widened(shape: Shape, axis: int, factor: int) -> Shape:
@@ -191,38 +187,38 @@ def _widened(shape: Shape, axis: int, factor: int) -> Shape:
 # Loops.
 
 
-def _loop(frame: _Frame, one: Instruction) -> Work:
-    """A loop's body, and condition, times its trips."""
-    body, condition = (frame.call(one.computations(name)[0], one) for name in ("body", "condition"))
+def _loop(frame: _Frame, op: Instruction) -> Work:
+    """Cost of a loop: its body and condition, times its trips."""
+    body, condition = (frame.call(op.computations(name)[0], op) for name in ("body", "condition"))
     moving = body._replace(argument=_carried)
 
     def constant(number, element):
-        """What the loop leaves as it was."""
+        """Value of an element that the loop does not change."""
         if element is None or _value(moving, body.computation.root, element) != (0, element):
             return None
-        return _value(frame, one.operands[0], element)
+        return _value(frame, op.operands[0], element)
 
     def known(number, element):
         return constant(number, element) or _carried(number, element)
 
-    parts = [part._replace(argument=constant) for part in (body, condition)]
-    done = _sum([_frame_costs(part) for part in parts])
-    trips = _trips(frame, one, *(part._replace(argument=known) for part in parts))
+    frames = [inner._replace(argument=constant) for inner in (body, condition)]
+    work = _sum([_frame_costs(inner) for inner in frames])
+    trips = _trips(frame, op, *(inner._replace(argument=known) for inner in frames))
     if trips is None:
-        return done._replace(unknown_loops=(*done.unknown_loops, one.op_name or one.name))
-    return done.times(trips)
+        return work._replace(unknown_loops=(*work.unknown_loops, op.op_name or op.name))
+    return work.times(trips)
 
 
-def _trips(frame: _Frame, one: Instruction, body: _Frame, condition: _Frame) -> int | None:
-    """How often a loop runs: as the compiler noted, or from its condition's comparison."""
-    if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', one.rest):
+def _trips(frame: _Frame, op: Instruction, body: _Frame, condition: _Frame) -> int | None:
+    """Trips of a loop: the compiler's note, or computed from the comparison in its condition."""
+    if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', op.rest):
         return int(match[1])
 
     def course(side):
-        """First value and growth in a trip of one side of the comparison."""
+        """First value of one side of the comparison, and its growth per trip."""
         if side is None or side.carried is None:
             return side and (side.offset, 0)
-        start = _value(frame, one.operands[0], side.carried)
+        start = _value(frame, op.operands[0], side.carried)
         end = _value(body, body.computation.root, side.carried)
         known = start and end and start.carried is None and end.carried == side.carried
         return (start.offset + side.offset, end.offset) if known else None
@@ -235,7 +231,7 @@ def _trips(frame: _Frame, one: Instruction, body: _Frame, condition: _Frame) -> 
 
 
 def _count(direction: str, distance: int, step: int) -> int | None:
-    """Trips until a side that gains `step` in each has made up the distance to the other."""
+    """Trips until a side that grows by `step` per trip covers its distance from the other side."""
     if not step or (direction in ("LT", "LE", "GT", "GE") and (direction[0] == "L") != (step > 0)):
         return None
     if direction in ("LT", "GT", "NE"):
@@ -244,7 +240,7 @@ def _count(direction: str, distance: int, step: int) -> int | None:
 
 
 class _Affine(NamedTuple):
-    """An integer: `offset` more than element `carried` of what a loop carries, or than 0."""
+    """An integer: `offset` plus element `carried` of a loop's carry, or `offset` alone."""
 
     offset: int
     carried: int | None = None
@@ -255,14 +251,14 @@ def _carried(number: int, element: int | None) -> _Affine | None:
 
 
 def _comparison(frame: _Frame) -> tuple | None:
-    """Direction and sides of the comparison that a computation ends in."""
-    one = frame.computation.instructions[frame.computation.root]
-    if one.opcode in _CALLS:
-        return _comparison(frame.call(one.computations(_CALLS[one.opcode])[0], one))
-    match = re.search(r"direction=(\w+)", one.rest)
-    if one.opcode != "compare" or not match:
+    """Direction and sides of the comparison that a computation returns; None if it is none."""
+    op = frame.computation.instructions[frame.computation.root]
+    if op.opcode in _CALLS:
+        return _comparison(frame.call(op.computations(_CALLS[op.opcode])[0], op))
+    match = re.search(r"direction=(\w+)", op.rest)
+    if op.opcode != "compare" or not match:
         return None
-    return match[1], *(_value(frame, name, None) for name in one.operands)
+    return match[1], *(_value(frame, name, None) for name in op.operands)
 
 
 _CALLS = {"fusion": "calls", "call": "to_apply"}
@@ -270,23 +266,23 @@ _SAME = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done", "op
 
 
 def _value(frame: _Frame, name: str, element: int | None) -> _Affine | None:
-    """What the text says of an integer, or of an element of a tuple; None is nothing."""
-    one = frame.computation.instructions[name]
-    if one.opcode == "constant" and re.fullmatch(r"-?\d+", one.literal):
-        return _Affine(int(one.literal))
-    if one.opcode in _SAME:
-        return _value(frame, one.operands[0], element)
-    if one.opcode == "get-tuple-element":
-        return _value(frame, one.operands[0], one.numbers("index")[0])
-    if one.opcode == "tuple" and element is not None:
-        return _value(frame, one.operands[element], None)
-    if one.opcode == "parameter":
-        return frame.argument(int(one.literal), element)
-    if one.opcode in _CALLS:
-        called = frame.call(one.computations(_CALLS[one.opcode])[0], one)
+    """Value of an integer, or of an element of a tuple; None if the text does not determine it."""
+    op = frame.computation.instructions[name]
+    if op.opcode == "constant" and re.fullmatch(r"-?\d+", op.literal):
+        return _Affine(int(op.literal))
+    if op.opcode in _SAME:
+        return _value(frame, op.operands[0], element)
+    if op.opcode == "get-tuple-element":
+        return _value(frame, op.operands[0], op.numbers("index")[0])
+    if op.opcode == "tuple" and element is not None:
+        return _value(frame, op.operands[element], None)
+    if op.opcode == "parameter":
+        return frame.argument(int(op.literal), element)
+    if op.opcode in _CALLS:
+        called = frame.call(op.computations(_CALLS[op.opcode])[0], op)
         return _value(called, called.computation.root, element)
-    if one.opcode in ("add", "subtract"):
-        return _added(*(_value(frame, operand, None) for operand in one.operands), one.opcode)
+    if op.opcode in ("add", "subtract"):
+        return _added(*(_value(frame, operand, None) for operand in op.operands), op.opcode)
     return None
 
 

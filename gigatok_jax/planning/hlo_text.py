@@ -1,4 +1,4 @@
-"""HLO text to instructions: what jax 0.10 to 0.12 print of compiled programs."""
+"""Parser of HLO text, as jax 0.10 to 0.12 print compiled programs."""
 
 import math
 import re
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-_BITS = {"pred": 8, "token": 0, "f8e8m0fnu": 8}  # types whose first digits do not say
+_BITS = {"pred": 8, "token": 0, "f8e8m0fnu": 8}  # types whose first digits are not their bits
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
 _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
@@ -39,18 +39,18 @@ class Instruction(NamedTuple):
     rest: str  # attributes
 
     def computations(self, attribute: str) -> list[str]:
-        """Computations that an attribute names."""
+        """Names of the computations in an attribute."""
         match = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.rest)
         return re.findall(r"[\w.\-]+", match[1]) if match else []
 
     def numbers(self, attribute: str) -> list[int]:
-        """Of an attribute such as dimensions={0,1} or index=1; none where it is not there."""
+        """Numbers in an attribute such as dimensions={0,1} or index=1; [] without the attribute."""
         match = re.search(rf"\b{attribute}=(\{{[\d,]*\}}|\d+)", self.rest)
         return [int(n) for n in re.findall(r"\d+", match[1])] if match else []
 
     @property
     def op_name(self) -> str:
-        """The operation that it was made for; "" where the compiler lost it."""
+        """Name of the traced operation; "" if the compiler lost it."""
         match = re.search(r'op_name="([^"]*)"', self.rest)
         return match[1] if match else ""
 
@@ -60,8 +60,8 @@ class Computation(NamedTuple):
     instructions: dict[str, Instruction]
     root: str
 
-    def operand_shapes(self, one: Instruction) -> tuple[Shape, ...]:
-        return tuple(shape for name in one.operands for shape in self.instructions[name].shapes)
+    def operand_shapes(self, op: Instruction) -> tuple[Shape, ...]:
+        return tuple(shape for name in op.operands for shape in self.instructions[name].shapes)
 
 
 class Module(NamedTuple):
@@ -71,24 +71,24 @@ class Module(NamedTuple):
 
 
 def parse(text: str) -> Module:
-    """Of `compiled.as_text()`.
+    """Module of a program's text, from `compiled.as_text()`.
 
     Raises:
-        ValueError: there is no entry computation in it.
+        ValueError: the text has no entry computation.
     """
-    found, entry, current = {}, "", []
+    bodies, entry, current = {}, "", []
     for line in text.splitlines():
         if line[:1].isspace():
             if match := _LINE.match(line):
                 current.append(match)
         elif (match := _HEADER.match(line)) and not line.startswith("HloModule"):
-            current = found[match[2]] = []
+            current = bodies[match[2]] = []
             entry = match[2] if match[1] else entry
     if not entry:
         raise ValueError("no entry computation: expected the text of a compiled program")
     counts = re.findall(r"(?:replica_count|num_partitions)=(\d+)", text.partition("\n")[0])
-    made = {name: _computation(name, lines) for name, lines in found.items()}
-    return Module(made, entry, math.prod(map(int, counts)))
+    computations = {name: _computation(name, lines) for name, lines in bodies.items()}
+    return Module(computations, entry, math.prod(map(int, counts)))
 
 
 def _computation(name: str, lines: list[re.Match]) -> Computation:
@@ -109,14 +109,14 @@ def _shapes(text: str) -> Iterator[Shape]:
 
 
 def groups(rest: str, devices: int) -> tuple[tuple[int, ...], ...]:
-    """Devices that take part together, or (source, target) pairs, of a collective's attributes.
+    """Groups of devices exchanging data, or (source, target) pairs, of a collective's attributes.
 
-    Three spellings: {{0,1},{2,3}}, [2,2]<=[4] with an order of axes, and axes of a mesh.
+    XLA has three spellings: {{0,1},{2,3}}, [2,2]<=[4] with an order of axes, and axes of a mesh.
     """
     if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})?\}", rest):
         listed = re.findall(r"\{([\d,]+)\}", match[1] or "")
-        made = tuple(tuple(int(n) for n in one.split(",")) for one in listed)
-        return made or (tuple(range(devices)),)
+        rows = tuple(tuple(int(n) for n in ids.split(",")) for ids in listed)
+        return rows or (tuple(range(devices)),)
     if match := re.search(r"replica_groups=\[([\d,]+)\]<=(\S*?\]\S*?)(?:,\s|$)", rest):
         return _rows(_iota(match[2]).reshape(_sizes(match[1])))
     match = re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?\))\))? \{(.*?)\}", rest)
@@ -129,12 +129,12 @@ def _of_mesh(axes: str, order: str | None, chosen: str) -> np.ndarray:
     """Groups [groups, members] of "'a'=2,'b'=4", the order of devices and "'b'" or "'b':(2)2"."""
     sizes = {name: int(n) for name, n in re.findall(r"'([^']*)'=(\d+)", axes)}
     ids = _iota(order) if order else np.arange(math.prod(sizes.values()))
-    shape, members = [], []  # an axis that is used in part becomes three
-    parts = {name: (pre, size) for name, pre, size in _AXIS.findall(chosen)}
+    shape, members = [], []  # an axis that is used partly becomes three
+    used = {name: (pre, size) for name, pre, size in _AXIS.findall(chosen)}
     for name, n in sizes.items():
-        pre, size = parts.get(name, ("", ""))
+        pre, size = used.get(name, ("", ""))
         split = [int(pre), int(size), n // int(pre) // int(size)] if pre else [n]
-        if name in parts:
+        if name in used:
             members.append(len(shape) + (len(split) == 3))
         shape += split
     last = range(len(shape) - len(members), len(shape))
@@ -146,7 +146,7 @@ _AXIS = re.compile(r"'([^']*)'(?::\((\d+)\)(\d+))?")
 
 
 def _iota(text: str) -> np.ndarray:
-    """[2,4]T(1,0): that many numbers in that shape, axes in that order; or the numbers."""
+    """Device ids of "[2,4]T(1,0)": shape and order of axes of 0, 1, 2, ...; or of a list of ids."""
     sizes, _, order = text.partition("T")
     if not sizes.startswith("["):
         return np.array(_sizes(sizes))
