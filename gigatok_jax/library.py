@@ -21,7 +21,7 @@ from gigatok_jax.model_config import ModelConfig, family, num_tokens
 from gigatok_jax.models import ar
 from gigatok_jax.models.tokenizer import decode, encode
 from gigatok_jax.run import processes
-from gigatok_jax.weights import load
+from gigatok_jax.weights import read, write
 
 MOST_IMAGES = 64  # largest batch of a tokenizer
 MOST_SEQUENCES = 256  # largest batch of a prior
@@ -71,7 +71,7 @@ class _Model:
 
     def _save(self, folder: epath.PathLike, licence: str, **about) -> None:
         about |= {"step": self.step, "training": self._training}
-        load.save_model(folder, self._params, self.config, about, licence)
+        write.save_model(folder, self._params, self.config, about, licence)
 
 
 class Tokenizer(_Model):
@@ -339,13 +339,13 @@ def load_prior(
     )
 
 
-def _load(path, kind: str, dtype, sharding, weights: str) -> load.Loaded:
+def _load(path, kind: str, dtype, sharding, weights: str) -> read.Loaded:
     if isinstance(sharding, jax.Device):
         sharding = jax.sharding.SingleDeviceSharding(sharding)
     if not isinstance(sharding, jax.sharding.Sharding | None):
         raise ConfigError(f"sharding is {sharding!r}, expected a jax.sharding.Sharding or a device")
     type_of = functools.partial(_type_of, dtype=_checked_type(dtype))
-    return load.load_model(path, kind, weights, type_of, sharding and parallel.auto_mesh(sharding))
+    return read.load_model(path, kind, weights, type_of, sharding and parallel.auto_mesh(sharding))
 
 
 def fingerprint(params: Mapping[str, Any]) -> str:

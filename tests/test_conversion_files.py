@@ -17,7 +17,7 @@ from gigatok_jax.conversion import tokenizer as convert
 from gigatok_jax.errors import CheckpointError, ConfigError
 from gigatok_jax.model_config import model_config
 from gigatok_jax.run import checkpoint
-from gigatok_jax.weights import read, recognise, safetensors_file, tables, torch_file
+from gigatok_jax.weights import read, recognise, safetensors_file, tables, torch_file, write
 
 SMALL = {"encoder": "pico", "decoder": "pico", "codebook_size": 32, "latent_tokens": 4}
 SMALL |= {"cnn_channels": 32, "patch_size": 4, "image_size": 16, "align_width": 8}
@@ -54,7 +54,7 @@ def file(tmp_path):
     model = small()
     state, average = random_state(model), random_state(model, 1)
     average["quantize.codebook_used"][:] = 0  # the original's average never gets any
-    read.write_pt(tmp_path / "0000007.pt", {"model": state, "ema": average, "steps": 7})
+    write.write_pt(tmp_path / "0000007.pt", {"model": state, "ema": average, "steps": 7})
     return tmp_path / "0000007.pt", state, average
 
 
@@ -96,7 +96,7 @@ def test_the_average_stands_in_for_no_weights_that_are_not_there(file, tmp_path)
 def test_a_prior_is_read_as_trained_unless_asked_otherwise(tmp_path):
     model = small("prior-B")
     state, average = random_state(model), random_state(model, 1)
-    read.write_pt(tmp_path / "x.pt", {"model": state, "ema": average, "steps": 3})
+    write.write_pt(tmp_path / "x.pt", {"model": state, "ema": average, "steps": 3})
     equal(read.read(tmp_path / "x.pt").state, state)
     equal(read.read(tmp_path / "x.pt", "ema").state, average)
     assert read.read(tmp_path / "x.pt").config == model
@@ -107,7 +107,7 @@ def test_a_prior_is_read_as_trained_unless_asked_otherwise(tmp_path):
 def test_half_precision_stays_until_a_run_goes_on(tmp_path, dtype, wrapped):
     model = small("prior-B")
     state = random_state(model, dtype=dtype)
-    read.write_pt(tmp_path / "x.pt", {"model": state} if wrapped else state)
+    write.write_pt(tmp_path / "x.pt", {"model": state} if wrapped else state)
     command("from_torch", tmp_path / "x.pt", tmp_path / "x.safetensors")
     equal(read.read(tmp_path / "x.safetensors").state, state)
     command("from_torch", tmp_path / "x.pt", tmp_path / "run")
@@ -119,7 +119,7 @@ def test_our_patches_are_kept_under_names_of_our_own(tmp_path):
     model = small(stem="patch", cnn_channels=128)
     state = random_state(model)
     assert "encoder.embed.weight" in state
-    read.write_safetensors(tmp_path / "model.safetensors", state, model)
+    write.write_safetensors(tmp_path / "model.safetensors", state, model)
     found = read.read(tmp_path)
     equal(found.state, state)
     assert found.config == model and convert.infer_config(state) == model
@@ -141,10 +141,10 @@ def test_safetensors_are_those_of_everybody(tmp_path):
 
 def test_a_config_of_another_model_is_not_overwritten(tmp_path):
     model = small("prior-B")
-    read.write_safetensors(tmp_path / "a.safetensors", random_state(model), model)
+    write.write_safetensors(tmp_path / "a.safetensors", random_state(model), model)
     with pytest.raises(CheckpointError, match=r"config\.json belongs to another model"):
         other = small("prior-B", tokens=8)
-        read.write_safetensors(tmp_path / "b.safetensors", random_state(other), other)
+        write.write_safetensors(tmp_path / "b.safetensors", random_state(other), other)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["a.safetensors", "config.json"]
 
 
@@ -211,15 +211,15 @@ def test_compare_tells_names_and_the_largest_difference(tmp_path, capsys):
     state = random_state(model)
     other = {name: np.array(tensor) for name, tensor in state.items()}
     other["norm.weight"][3] += 0.25
-    read.write_pt(tmp_path / "a.pt", {"model": state})
-    read.write_safetensors(tmp_path / "b.safetensors", other, model)
+    write.write_pt(tmp_path / "a.pt", {"model": state})
+    write.write_safetensors(tmp_path / "b.safetensors", other, model)
     assert command("compare", tmp_path / "a.pt", tmp_path / "b.safetensors") == 1
     assert "0.25: norm.weight" in capsys.readouterr().out
     there = (tmp_path / "a.pt", tmp_path / "b.safetensors")
     assert command("compare", *there, "--tolerance=0.3") == 0
     assert "largest difference 0.25, of norm.weight" in capsys.readouterr().out
     other["more"] = other.pop("output.weight")
-    read.write_pt(tmp_path / "c.pt", {"model": other})
+    write.write_pt(tmp_path / "c.pt", {"model": other})
     assert command("compare", tmp_path / "a.pt", tmp_path / "c.pt", "--tolerance=1") == 1
     told = capsys.readouterr().out
     assert "missing: output.weight" in told and "extra: more" in told
@@ -241,7 +241,7 @@ def test_overrides_reach_the_config(file, tmp_path):
 def test_paths_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     state = random_state(small("prior-B"))
-    read.write_pt("x.pt", {"model": state})
+    write.write_pt("x.pt", {"model": state})
     command("from_torch", "x.pt", "run")
     command("to_torch", "run", "y.pt")
     command("to_torch", "run", "y.safetensors")

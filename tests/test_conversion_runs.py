@@ -16,7 +16,7 @@ from gigatok_jax.run import checkpoint
 from gigatok_jax.train import ar_step, optim, tokenizer_step
 from gigatok_jax.train.networks import Networks
 from gigatok_jax.train.tokenizer_step import Optimizers
-from gigatok_jax.weights import discriminator_names, names, read, recognise, tables
+from gigatok_jax.weights import discriminator_names, names, read, recognise, tables, write
 
 CONFIG = """
 from configs import common
@@ -217,7 +217,7 @@ def small_optim(**changes):
 def test_a_file_without_an_optimizer_says_so_and_starts_it_anew(tmp_path, capsys):
     """As the original's trainer for models in shards leaves them."""
     model = small("prior-B")
-    read.write_pt(tmp_path / "x.pt", {"model": random_state(model), "steps": 9})
+    write.write_pt(tmp_path / "x.pt", {"model": random_state(model), "steps": 9})
     command("from_torch", tmp_path / "x.pt", tmp_path / "run")
     told = capsys.readouterr().out
     assert "optimizer is not there" in told and "starts anew" in told
@@ -242,10 +242,10 @@ def test_an_optimizer_of_another_model_is_refused(tmp_path, capfd):
         groups = [{"lr": 1e-4, "params": numbers}]
         saved["optimizer"] = {"state": dict.fromkeys(numbers, state_of), "param_groups": groups}
         path = tmp_path / f"{count}.pt"
-        read.write_pt(path, saved)
+        write.write_pt(path, saved)
         assert expected in refused(capfd, "from_torch", path, tmp_path / "run")
     saved["optimizer"] = {"shards": 8}
-    read.write_pt(tmp_path / "z.pt", saved)
+    write.write_pt(tmp_path / "z.pt", saved)
     message = refused(capfd, "from_torch", tmp_path / "z.pt", tmp_path / "run")
     assert "not the state of an optimizer" in message
     assert not list(tmp_path.glob("run*"))
@@ -290,8 +290,8 @@ def test_a_prior_remembers_whose_codes_it_learned(tmp_path):
 
     model, prior = small(), small("prior-B")
     weights = random_state(model)
-    read.write_pt(tmp_path / "tokenizer.pt", {"model": weights})
-    read.write_pt(tmp_path / "prior.pt", {"model": random_state(prior)})
+    write.write_pt(tmp_path / "tokenizer.pt", {"model": weights})
+    write.write_pt(tmp_path / "prior.pt", {"model": random_state(prior)})
     name = ("--tokenizer", tmp_path / "tokenizer.pt")
     command("from_torch", tmp_path / "prior.pt", tmp_path / "run", *name)
     params = convert.from_torch(weights, model)
@@ -301,7 +301,7 @@ def test_a_prior_remembers_whose_codes_it_learned(tmp_path):
 
 def test_a_discriminator_alone_is_no_model(tmp_path):
     torch_state = judge_state("patchgan")
-    read.write_pt(tmp_path / "x.pt", torch_state)
+    write.write_pt(tmp_path / "x.pt", torch_state)
     assert recognise.kind_of(torch_state) == "patchgan"
     with pytest.raises(CheckpointError, match="holds a discriminator, expected"):
         read.read(tmp_path / "x.pt")

@@ -226,7 +226,7 @@ def test_killed_at_random_nothing_is_lost_doubled_or_half_written(models, tmp_pa
     [
         ({"prior": ""}, "prior is empty"),
         ({"tokenizer": ""}, "tokenizer is empty"),
-        ({"weights_kind": "best"}, "weights are 'best', expected one of auto"),
+        ({"weights_kind": "best"}, "weights is 'best', expected one of auto"),
         ({"class_ids": "3"}, "class 3 does not exist, expected 0 to 2"),
         ({"class_ids": "panda"}, "no class 'panda'; there are 0 to 2"),
         ({"top_p": 0.0}, "top_p is 0.0, expected more than 0"),

@@ -22,7 +22,7 @@ from gigatok_jax.conversion import tokenizer as convert
 from gigatok_jax.errors import CheckpointError, ConfigError, DataError, ImmutableError
 from gigatok_jax.models import tokenizer as tokenizer_lib
 from gigatok_jax.run import checkpoint
-from gigatok_jax.weights import read
+from gigatok_jax.weights import write
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIZE = 16
@@ -340,7 +340,7 @@ def test_a_tokenizer_comes_back_from_its_checkpoint(made, tmp_path):
     assert ema.training == {"weights": "ema", "config": run}
     with pytest.raises(CheckpointError, match="holds a tokenizer, expected a prior"):
         gigatok_jax.load_prior(tmp_path)
-    with pytest.raises(ConfigError, match="weights are 'best', expected one of auto, ema, raw"):
+    with pytest.raises(ConfigError, match="weights is 'best', expected one of auto, ema, raw"):
         gigatok_jax.load_tokenizer(tmp_path, weights="best")
     with pytest.raises(ConfigError, match="no checkpoint is named"):
         gigatok_jax.load_tokenizer("")
@@ -450,7 +450,7 @@ def test_the_originals_file_loads_as_it_is(made, tmp_path):
     model, params = made.config, jax.tree.map(np.asarray, made.params)
     ema = convert.to_torch(jax.tree.map(lambda x: 2 * x, params), model)
     saved = {"model": convert.to_torch(params, model), "ema": ema, "steps": 9}
-    read.write_pt(tmp_path / "x.pt", saved)
+    write.write_pt(tmp_path / "x.pt", saved)
     found = gigatok_jax.load_tokenizer(tmp_path / "x.pt")
     assert found.config == model and found.step == 9
     same(found.params, jax.tree.map(lambda x: 2 * x, params))

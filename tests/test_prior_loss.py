@@ -158,7 +158,7 @@ def test_the_held_out_share_of_a_runs_codes(models, tmp_path):
         ({}, ConfigError, "tokenizer is empty: name it with"),
         ({"checkpoint": "{}/tokenizer"}, CheckpointError, "holds a tokenizer, expected a prior"),
         ({"eval": {"batch": 0}}, ConfigError, "eval.batch is 0"),
-        ({"weights_kind": "best"}, ConfigError, "weights are 'best'"),
+        ({"weights_kind": "best"}, ConfigError, "weights is 'best'"),
         ({"tokenizer": "{}/tokenizer"}, ConfigError, "data.folder is empty"),
         ({"codes": "{}/prior"}, DataError, "holds no codes"),
     ],

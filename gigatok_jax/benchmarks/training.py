@@ -36,7 +36,7 @@ from gigatok_jax.run import checkpoint, cluster, command_line, metric_writer, pr
 from gigatok_jax.run import workdir as workdir_lib
 from gigatok_jax.train import program as program_lib
 from gigatok_jax.train import settings
-from gigatok_jax.weights import load
+from gigatok_jax.weights import frozen
 
 MEASURED = "gigatok_jax_measured"  # folder of a checkpoint that is only timed
 LOSSES = 5  # updates whose losses are recorded, from the first
@@ -182,7 +182,7 @@ def random_frozen(name: str, folder: epath.PathLike = "") -> Any:
         values = np.abs(values) if keys[-1].key.startswith("head") else values
         return values * np.sqrt(2 / np.prod(shape.shape[:-1]), dtype=np.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, load.frozen_shapes(name, folder))
+    return jax.tree_util.tree_map_with_path(draw, frozen.frozen_shapes(name, folder))
 
 
 def limits(config: ml_collections.ConfigDict) -> dict[str, int]:

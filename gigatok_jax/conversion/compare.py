@@ -13,7 +13,6 @@ from gigatok_jax.weights.names import Promise
 from gigatok_jax.weights.read import Checkpoint
 
 SHOWN = 20  # lines of a kind
-PARTS = {"auto": ("model", "ema", "discriminator"), "ema": ("ema",), "raw": ("model",)}
 
 
 def compare(first: str, second: str, tolerance: float = 0.0, weights: str = "auto") -> bool:
@@ -34,7 +33,8 @@ def compare(first: str, second: str, tolerance: float = 0.0, weights: str = "aut
 
 def _pairs(a: Checkpoint, b: Checkpoint, weights: str) -> list[tuple[str, str]]:
     """Parts to compare; two files that hold one copy each are compared whatever it is called."""
-    wanted = PARTS[weights]
+    every = ("model", "ema", "discriminator")
+    wanted = every if weights == "auto" else read.copies(a.kind, weights)
     common = [part for part in wanted if part in a.parts and part in b.parts]
     if common:
         return [(part, part) for part in common]

@@ -16,7 +16,7 @@ from gigatok_jax.run import command_line
 from gigatok_jax.run.metric_writer import count_bytes
 from gigatok_jax.train import optim, settings
 from gigatok_jax.train import tokenizer as tokenizer_run
-from gigatok_jax.weights import orbax_file, read, recognise
+from gigatok_jax.weights import orbax_file, read, recognise, write
 from gigatok_jax.weights.names import Promise
 
 # What PyTorch's AdamW keeps with each group of parameters beside its own settings.
@@ -94,7 +94,7 @@ def _weights_only(found: read.Weights, target: epath.Path) -> None:
     state = found.state.promises
     progress = count_bytes(target.name, nbytes(state.values()))
     extras = {name: found.extras[name] for name in ("step", "weights", "tokenizer")}
-    read.write_safetensors(target, state, found.config, progress, **extras)
+    write.write_safetensors(target, state, found.config, progress, **extras)
     print(f"{target}: {describe(found.config)}, {found.extras['weights']} weights")
 
 
@@ -140,7 +140,7 @@ def _to_workdir(found, target: epath.Path, overrides, config_path: str, tokenize
     if model.kind == "prior":
         extras |= _prior_extras(found, tokenizer_path)
     progress = count_bytes(target.name, nbytes(arrays.values()))
-    with read.draft(target) as draft:
+    with write.draft(target) as draft:
         orbax_file.write(draft, found.step or 0, arrays, extras, progress)
         if run:
             files.write_json(draft / "config.json", run.to_dict())
@@ -199,7 +199,7 @@ def _to_pt(found, target: epath.Path, weights: str, overrides) -> None:
     if found.step is not None:
         saved["steps"] = found.step
     progress = count_bytes(target.name, nbytes(_tensors(saved)))
-    read.write_pt(target, saved, progress)
+    write.write_pt(target, saved, progress)
     print(f"{target}: {describe(model)}, {', '.join(saved)}")
 
 

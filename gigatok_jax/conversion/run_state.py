@@ -90,8 +90,8 @@ def to_ours(
     arrays = {
         "step": np.asarray(step, np.int32),
         "rng": np.asarray(jax.random.key_data(jax.random.key(seed))),
-        **above(read.COPIES["model"], params),
-        **above(read.COPIES["ema"], ema),
+        **above("params/", params),
+        **above("ema_params/", ema),
         **_adam_to_ours(optimizers, "optimizer", order, trained, entries),
     }
     if model.kind != "prior":

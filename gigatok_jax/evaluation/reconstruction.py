@@ -20,7 +20,7 @@ from gigatok_jax.evaluation import metrics
 from gigatok_jax.models import perceptual, tokenizer
 from gigatok_jax.ops.image import to_pixels
 from gigatok_jax.run import pictures, processes
-from gigatok_jax.weights.load import available, load_frozen
+from gigatok_jax.weights.frozen import available, load_frozen
 
 SHOWN = 16  # images in a comparison picture
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from gigatok_jax.planning import hardware
 from gigatok_jax.train import ar, networks, settings, tokenizer
 from gigatok_jax.train.program import Program
-from gigatok_jax.weights import load as load_lib
+from gigatok_jax.weights.frozen import frozen_shapes
 
 COMPILED, ANALYSED = "compiled for", "shape analysis for"
 UTILISATION = 0.5  # share of a chip's peak FLOP/s that estimated times assume
@@ -77,7 +77,7 @@ def _seconds(traffic: Traffic, chip: hardware.Chip) -> float:
 
 
 def program_of(
-    config: ConfigDict, mesh: jax.sharding.Mesh, load: Callable = load_lib.frozen_shapes
+    config: ConfigDict, mesh: jax.sharding.Mesh, load: Callable = frozen_shapes
 ) -> Program:
     """The training step of a run's config on a mesh.
 

@@ -12,7 +12,7 @@ from gigatok_jax.errors import ConfigError
 from gigatok_jax.model_config import grid_size
 from gigatok_jax.models import dino, discriminator, perceptual, tokenizer
 from gigatok_jax.train import settings
-from gigatok_jax.weights.load import available, load_frozen
+from gigatok_jax.weights.frozen import available, load_frozen
 
 
 class Networks(NamedTuple):

@@ -4,27 +4,37 @@ A path is the original's `.pt`, a `.safetensors`, a folder with `model.safetenso
 of ours: a workdir, its `checkpoints/` or one step.
 """
 
-import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import ml_collections
 import numpy as np
 from etils import epath
 
-from gigatok_jax import files
-from gigatok_jax.errors import CheckpointError, ConfigError
+from gigatok_jax import trees
+from gigatok_jax.errors import CheckpointError, ConfigError, one_of
+from gigatok_jax.model_config import family
 from gigatok_jax.model_config import prior as prior_config
 from gigatok_jax.model_config import tokenizer as tokenizer_config
-from gigatok_jax.weights import names, orbax_file, recognise, safetensors_file, tables, torch_file
+from gigatok_jax.run import checkpoint
+from gigatok_jax.weights import (
+    card,
+    names,
+    orbax_file,
+    recognise,
+    safetensors_file,
+    tables,
+    torch_file,
+)
 from gigatok_jax.weights.names import Promise, value_of
 
 SAFETENSORS, CONFIG = "model.safetensors", "config.json"
-WEIGHTS = {"auto": None, "ema": "ema", "raw": "model"}
+WEIGHTS = ("auto", "ema", "raw")
 MODEL_KEYS = ("model", "state_dict")  # where the original's scripts look for a trained copy
 INFER = {"tokenizer": recognise.infer_tokenizer, "prior": recognise.infer_prior}
-COPIES = {"model": "params/", "ema": "ema_params/"}  # in the state of our runs
+COPIES = {"model": "params", "ema": "ema_params"}  # in the state of our runs
 
 
 class Checkpoint(NamedTuple):
@@ -35,7 +45,7 @@ class Checkpoint(NamedTuple):
     optimizers: dict[str, dict]  # "optimizer", "optimizer_disc" as PyTorch writes them
     config: dict[str, Any] | None  # of the model, when it is beside the tensors
     step: int | None
-    extras: dict[str, Any]  # of our own checkpoints
+    extras: dict[str, Any]  # what our files say beside the tensors
     arrays: dict[str, Promise]  # the whole state of a run of ours, by path
 
     @property
@@ -46,6 +56,12 @@ class Checkpoint(NamedTuple):
             return recognise.kind_of(part)
         except CheckpointError as error:
             raise CheckpointError(f"{self.path} {error}") from None
+
+
+class Loaded(NamedTuple):
+    params: dict[str, Any]  # nested, on the devices
+    config: ml_collections.ConfigDict  # of the model
+    about: dict[str, Any]  # JSON values: step, training, and of a prior tokenizer, class_names
 
 
 class Weights(NamedTuple):
@@ -73,6 +89,113 @@ class Arrays(Mapping):
         return len(self.promises)
 
 
+def load_model(
+    path: epath.PathLike,
+    kind: str,
+    weights: str,
+    dtype: Callable[[str], Any],
+    sharding: jax.sharding.Sharding | None,
+) -> Loaded:
+    """A tokenizer or a prior of any format, its arrays placed one after the other.
+
+    Args:
+        path: the original's `.pt`, a `.safetensors`, a folder with `model.safetensors`, or a
+            checkpoint of a run: its workdir, its checkpoints/ or one step.
+        kind: "tokenizer" or "prior".
+        weights: "ema", "raw" (the trained copy), or "auto": of a tokenizer the average when it is
+            there, of a prior the trained copy.
+        dtype: type of a parameter by its path, as in "quantizer/codebook".
+        sharding: where parameters go; None is the default device.
+
+    Raises:
+        ConfigError: no path, unknown weights, or a sharding that a parameter does not fit.
+        CheckpointError: nothing there, damaged, or of another kind.
+    """
+    if not path:
+        raise ConfigError(
+            "no checkpoint is named: give a workdir, its checkpoints/ or one step, a .pt, a"
+            " .safetensors or a folder with model.safetensors"
+        )
+    where = epath.Path(path).expanduser()
+    in_file = where.suffix in (".pt", ".safetensors") or where.is_file()
+    if in_file or (where / SAFETENSORS).exists():
+        return _load_state(where, kind, weights, dtype, sharding)
+    return _load_run(where, kind, weights, dtype, sharding)
+
+
+def _load_run(path: epath.Path, kind: str, weights: str, dtype, sharding) -> Loaded:
+    """From a checkpoint of a run; Orbax reads into the sharding and type."""
+    entries = tuple(COPIES[copy] for copy in copies(kind, weights))
+
+    def type_of(path: str):
+        return dtype(path.partition("/")[2])  # without the name of the entry
+
+    trees, extras = checkpoint.load_params(path, (entries,), sharding, type_of)
+    ((name, tree),) = trees.items()
+    if "model" not in extras.get("config", {}):
+        raise CheckpointError(f"{path} has no config of a model beside its arrays: is it of a run?")
+    config = ml_collections.ConfigDict(extras["config"]["model"])
+    _check_kind(path, family(config), kind)
+    if sharding is None:
+        tree = _moved(tree)
+    run = {key: value for key, value in extras["config"].items() if key != "model"}
+    training = {"weights": "ema" if name == "ema_params" else "raw"}
+    training |= {"config": card.without_places(run)} if run else {}
+    if "data" in extras:
+        training["data"] = extras["data"]
+    return Loaded(tree, config, _about(extras) | {"training": training})
+
+
+def _moved(tree: dict) -> dict:
+    """Numpy arrays to the default device, each let go of once it is there."""
+    return {
+        name: _moved(value) if isinstance(value, dict) else _placed(name, value, value.dtype, None)
+        for name, value in ((name, tree.pop(name)) for name in list(tree))
+    }
+
+
+def _load_state(path: epath.Path, kind: str, weights: str, dtype, sharding) -> Loaded:
+    """From a state dict under the original's names, which is mapped rather than read."""
+    found = read(path, weights)
+    _check_kind(path, found.kind, kind)
+    leaves = names.leaves(found.state.promises, tables.entries(found.config))
+    params = {
+        name: _placed(name, leaf.read(), dtype(name), sharding) for name, leaf in leaves.items()
+    }
+    about = _about(found.extras)
+    about["training"].setdefault("weights", found.extras["weights"])
+    return Loaded(trees.unflatten(params), found.config, about)
+
+
+def _check_kind(path: epath.Path, found: str, expected: str) -> None:
+    if found != expected:
+        raise CheckpointError(f"{path} holds a {found}, expected a {expected}")
+
+
+def _about(saved: dict[str, Any]) -> dict[str, Any]:
+    """What our files say of a model beside its config."""
+    return {
+        "step": saved.get("step"),
+        "training": dict(saved.get("training") or {}),
+        "tokenizer": saved.get("tokenizer") or "",
+        "class_names": tuple(saved.get("class_names") or ()),
+    }
+
+
+def _placed(name: str, array: np.ndarray, dtype, sharding) -> jax.Array:
+    """One parameter where it shall be; returns once it is there, so that the host may forget it."""
+    array = array.astype(dtype, copy=False)
+    if sharding is None:
+        return jax.block_until_ready(jax.device_put(array))
+    try:
+        sharding.check_compatible_aval(array.shape)
+        sharding.shard_shape(array.shape)
+    except ValueError:
+        raise ConfigError(f"{name} {list(array.shape)} cannot be divided as {sharding}") from None
+    placed = jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    return jax.block_until_ready(placed)
+
+
 def read(path: epath.PathLike, weights: str = "auto", **overrides) -> Weights:
     """The weights and the config of one model.
 
@@ -94,24 +217,34 @@ def read(path: epath.PathLike, weights: str = "auto", **overrides) -> Weights:
         found.kind,
         model,
         {
+            "tokenizer": "",
+            **found.extras,
             "path": str(path),
             "step": found.step,
             "weights": "ema" if part == "ema" else "raw",
-            "tokenizer": found.extras.get("tokenizer", ""),
         },
     )
 
 
+def copies(kind: str, weights: str) -> tuple[str, ...]:
+    """Keys of `COPIES` that `weights` means, the best first.
+
+    Raises:
+        ConfigError: unknown weights.
+    """
+    one_of("weights", weights, WEIGHTS)
+    if weights != "auto":
+        return ("ema",) if weights == "ema" else ("model",)
+    return ("ema", "model") if kind == "tokenizer" else ("model", "ema")
+
+
 def choose(found: Checkpoint, weights: str) -> str:
     """The part of a checkpoint that `weights` means."""
-    if weights not in WEIGHTS:
-        raise ConfigError(f"weights are {weights!r}, expected one of {', '.join(WEIGHTS)}")
-    there = [part for part in ("model", "ema") if part in found.parts]
-    best = "ema" if found.kind == "tokenizer" else "model"
-    part = WEIGHTS[weights] or (best if best in there else there[0])
-    if part not in there:
+    there = [part for part in COPIES if part in found.parts]
+    wanted = [part for part in copies(found.kind, weights) if part in there]
+    if not wanted:
         raise ConfigError(f"{found.path} has no {weights} weights, only {', '.join(there)}")
-    return part
+    return wanted[0]
 
 
 def config_of(found: Checkpoint, **overrides) -> ml_collections.ConfigDict:
@@ -196,7 +329,7 @@ def _load_safetensors(path: epath.Path) -> Checkpoint:
     except (ValueError, AttributeError):
         raise CheckpointError(f"{beside} is not the config of a model: remove it") from None
     model = model if isinstance(model, dict) and "kind" in model else None
-    extras = {name: config[name] for name in ("tokenizer",) if name in config}
+    extras = {name: value for name, value in config.items() if name != "model"}
     part = "ema" if config.get("weights") == "ema" else "model"
     parts = {part: promised(path, arrays)}
     return Checkpoint(str(path), parts, {}, model, config.get("step"), extras, {})
@@ -208,8 +341,8 @@ def _load_orbax(path: epath.Path) -> Checkpoint:
     arrays = promised(path, step.arrays)
     parts = {
         part: names.tensors(copy | _history(arrays, model, part), tables.entries(model))
-        for part, prefix in COPIES.items()
-        if (copy := names.below(arrays, prefix))
+        for part, entry in COPIES.items()
+        if (copy := names.below(arrays, f"{entry}/"))
     }
     if not parts:
         raise CheckpointError(f"{path} has no entry params or ema_params")
@@ -252,59 +385,3 @@ def promised(path: epath.PathLike, state: Mapping[str, Any]) -> dict[str, Promis
         )
         for name, tensor in state.items()
     }
-
-
-# Writing.
-
-
-def write_safetensors(
-    path: epath.PathLike,
-    state: Mapping[str, np.ndarray | Promise],
-    model,
-    progress: Callable[[int], None] | None = None,
-    **extras,
-) -> None:
-    """A `.safetensors` under the original's names, and `config.json` beside it.
-
-    Args:
-        path: of the file; it and `config.json` are whole or not there.
-        state: tensors or promises by the original's names.
-        model: config.
-        progress: called with the bytes of each tensor once it is written.
-        **extras: JSON values for `config.json`: step, weights, tokenizer, ...
-
-    Raises:
-        CheckpointError: a `config.json` of another model lies there already.
-    """
-    path = epath.Path(path).expanduser()
-    config = {"model": ml_collections.ConfigDict(model).to_dict(), **extras}
-    beside = path.parent / CONFIG
-    if beside.exists() and files.read_json(beside) != config:
-        raise CheckpointError(f"{beside} belongs to another model: choose another folder")
-    with draft(path) as at:
-        safetensors_file.save(at, state, {"config": json.dumps(config)}, progress)
-    files.write_json(beside, config)
-
-
-def write_pt(
-    path: epath.PathLike,
-    saved: Mapping[str, Any],
-    progress: Callable[[int], None] | None = None,
-) -> None:
-    """A file that `torch.load(weights_only=True)` reads, whole or not there; see `torch_file`."""
-    with draft(epath.Path(path).expanduser()) as at:
-        torch_file.save(at, dict(saved), progress)
-
-
-@contextlib.contextmanager
-def draft(path: epath.Path) -> Iterator[epath.Path]:
-    """A name to write to, which becomes `path` when all went well and disappears otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    at = path.parent / f"{path.name}.draft"
-    try:
-        yield at
-        at.replace(path)
-    finally:
-        if at.is_dir():
-            at.rmtree()
-        at.unlink(missing_ok=True)
