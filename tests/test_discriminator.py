@@ -14,7 +14,7 @@ from gigatok_jax import errors
 from gigatok_jax.models import dino, discriminator
 from gigatok_jax.models.discriminator import BatchNorm, DinoDiscriminator, LocalNorm, PatchGAN
 from gigatok_jax.weights import discriminator_names as convert
-from gigatok_jax.weights import frozen
+from gigatok_jax.weights import frozen_names
 
 STATE = {
     "main.0.weight": (64, 3, 4, 4),
@@ -318,7 +318,7 @@ def published_dino():
     variables = convert.from_torch(rule_state(shapes["state_dict"].items(), "dino_disc."), "dino")
     shapes = json.loads(shared_path("manifests/disc_dino_backbone_vits16.json").read_text())
     named = [(k, v) for k, v in shapes["state_dict"].items() if not k.startswith("x_")]
-    variables["trunk"] = frozen.dino_params(rule_state(named, "dino_backbone."))
+    variables["trunk"] = frozen_names.dino_params(rule_state(named, "dino_backbone."))
     paths = [shared_path(f"images/00000{i}_gt.png") for i in (1, 2)]
     x = pixels(np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths]))
     return variables, x, load(shared_path("dino_disc.npz"))

@@ -14,7 +14,7 @@ from test_dino import DEPTH, WIDTH, vit_shapes
 
 from gigatok_jax.errors import CheckpointError, MissingWeightsError
 from gigatok_jax.models import dino, inception
-from gigatok_jax.weights import frozen, names, torch_file
+from gigatok_jax.weights import frozen, frozen_names, names, torch_file
 
 FILE = "dinov2-small.safetensors"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -47,14 +47,14 @@ def same(a, b):
 
 def test_a_file_is_converted_once_and_serves_alone(tmp_path, shrunk, monkeypatch):
     safetensors.numpy.save_file(small_state(), tmp_path / FILE)
-    first, convert = load(tmp_path), frozen.dinov2_params
+    first, convert = load(tmp_path), frozen_names._converted
     assert [path.name for path in kept(tmp_path).parent.iterdir()] == ["dinov2-s.safetensors"]
-    monkeypatch.setattr(frozen, "dinov2_params", None)  # nothing converts from here on
+    monkeypatch.setattr(frozen_names, "_converted", None)  # nothing converts from here on
     same(load(tmp_path), first)
     (tmp_path / FILE).unlink()
     assert frozen.available("dinov2-s", tmp_path)
     same(load(tmp_path), first)
-    monkeypatch.setattr(frozen, "dinov2_params", convert)
+    monkeypatch.setattr(frozen_names, "_converted", convert)
     other = {name: value + 1 for name, value in small_state().items()}
     safetensors.numpy.save_file(other, tmp_path / FILE)  # the same size, another content
     np.testing.assert_allclose(load(tmp_path)["class_token"], first["class_token"] + 1)
@@ -270,11 +270,11 @@ def inception_state():
 
 
 def test_inception_has_the_names_and_shapes_of_its_file():
-    entries = frozen.inception_entries()
+    entries = frozen_names.inception_entries()
     shapes = inception_shapes()
     assert {entry.name for entry in entries} == shapes.keys()
     params = names.from_torch({k: np.broadcast_to(0, v) for k, v in shapes.items()}, entries)
-    frozen._check("inception", "file", params, frozen._inception_shapes())
+    frozen._check("inception", "file", params, frozen_names.inception_shapes())
     assert sum(math.prod(shape) for shape in shapes.values()) == 23_885_392
 
 
@@ -365,7 +365,7 @@ def torch_inception(torch, state, x):
 def test_inception_agrees_with_torch():
     torch = pytest.importorskip("torch")
     image = np.random.default_rng(2).integers(0, 256, (1, 16, 16, 3), np.uint8)
-    params = names.from_torch(inception_state(), frozen.inception_entries())
+    params = names.from_torch(inception_state(), frozen_names.inception_entries())
     found = jax.jit(inception.Inception().apply)({"params": params}, jnp.asarray(image))
     seen = torch.from_numpy(np.array(inception.resize(image)).transpose(0, 3, 1, 2))
     state = {name: torch.from_numpy(value) for name, value in inception_state().items()}
@@ -381,17 +381,17 @@ def test_inception_agrees_with_torch():
 @pytest.mark.parametrize(
     ("manifest", "key", "table", "constants"),
     [
-        ("dinov2_vitb14", "original_names", frozen.dinov2_entries(12, 0), {"mask_token"}),
+        ("dinov2_vitb14", "original_names", frozen_names.dinov2_entries(12, 0), {"mask_token"}),
         (
             "disc_dino_backbone_vits16",
             "state_dict",
-            frozen.vit_entries(12, layer_scale=False),
+            frozen_names.vit_entries(12, layer_scale=False),
             {"x_scale", "x_shift", "norm.weight", "norm.bias"},
         ),
         (
             "lpips",
             "state_dict",
-            frozen.lpips_entries(),
+            frozen_names.lpips_entries(),
             {"scaling_layer.shift", "scaling_layer.scale"},
         ),
     ],

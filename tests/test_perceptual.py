@@ -9,13 +9,13 @@ import pytest
 from rule import block_images, golden_path, load, lpips_state, pixels
 
 from gigatok_jax.models.perceptual import LPIPS, unit_channels
-from gigatok_jax.weights import frozen, names
+from gigatok_jax.weights import frozen_names, names
 
 
 def rule_variables():
     """LPIPS by rule with the public heads, here and under the original's names."""
     state = lpips_state()
-    return {"params": names.from_torch(state, frozen.lpips_entries())}, state
+    return {"params": names.from_torch(state, frozen_names.lpips_entries())}, state
 
 
 SMALL = LPIPS(widths=(8, 8, 8, 8, 8))
@@ -66,7 +66,7 @@ def test_matches_the_original():
 
 def test_weights_go_both_ways_bit_for_bit():
     variables, state = rule_variables()
-    back = names.to_torch(variables["params"], frozen.lpips_entries())
+    back = names.to_torch(variables["params"], frozen_names.lpips_entries())
     assert back.keys() == state.keys()
     assert sum(x.size for x in back.values()) == 14_716_160
     for name, value in state.items():
@@ -97,7 +97,7 @@ def test_gradient_is_finite_where_all_features_are_zero():
 
 def torch_distance(torch, variables, a, b):
     """The published definition on torch tensors [b 3 h w], from the same weights."""
-    state = names.to_torch(variables["params"], frozen.lpips_entries())
+    state = names.to_torch(variables["params"], frozen_names.lpips_entries())
     state = {name: torch.from_numpy(np.array(x)) for name, x in state.items()}
     shift = torch.tensor([-0.030, -0.088, -0.188])[:, None, None]
     scale = torch.tensor([0.458, 0.448, 0.450])[:, None, None]

