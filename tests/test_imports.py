@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -103,6 +104,20 @@ def test_run_needs_no_torch_and_no_tensorflow():
         assert not roots & {"torch", "tensorflow", "torchvision"}, path
 
 
+NAMES = {"absl-py": "absl", "pillow": "PIL", "orbax-checkpoint": "orbax", "scikit-learn": "sklearn"}
+LATER = {"safetensors", "tensorflow-datasets"}
+
+
+def test_what_is_required_is_imported_and_what_is_imported_is_required():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    required = {re.split(r"[\[>=;]", line)[0] for line in lines if line and line[0] != "#"} - LATER
+    files = [ROOT / "main.py", *PACKAGE.glob("**/*.py"), *(ROOT / "configs").glob("*.py")]
+    roots = {name.split(".")[0] for path in files for name in imports(path)}
+    known = sys.stdlib_module_names | {PACKAGE.name, "configs", "orbax"}
+    libtpu = {"libtpu"}  # looked for, and named where it is missing
+    assert {NAMES.get(name, name) for name in required} - {"orbax"} == roots - known - libtpu
+
+
 def test_transforms_and_config_tables_stay_off_jax():
     for path in (PACKAGE / "model_config.py", *PACKAGE.glob("data/transforms.py")):
         assert "jax" not in {name.split(".")[0] for name in imports(path)}, path
@@ -119,6 +134,7 @@ def test_import_sets_no_flags_and_no_jax_config():
 
 OUTSIDE = """
 import pathlib
+import re
 import gigatok_jax, jax, jax.numpy as jnp, numpy as np
 from gigatok_jax.models import tokenizer
 
