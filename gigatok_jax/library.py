@@ -46,7 +46,30 @@ class _Model:
     _params: dict[str, Any]
     _training: dict[str, Any]
 
-    def __init__(self, params, config, dtype, step, training, **fields):
+    def __init__(
+        self,
+        params: Mapping[str, Any],
+        config: ml_collections.ConfigDict,
+        dtype: jax.typing.DTypeLike | None = None,
+        *,
+        step: int | None = None,
+        training: Mapping[str, Any] | None = None,
+        **fields: Any,
+    ):
+        """Makes a model of trained parameters.
+
+        Args:
+            params: nested dict of arrays, on devices or on the host.
+            config: model config, from `model_config`.
+            dtype: type of parameters and computation, one of `TYPES`; None is float32.
+            step: step of the checkpoint that the parameters come from.
+            training: JSON values about the training, which `save` keeps.
+            **fields: attributes of a kind of model.
+
+        Raises:
+            ConfigError: the config describes another kind, or the dtype is not one of `TYPES`.
+            CheckpointError: the parameters do not belong to a model of this kind.
+        """
         config = ModelConfig(config)
         _check_parts(params, config, self.KIND)
         fields |= {"config": config, "step": step, "_training": copy.deepcopy(training or {})}
@@ -82,30 +105,6 @@ class Tokenizer(_Model):
     """
 
     KIND = "tokenizer"
-
-    def __init__(
-        self,
-        params: Mapping[str, Any],
-        config: ml_collections.ConfigDict,
-        dtype: jax.typing.DTypeLike | None = None,
-        *,
-        step: int | None = None,
-        training: Mapping[str, Any] | None = None,
-    ):
-        """Makes a tokenizer of trained parameters.
-
-        Args:
-            params: nested dict of arrays, on devices or on the host.
-            config: model config, from `model_config`.
-            dtype: type of parameters and computation, one of `TYPES`; None is float32.
-            step: step of the checkpoint that the parameters come from.
-            training: JSON values about the training, which `save` keeps.
-
-        Raises:
-            ConfigError: the config describes a prior, or the dtype is not one of `TYPES`.
-            CheckpointError: the parameters do not belong to a tokenizer.
-        """
-        super().__init__(params, config, dtype, step, training)
 
     @property
     def codebook(self) -> jax.Array:
@@ -202,24 +201,23 @@ class Prior(_Model):
         config: ml_collections.ConfigDict,
         dtype: jax.typing.DTypeLike | None = None,
         *,
-        step: int | None = None,
-        training: Mapping[str, Any] | None = None,
         trained_on: str = "",
         class_names: Sequence[str] = (),
+        **origin: Any,
     ):
         """Makes a prior of trained parameters.
 
         Args:
-            params, config, dtype, step, training: as for `Tokenizer`.
+            params, config, dtype: as for `Tokenizer`.
             trained_on: fingerprint of the tokenizer whose codes the prior learned, "" if unknown.
             class_names: names of the classes in the order of their ids; empty if unknown.
+            **origin: step and training, as for `Tokenizer`.
 
         Raises:
-            ConfigError: the config describes a tokenizer, or the dtype is not one of `TYPES`.
-            CheckpointError: the parameters do not belong to a prior.
+            ConfigError, CheckpointError: as for `Tokenizer`.
         """
-        fields = {"trained_on": trained_on, "class_names": tuple(class_names)}
-        super().__init__(params, config, dtype, step, training, **fields)
+        origin |= {"trained_on": trained_on, "class_names": tuple(class_names)}
+        super().__init__(params, config, dtype, **origin)
         vars(self)["_module"] = ar.make(self.config, self._params["head"]["kernel"].dtype)
 
     def generate(
