@@ -9,6 +9,7 @@ import pytest
 import rule
 from rule import GOLDEN
 
+from gigatok_jax import trees
 from gigatok_jax.conversion import ar as convert
 from gigatok_jax.errors import CheckpointError
 from gigatok_jax.model_config import PRIORS, model_config
@@ -55,7 +56,7 @@ def tensor_shapes(model) -> dict[str, tuple[int, ...]]:
     """The original's names and shapes, in its order, as our table and our module give them."""
     params = shapes_of(model)
     return {
-        entry.name: tensor_shape(entry, names.get_path(params, entry.path).shape)
+        entry.name: tensor_shape(entry, trees.flatten(params)[entry.path].shape)
         for entry in prior_names.entries(model)
     }
 

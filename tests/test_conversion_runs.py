@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from test_conversion_files import command, random_state, refused, small
 
+from gigatok_jax import trees
 from gigatok_jax.conversion import run_state
 from gigatok_jax.errors import CheckpointError
 from gigatok_jax.models import discriminator as modules
@@ -36,7 +37,7 @@ def judge_state(kind: str) -> dict[str, np.ndarray]:
     keys = {"params": jax.random.key(0), "augment": jax.random.key(1)}
     images = jnp.zeros((1, 32, 32, 3))
     shapes = jax.eval_shape(lambda: module.init(keys, images, train=True))
-    outlines = names.tensors(tables.flatten(shapes), discriminator_names.entries(kind))
+    outlines = names.tensors(trees.flatten(shapes), discriminator_names.entries(kind))
     rng, made = np.random.default_rng(3), {}
     for name, outline in outlines.items():
         integer = name.endswith("tracked")
@@ -165,7 +166,7 @@ def test_moments_lie_where_their_parameters_do(tmp_path):
 
 def described(tree) -> dict:
     """Paths, shapes and types of a state of ours."""
-    flat = tables.flatten(tree)
+    flat = trees.flatten(tree)
     key = jax.eval_shape(jax.random.key_data, flat["rng"])
     return {p: (x.shape, np.dtype(x.dtype)) for p, x in (flat | {"rng": key}).items()}
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gigatok_jax.conversion import ar as convert_ar
+from gigatok_jax import trees
 from gigatok_jax.models import ar, cnn, discriminator, layers
 from gigatok_jax.weights import discriminator_names as convert_discriminator
-from gigatok_jax.weights import names, tables, tokenizer_names
+from gigatok_jax.weights import names, tokenizer_names
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
@@ -35,7 +35,7 @@ def normal(seed, *shape):
 def pair(module, table, *inputs):
     """Our output, and the random state dict as PyTorch tensors."""
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
-    flat, rng, state = tables.flatten(shapes), np.random.default_rng(1), {}
+    flat, rng, state = trees.flatten(shapes), np.random.default_rng(1), {}
     for name, outline in names.tensors(flat, table).items():
         scale = 0.1 if len(outline.shape) == 1 else np.prod(outline.shape[1:]) ** -0.5
         state[name] = (rng.normal(size=outline.shape) * scale).astype(np.float32)
@@ -205,7 +205,7 @@ def test_the_priors_block(adaln, qk_norm, kv_heads):
         normal(15, 2, 1, 6 * WIDTH),
     )
     given = ar.Shared(rotary=None, condition=condition, modulation=shared)
-    (ours, _), state = pair(module, convert_ar._block(model), x, 0.0, given)
+    (ours, _), state = pair(module, prior_names._block(model), x, 0.0, given)
     if adaln == "full":
         steps = linear(state, "adaLN_modulation.1", F.silu(tensor(condition))).chunk(6, -1)
     elif adaln == "shared":
@@ -242,7 +242,7 @@ def test_the_patchgan():
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x, train=False))
     table, rng = convert_discriminator.entries("patchgan"), np.random.default_rng(2)
     state = {}
-    for name, outline in names.tensors(tables.flatten(shapes), table).items():
+    for name, outline in names.tensors(trees.flatten(shapes), table).items():
         scale = np.prod(outline.shape[1:]) ** -0.5
         state[name] = (rng.normal(size=outline.shape) * scale).astype(outline.dtype)
         if name.endswith("running_var"):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from test_tokenizer_goldens import rule_shape
 
+from gigatok_jax import trees
 from gigatok_jax.conversion import tokenizer as convert
 from gigatok_jax.errors import CheckpointError, ConfigError
 from gigatok_jax.model_config import num_tokens
@@ -264,7 +265,7 @@ PATHS = {  # a file format: a rename breaks every checkpoint
 
 def test_parameter_paths_are_a_file_format():
     _, variables = shapes_of(model_config())
-    found = {path: names.get_path(variables["params"], path).shape for path in PATHS}
+    found = {path: trees.flatten(variables["params"])[path].shape for path in PATHS}
     assert found == PATHS
 
 
@@ -293,7 +294,7 @@ def random_state(model):
         if entry.path.startswith("buffers/"):
             shape = (65536,)
         else:
-            shape = rule_shape(entry, names.get_path(variables["params"], entry.path).shape)
+            shape = rule_shape(entry, trees.flatten(variables["params"])[entry.path].shape)
         state[entry.name] = rng.normal(size=shape).astype(np.float32)
     return state, variables["params"]
 

@@ -8,6 +8,7 @@ import pytest
 import rule
 from PIL import Image
 
+from gigatok_jax import trees
 from gigatok_jax.model_config import tokenizer as tokenizer_config
 from gigatok_jax.models.tokenizer import make
 from gigatok_jax.weights import names, tokenizer_names
@@ -66,7 +67,7 @@ def rule_params(model, keep: tuple[str, ...] = ()) -> dict:
         if entry.path.startswith("buffers/"):
             state[entry.name] = (65536,)
             continue
-        leaf = rule_shape(entry, names.get_path(shapes["params"], entry.path).shape)
+        leaf = rule_shape(entry, trees.flatten(shapes["params"])[entry.path].shape)
         state[entry.name] = leaf
     kept = [e for e in entries if not keep or e.path.split("/")[0] in keep]
     params = names.from_torch(RuleState(state), kept)

@@ -16,6 +16,7 @@ import rule
 from test_tokenizer_goldens import model_of, rule_params
 
 from configs import common
+from gigatok_jax import trees
 from gigatok_jax.models import discriminator, perceptual, tokenizer
 from gigatok_jax.train import networks as networks_lib
 from gigatok_jax.train import objective, optim, tokenizer_step
@@ -84,7 +85,7 @@ def patchgan_shapes():
     init = functools.partial(module.init, train=True)
     shapes = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
     for entry in convert_discriminator.entries("patchgan"):
-        array = np.empty(names.get_path(shapes, entry.path).shape, np.bool_)
+        array = np.empty(trees.flatten(shapes)[entry.path].shape, np.bool_)
         yield entry, names.LAYOUTS[entry.layout][1](array).shape
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from gigatok_jax import trees
 from gigatok_jax.errors import CheckpointError
 from gigatok_jax.models import discriminator as discriminator_modules
 from gigatok_jax.weights import discriminator_names, names, read, recognise, tables
@@ -176,8 +177,8 @@ def _discriminator_to_ours(part: Tensors | None, optimizers, fallback: str) -> d
     order = parameter_order(tensors, table, kind)
     adam = _adam_to_ours(optimizers, "optimizer_disc", order, tensors, table)
     return {
-        **above("discriminator/", tables.flatten(variables.pop("params"))),
-        **above("discriminator_stats/", tables.flatten(variables)),
+        **above("discriminator/", trees.flatten(variables.pop("params"))),
+        **above("discriminator_stats/", trees.flatten(variables)),
         **above("discriminator_", adam),
     }
 

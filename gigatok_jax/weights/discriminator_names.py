@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gigatok_jax.errors import ConfigError
+from gigatok_jax.errors import one_of
 from gigatok_jax.weights import names
 from gigatok_jax.weights.names import Entry
 
@@ -25,13 +25,11 @@ def from_torch(state: Mapping, kind: str) -> dict:
         CheckpointError: a tensor is missing.
         ConfigError: unknown kind.
     """
-    counters = [entry for entry in entries(kind) if entry.name.endswith(_COUNTER)]
-    state = {entry.name: np.zeros((), np.int64) for entry in counters} | dict(state)
-    variables = names.from_torch(state, entries(kind))
-    for entry in counters:
-        count = np.asarray(names.get_path(variables, entry.path), np.int32)
-        names.set_path(variables, entry.path, count)
-    return variables
+    table = entries(kind)
+    counters = [entry.name for entry in table if entry.name.endswith(_COUNTER)]
+    # Integers of jax have 32 bits.
+    counts = {name: np.asarray(state.get(name, 0), np.int32) for name in counters}
+    return names.from_torch({**state, **counts}, table)
 
 
 def to_torch(variables: Mapping, kind: str) -> dict[str, np.ndarray]:
@@ -43,8 +41,7 @@ def to_torch(variables: Mapping, kind: str) -> dict[str, np.ndarray]:
 
 def entries(kind: str) -> list[Entry]:
     """Name table of a discriminator, in the original's order."""
-    if kind not in ("patchgan", "dino"):
-        raise ConfigError(f"discriminator {kind!r} is unknown; use patchgan or dino")
+    one_of("discriminator", kind, ("patchgan", "dino"))
     return _patchgan() if kind == "patchgan" else _dino_heads()
 
 

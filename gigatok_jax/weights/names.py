@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gigatok_jax import trees
 from gigatok_jax.errors import CheckpointError
 
 
@@ -83,21 +84,6 @@ def below(arrays: Mapping, prefix: str) -> dict:
     return {path.removeprefix(prefix): x for path, x in arrays.items() if path.startswith(prefix)}
 
 
-def set_path(tree: dict, path: str, value) -> None:
-    """Puts a value into nested dicts, making them on the way."""
-    *parents, leaf = path.split("/")
-    for key in parents:
-        tree = tree.setdefault(key, {})
-    tree[leaf] = value
-
-
-def get_path(tree: Mapping, path: str):
-    """The value at a "/"-separated path of nested dicts."""
-    for key in path.split("/"):
-        tree = tree[key]
-    return tree
-
-
 def from_torch(state: Mapping, entries: list[Entry]) -> dict:
     """Nested dict of numpy arrays from a state dict; every tensor is read once.
 
@@ -105,21 +91,15 @@ def from_torch(state: Mapping, entries: list[Entry]) -> dict:
         CheckpointError: names are missing; the message lists the first of them.
     """
     check_names(state, entries)
-    depths = _stack_depths(entries)
-    tree, made, name, tensor = {}, {}, None, None
-    for entry in entries:
-        if entry.name != name:
-            name, tensor = entry.name, np.asarray(state[entry.name])
-        value = tensor if entry.part is None else np.split(tensor, 3)[entry.part]
-        value = LAYOUTS[entry.layout][0](value)
-        if entry.layer is None and entry.half is None:
-            set_path(tree, entry.path, np.asarray(value, order="C"))
-            continue
-        if entry.path not in made:
-            made[entry.path] = _room(entry, value, depths)
-            set_path(tree, entry.path, made[entry.path])
-        _piece(made[entry.path], entry)[...] = value
-    return tree
+    depths, arrays = _stack_depths(entries), {}
+    for name, group in _grouped(entries, "name").items():
+        tensor = np.asarray(state[name])
+        for entry in group:
+            value = _from_tensor(tensor, entry)
+            if entry.path not in arrays:
+                arrays[entry.path] = np.empty(_whole_shape(entry, value.shape, depths), value.dtype)
+            _piece(arrays[entry.path], entry)[...] = value
+    return trees.unflatten(arrays)
 
 
 def check_names(state: Mapping, entries: list[Entry]) -> None:
@@ -134,18 +114,8 @@ def check_names(state: Mapping, entries: list[Entry]) -> None:
 
 def to_torch(params: Mapping, entries: list[Entry]) -> dict[str, np.ndarray]:
     """State dict of numpy arrays, in the order of the entries."""
-    state, parts = {}, {}
-    for entry in entries:
-        value = _piece(np.asarray(get_path(params, entry.path)), entry)
-        value = LAYOUTS[entry.layout][1](value)
-        if entry.part is not None:
-            parts.setdefault(entry.name, []).append(value)
-            state[entry.name] = None  # holds the place until its three parts are here
-            if len(parts[entry.name]) == 3:
-                state[entry.name] = np.concatenate(parts.pop(entry.name))
-            continue
-        state[entry.name] = np.asarray(value, order="C")
-    return state
+    promises = tensors(trees.flatten(params), entries)
+    return {name: promise.read() for name, promise in promises.items()}
 
 
 def leaves(state: Mapping[str, "np.ndarray | Promise"], entries: list[Entry]) -> dict[str, Promise]:
@@ -192,9 +162,7 @@ def _leaf(state: Mapping, group: list[Entry]) -> Promise:
     def read() -> np.ndarray:
         made = np.empty(shape, source.dtype)
         for entry in group:
-            tensor = value_of(state[entry.name])
-            tensor = tensor if entry.part is None else np.split(tensor, 3)[entry.part]
-            _piece(made, entry)[...] = LAYOUTS[entry.layout][0](tensor)
+            _piece(made, entry)[...] = _from_tensor(value_of(state[entry.name]), entry)
         return made
 
     return Promise(shape, np.dtype(source.dtype), read)
@@ -213,9 +181,11 @@ def _tensor(params: Mapping, group: list[Entry], read: Callable) -> Promise:
     return Promise(shape, np.dtype(source.dtype), made, getattr(source, "order", 0))
 
 
-def _room(entry: Entry, value: np.ndarray, depths: Mapping[str, int]) -> np.ndarray:
-    """An array for a whole parameter, of which `value` is one piece."""
-    return np.empty(_whole_shape(entry, value.shape, depths), value.dtype)
+def _from_tensor(tensor: np.ndarray, entry: Entry) -> np.ndarray:
+    """The part of a PyTorch tensor that an entry names, in the layout here."""
+    return LAYOUTS[entry.layout][0](
+        tensor if entry.part is None else np.split(tensor, 3)[entry.part]
+    )
 
 
 def _whole_shape(entry: Entry, shape: tuple[int, ...], depths: Mapping[str, int]) -> tuple:

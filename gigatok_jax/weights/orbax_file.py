@@ -12,10 +12,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import type_handlers
 
-from gigatok_jax import files
+from gigatok_jax import files, trees
 from gigatok_jax.run import checkpoint
-from gigatok_jax.weights.names import Promise, set_path, value_of
-from gigatok_jax.weights.tables import flatten
+from gigatok_jax.weights.names import Promise, value_of
 
 GROUP = 1 << 28  # bytes; Orbax takes as long for one small array as for many at once
 
@@ -37,7 +36,7 @@ def read(path: epath.PathLike) -> Step:
     root, _ = checkpoint.find(path)
     state = root / str(extras["step"]) / checkpoint.STATE
     tree = ocp.PyTreeCheckpointHandler().metadata(state).tree
-    leaves = flatten(tree)
+    leaves = trees.flatten(tree)
     group_of = _groups(leaves)
     read_group = functools.lru_cache(maxsize=2)(functools.partial(_read, state))
 
@@ -72,15 +71,12 @@ def _packed(nbytes: Sequence[int]) -> list[list[int]]:
 
 
 def _read(state: epath.Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    item, how = {}, {}
-    for name in names:
-        set_path(item, name, 0)
-        set_path(how, name, ocp.RestoreArgs(restore_type=np.ndarray))
+    item = trees.unflatten(dict.fromkeys(names, 0))
+    how = trees.unflatten(dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray)))
     args = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return {
-            name: np.asarray(x) for name, x in flatten(reader.restore(state, args=args)).items()
-        }
+        arrays = trees.flatten(reader.restore(state, args=args))
+    return {name: np.asarray(array) for name, array in arrays.items()}
 
 
 def write(
@@ -101,9 +97,7 @@ def write(
     """
     directory = workdir / checkpoint.FOLDER / str(step)
     directory.mkdir(parents=True)
-    tree = {}
-    for path, array in arrays.items():
-        set_path(tree, path, _Promised(array))
+    tree = trees.unflatten({path: _Promised(array) for path, array in arrays.items()})
     registry = type_handlers.create_type_handler_registry(
         (_Promised, _Handler(progress)), (jax.Array, type_handlers.ArrayHandler())
     )

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from gigatok_jax import trees
 from gigatok_jax.models import parameters
 from gigatok_jax.weights import prior_names, tokenizer_names
 from gigatok_jax.weights.names import Entry
@@ -17,15 +18,7 @@ def entries(model) -> list[Entry]:
 
 def shapes(model) -> dict[str, jax.ShapeDtypeStruct]:
     """Every parameter and buffer of a config by path; nothing is computed."""
-    flat = flatten(parameters.abstract_params(model))
+    flat = trees.flatten(parameters.abstract_params(model))
     if model.kind != "prior":
         flat[USED] = jax.ShapeDtypeStruct((HISTORY,), jnp.float32)
     return flat
-
-
-def flatten(tree) -> dict:
-    """Leaves of nested dicts by "/"-separated path."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }

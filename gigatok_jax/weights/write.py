@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from gigatok_jax import files
+from gigatok_jax import files, trees
 from gigatok_jax.errors import CheckpointError
 from gigatok_jax.weights import card, names, recognise, safetensors_file, tables, torch_file
 from gigatok_jax.weights.names import Promise
@@ -34,7 +34,7 @@ def save_model(
         CheckpointError: the folder holds another model, or cannot be written.
     """
     folder, config = epath.Path(folder).expanduser(), ml_collections.ConfigDict(config)
-    flat = tables.flatten(params)
+    flat = trees.flatten(params)
     if config.kind != "prior" and tables.USED not in flat:
         flat[tables.USED] = np.zeros(tables.HISTORY, np.float32)  # what the original starts from
     entries = tables.entries(config)
