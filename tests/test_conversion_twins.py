@@ -14,7 +14,7 @@ import pytest
 from gigatok_jax import trees
 from gigatok_jax.models import ar, cnn, discriminator, layers
 from gigatok_jax.weights import discriminator_names as convert_discriminator
-from gigatok_jax.weights import names, tokenizer_names
+from gigatok_jax.weights import names, prior_names, tokenizer_names
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
