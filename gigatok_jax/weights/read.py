@@ -38,19 +38,19 @@ COPIES = {"model": "params", "ema": "ema_params"}  # in the state of our runs
 
 
 class Checkpoint(NamedTuple):
-    """Whatever a path holds, under the original's names; no tensor is read yet."""
+    """Contents of a checkpoint under the original's names; no tensor is read yet."""
 
     path: str
     parts: dict[str, dict[str, Promise]]  # "model", "ema", "discriminator"
     optimizers: dict[str, dict]  # "optimizer", "optimizer_disc" as PyTorch writes them
     config: dict[str, Any] | None  # of the model, when it is beside the tensors
     step: int | None
-    extras: dict[str, Any]  # what our files say beside the tensors
+    extras: dict[str, Any]  # JSON values that our files keep beside the tensors
     arrays: dict[str, Promise]  # the whole state of a run of ours, by path
 
     @property
     def kind(self) -> str:
-        """A key of `recognise.MARKS`."""
+        """Kind of the model, a key of `recognise.MARKS`."""
         part = next(iter(self.parts.values()))
         try:
             return recognise.kind_of(part)
@@ -59,13 +59,15 @@ class Checkpoint(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    params: dict[str, Any]  # nested, on the devices
+    """A model on its devices."""
+
+    params: dict[str, Any]  # nested
     config: ml_collections.ConfigDict  # of the model
     about: dict[str, Any]  # JSON values: step, training, and of a prior tokenizer, class_names
 
 
 class Weights(NamedTuple):
-    """One model of a checkpoint."""
+    """One copy of a model's weights, as promises."""
 
     state: "Arrays"  # the original's names
     kind: str  # "tokenizer" or "prior"
@@ -74,7 +76,7 @@ class Weights(NamedTuple):
 
 
 class Arrays(Mapping):
-    """Arrays by name, each made when it is asked for, and refused when a value is not finite."""
+    """Arrays by name, each read when it is looked up; a value that is not finite raises."""
 
     def __init__(self, promises: Mapping[str, Promise]):
         self.promises = promises
@@ -96,20 +98,20 @@ def load_model(
     dtype: Callable[[str], Any],
     sharding: jax.sharding.Sharding | None,
 ) -> Loaded:
-    """A tokenizer or a prior of any format, its arrays placed one after the other.
+    """Loads a tokenizer or a prior of any format and puts its arrays on devices one by one.
 
     Args:
         path: the original's `.pt`, a `.safetensors`, a folder with `model.safetensors`, or a
             checkpoint of a run: its workdir, its checkpoints/ or one step.
         kind: "tokenizer" or "prior".
-        weights: "ema", "raw" (the trained copy), or "auto": of a tokenizer the average when it is
-            there, of a prior the trained copy.
+        weights: "ema", "raw" (the trained copy), or "auto": the average of a tokenizer if it was
+            saved, the trained copy of a prior.
         dtype: type of a parameter by its path, as in "quantizer/codebook".
         sharding: where parameters go; None is the default device.
 
     Raises:
-        ConfigError: no path, unknown weights, or a sharding that a parameter does not fit.
-        CheckpointError: nothing there, damaged, or of another kind.
+        ConfigError: the path is empty, the weights are unknown, or the sharding fits no parameter.
+        CheckpointError: the checkpoint is missing, damaged, or of another kind.
     """
     if not path:
         raise ConfigError(
@@ -124,14 +126,14 @@ def load_model(
 
 
 def _load_run(path: epath.Path, kind: str, weights: str, dtype, sharding) -> Loaded:
-    """From a checkpoint of a run; Orbax reads into the sharding and type."""
+    """Loads a checkpoint of a run; Orbax reads into the sharding and type."""
     entries = tuple(COPIES[copy] for copy in copies(kind, weights))
 
     def type_of(path: str):
         return dtype(path.partition("/")[2])  # without the name of the entry
 
-    trees, extras = checkpoint.load_params(path, (entries,), sharding, type_of)
-    ((name, tree),) = trees.items()
+    copy_of, extras = checkpoint.load_params(path, (entries,), sharding, type_of)
+    ((name, tree),) = copy_of.items()
     if "model" not in extras.get("config", {}):
         raise CheckpointError(f"{path} has no config of a model beside its arrays: is it of a run?")
     config = ml_collections.ConfigDict(extras["config"]["model"])
@@ -147,7 +149,7 @@ def _load_run(path: epath.Path, kind: str, weights: str, dtype, sharding) -> Loa
 
 
 def _moved(tree: dict) -> dict:
-    """Numpy arrays to the default device, each let go of once it is there."""
+    """Moves numpy arrays to the default device and frees each of them at once."""
     return {
         name: _moved(value) if isinstance(value, dict) else _placed(name, value, value.dtype, None)
         for name, value in ((name, tree.pop(name)) for name in list(tree))
@@ -155,25 +157,25 @@ def _moved(tree: dict) -> dict:
 
 
 def _load_state(path: epath.Path, kind: str, weights: str, dtype, sharding) -> Loaded:
-    """From a state dict under the original's names, which is mapped rather than read."""
-    found = read(path, weights)
-    _check_kind(path, found.kind, kind)
-    leaves = names.leaves(found.state.promises, tables.entries(found.config))
+    """Loads a state dict under the original's names; its file is mapped, tensor by tensor."""
+    copy = read(path, weights)
+    _check_kind(path, copy.kind, kind)
+    leaves = names.leaves(copy.state.promises, tables.entries(copy.config))
     params = {
         name: _placed(name, leaf.read(), dtype(name), sharding) for name, leaf in leaves.items()
     }
-    about = _about(found.extras)
-    about["training"].setdefault("weights", found.extras["weights"])
-    return Loaded(trees.unflatten(params), found.config, about)
+    about = _about(copy.extras)
+    about["training"].setdefault("weights", copy.extras["weights"])
+    return Loaded(trees.unflatten(params), copy.config, about)
 
 
-def _check_kind(path: epath.Path, found: str, expected: str) -> None:
-    if found != expected:
-        raise CheckpointError(f"{path} holds a {found}, expected a {expected}")
+def _check_kind(path: epath.Path, kind: str, expected: str) -> None:
+    if kind != expected:
+        raise CheckpointError(f"{path} holds a {kind}, expected a {expected}")
 
 
 def _about(saved: dict[str, Any]) -> dict[str, Any]:
-    """What our files say of a model beside its config."""
+    """Facts that our files keep beside the config of a model."""
     return {
         "step": saved.get("step"),
         "training": dict(saved.get("training") or {}),
@@ -183,7 +185,7 @@ def _about(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def _placed(name: str, array: np.ndarray, dtype, sharding) -> jax.Array:
-    """One parameter where it shall be; returns once it is there, so that the host may forget it."""
+    """Puts one parameter on its devices and waits, so that the host copy can be freed."""
     array = array.astype(dtype, copy=False)
     if sharding is None:
         return jax.block_until_ready(jax.device_put(array))
@@ -197,37 +199,38 @@ def _placed(name: str, array: np.ndarray, dtype, sharding) -> jax.Array:
 
 
 def read(path: epath.PathLike, weights: str = "auto", **overrides) -> Weights:
-    """The weights and the config of one model.
+    """Reads the weights and the config of one model.
 
     Args:
-        path: see above.
-        weights: "ema", "raw" (the trained copy), or "auto": of a tokenizer the average when it is
-            there, of a prior the trained copy.
-        **overrides: fields of the config in the place of what is recognised.
+        path: as in the docstring of this module.
+        weights: "ema", "raw" (the trained copy), or "auto": the average of a tokenizer if it was
+            saved, the trained copy of a prior.
+        **overrides: fields of the config, instead of the recognised ones.
 
     Raises:
-        CheckpointError: nothing there, damaged, or no tokenizer or prior that fits its config.
-        ConfigError: weights that do not exist, or an override that cannot work.
+        CheckpointError: the checkpoint is missing or damaged, or no tokenizer or prior that fits
+            its config.
+        ConfigError: the checkpoint has no such weights, or an override cannot work.
     """
-    found = load(path)
-    model = config_of(found, **overrides)
-    part = choose(found, weights)
+    opened = load(path)
+    model = config_of(opened, **overrides)
+    part = choose(opened, weights)
     return Weights(
-        Arrays(checked(found, part, model)),
-        found.kind,
+        Arrays(checked(opened, part, model)),
+        opened.kind,
         model,
         {
             "tokenizer": "",
-            **found.extras,
+            **opened.extras,
             "path": str(path),
-            "step": found.step,
+            "step": opened.step,
             "weights": "ema" if part == "ema" else "raw",
         },
     )
 
 
 def copies(kind: str, weights: str) -> tuple[str, ...]:
-    """Keys of `COPIES` that `weights` means, the best first.
+    """Keys of `COPIES` that a choice of weights allows, the best first.
 
     Raises:
         ConfigError: unknown weights.
@@ -238,52 +241,60 @@ def copies(kind: str, weights: str) -> tuple[str, ...]:
     return ("ema", "model") if kind == "tokenizer" else ("model", "ema")
 
 
-def choose(found: Checkpoint, weights: str) -> str:
-    """The part of a checkpoint that `weights` means."""
-    there = [part for part in COPIES if part in found.parts]
-    wanted = [part for part in copies(found.kind, weights) if part in there]
-    if not wanted:
-        raise ConfigError(f"{found.path} has no {weights} weights, only {', '.join(there)}")
-    return wanted[0]
-
-
-def config_of(found: Checkpoint, **overrides) -> ml_collections.ConfigDict:
-    """Config of the model: what is beside its tensors, or else what they show."""
-    if found.kind not in INFER:
-        raise CheckpointError(f"{found.path} holds a discriminator, expected a tokenizer or prior")
-    state = found.parts.get("model") or found.parts["ema"]
-    try:
-        if found.config is None:
-            return INFER[found.kind](state, **overrides)
-        fields = {name: value for name, value in found.config.items() if name != "kind"}
-        if found.kind == "prior":
-            return prior_config(**fields | overrides)
-        return tokenizer_config(**found.config | overrides)
-    except CheckpointError as error:
-        raise CheckpointError(f"{found.path}: {error}") from None
-
-
-def checked(found: Checkpoint, part: str, model) -> dict[str, Promise]:
-    """The tensors that a config has a place for, in the original's order.
+def choose(opened: Checkpoint, weights: str) -> str:
+    """Key of the copy in a checkpoint that a choice of weights stands for.
 
     Raises:
-        CheckpointError: one is missing or has another shape.
+        ConfigError: unknown weights, or the checkpoint has no such copy.
     """
-    state = found.parts[part]
+    for copy in copies(opened.kind, weights):
+        if copy in opened.parts:
+            return copy
+    saved = ", ".join(copy for copy in COPIES if copy in opened.parts)
+    raise ConfigError(f"{opened.path} has no {weights} weights, only {saved}")
+
+
+def config_of(opened: Checkpoint, **overrides) -> ml_collections.ConfigDict:
+    """Config of the model: the one saved beside its tensors, else the one that they show.
+
+    Raises:
+        CheckpointError: a discriminator, or no model that can be built here.
+    """
+    if opened.kind not in INFER:
+        raise CheckpointError(f"{opened.path} holds a discriminator, expected a tokenizer or prior")
+    state = opened.parts.get("model") or opened.parts["ema"]
+    try:
+        if opened.config is None:
+            return INFER[opened.kind](state, **overrides)
+        fields = {name: value for name, value in opened.config.items() if name != "kind"}
+        if opened.kind == "prior":
+            return prior_config(**fields | overrides)
+        return tokenizer_config(**opened.config | overrides)
+    except CheckpointError as error:
+        raise CheckpointError(f"{opened.path}: {error}") from None
+
+
+def checked(opened: Checkpoint, part: str, model: ml_collections.ConfigDict) -> dict[str, Promise]:
+    """Tensors that a config demands, in the original's order; others are left out and counted.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
+    """
+    state = opened.parts[part]
     try:
         extra = recognise.check(state, model)
     except CheckpointError as error:
-        raise CheckpointError(f"{found.path}: {part}: {error}") from None
+        raise CheckpointError(f"{opened.path}: {part}: {error}") from None
     if extra:
-        print(f"{found.path}: {len(extra)} tensors of {part} are left out, first {extra[0]}")
+        print(f"{opened.path}: {len(extra)} tensors of {part} are left out, first {extra[0]}")
     return {name: state[name] for name in recognise.tensor_shapes(model)}
 
 
 def load(path: epath.PathLike) -> Checkpoint:
-    """Everything that a path holds.
+    """Opens a checkpoint of any format; tensors are read later.
 
     Raises:
-        CheckpointError: nothing there, damaged, or nothing of GigaTok.
+        CheckpointError: the checkpoint is missing, damaged, or not of GigaTok.
     """
     where = epath.Path(path).expanduser()
     if where.is_dir():
@@ -314,7 +325,7 @@ def _load_torch(path: epath.Path) -> Checkpoint:
     }
     step = saved.get("steps", int(path.stem) if path.stem.isdecimal() else None)
     if step is not None and (type(step) is not int or not 0 <= step < 2**31):
-        raise CheckpointError(f"{path}: steps is {step!r}, expected a number of updates")
+        raise CheckpointError(f"{path}: steps is {step!r}, expected the number of updates done")
     parts = {name: promised(path, part) for name, part in parts.items()}
     return Checkpoint(str(path), parts, optimizers, None, step, {}, {})
 

@@ -1,4 +1,4 @@
-"""Files of weights in the original's names, whole or not there at all."""
+"""Writes weights under the original's names; a file appears whole or not at all."""
 
 import contextlib
 import json
@@ -24,11 +24,11 @@ def save_model(
     """Writes `model.safetensors` in the original's names, `config.json` and `README.md`.
 
     Args:
-        folder: made when missing.
+        folder: created when missing.
         params: nested dict of arrays, each fetched when it is written.
         config: of the model.
-        about: as in `Loaded`.
-        licence: of the weights, for the head of the card.
+        about: as in `read.Loaded`.
+        licence: identifier for the head of the card, such as "mit".
 
     Raises:
         CheckpointError: the folder holds another model, or cannot be written.
@@ -57,17 +57,17 @@ def write_safetensors(
     progress: Callable[[int], None] | None = None,
     **extras,
 ) -> None:
-    """A `.safetensors` under the original's names, and `config.json` beside it.
+    """Writes a `.safetensors` under the original's names, and `config.json` beside it.
 
     Args:
-        path: of the file; it and `config.json` are whole or not there.
-        state: tensors or promises by the original's names.
-        model: config.
+        path: of the file.
+        state: arrays or promises of them, by the original's names.
+        model: config of the model.
         progress: called with the bytes of each tensor once it is written.
         **extras: JSON values for `config.json`: step, weights, tokenizer, ...
 
     Raises:
-        CheckpointError: a `config.json` of another model lies there already.
+        CheckpointError: the folder has a `config.json` of another model.
     """
     path = epath.Path(path).expanduser()
     config = {"model": ml_collections.ConfigDict(model).to_dict(), **extras}
@@ -84,14 +84,14 @@ def write_pt(
     saved: Mapping[str, Any],
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """A file that `torch.load(weights_only=True)` reads, whole or not there; see `torch_file`."""
+    """Writes a file for `torch.load(weights_only=True)`; see `torch_file.save`."""
     with draft(epath.Path(path).expanduser()) as at:
         torch_file.save(at, dict(saved), progress)
 
 
 @contextlib.contextmanager
 def draft(path: epath.Path) -> Iterator[epath.Path]:
-    """A name to write to, which becomes `path` when all went well and disappears otherwise."""
+    """Draft of a file or folder: it becomes `path` at the end, or is removed on an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
     at = path.parent / f"{path.name}.draft"
     try:
