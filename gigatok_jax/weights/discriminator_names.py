@@ -11,11 +11,11 @@ from gigatok_jax.errors import one_of
 from gigatok_jax.weights import names
 from gigatok_jax.weights.names import Entry
 
-_COUNTER = "num_batches_tracked"  # batches that a norm has seen: integers, in old files absent
+_COUNTER = "num_batches_tracked"  # batches that a norm has seen: an integer, absent from old files
 
 
 def from_torch(state: Mapping, kind: str) -> dict:
-    """Variables of a discriminator from its state dict in PyTorch.
+    """Converts the state dict of a discriminator in PyTorch to our variables.
 
     Args:
         state: arrays by name, "main.0.weight" or "heads.0.0.0.bias" and so on.
@@ -33,7 +33,7 @@ def from_torch(state: Mapping, kind: str) -> dict:
 
 
 def to_torch(variables: Mapping, kind: str) -> dict[str, np.ndarray]:
-    """State dict of PyTorch names from variables; the inverse of `from_torch`."""
+    """Converts variables of a discriminator to its state dict in PyTorch."""
     state = names.to_torch(variables, entries(kind))
     counts = {name: np.asarray(x, np.int64) for name, x in state.items() if name.endswith(_COUNTER)}
     return state | counts

@@ -1,8 +1,8 @@
-"""How one parameter here corresponds to one tensor of a PyTorch state dict, both ways.
+"""Correspondence of our parameters and the tensors of a PyTorch state dict, both ways.
 
-A model's names are a list of `Entry`. `from_torch` and `to_torch` read the list in either direction
-with everything in memory; `leaves` and `tensors` do the same with promises, which are read when
-they are written, for states larger than the memory.
+The names of a model are a list of `Entry`. `from_torch` and `to_torch` convert arrays in memory;
+`leaves` and `tensors` convert promises, which are read when they are written, for states larger
+than the memory.
 """
 
 import functools
@@ -17,21 +17,23 @@ from gigatok_jax.errors import CheckpointError
 
 
 class Entry(NamedTuple):
-    path: str  # here, separated by "/"
-    name: str  # there
+    """Name of a tensor of PyTorch and the parameter of ours, or piece of it, that it becomes."""
+
+    path: str  # of our parameter, separated by "/"
+    name: str  # of the tensor of PyTorch
     layout: str = "same"  # a key of LAYOUTS
     part: int | None = None  # third of a fused query-key-value tensor
     layer: int | None = None  # index on the leading axis of a scanned stack
-    half: int | None = None  # of a parameter here whose last axis joins two tensors there
+    half: int | None = None  # of a parameter of ours whose last axis joins two tensors
 
 
 class Promise(NamedTuple):
-    """An array that is made when it is asked for."""
+    """An array that is computed or read when it is needed."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
-    order: int = 0  # those that are made of the same data have the same number
+    order: int = 0  # the same for promises that read the same data
 
     @property
     def ndim(self) -> int:
@@ -46,12 +48,15 @@ class Promise(NamedTuple):
         return self.size * self.dtype.itemsize
 
 
-# From a PyTorch tensor to an array here, and back.
+# Functions from a PyTorch tensor to our array, and back.
 LAYOUTS = {
     "same": (lambda x: x, lambda x: x),
     "dense": (lambda x: x.T, lambda x: x.T),  # [out in] and [in out]
     "conv": (lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)),  # OIHW, HWIO
-    "conv1x1": (lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None]),  # a linear layer here
+    "conv1x1": (
+        lambda x: x[:, :, 0, 0].T,
+        lambda x: x.T[:, :, None, None],
+    ),  # a linear layer of ours
     "conv1d": (lambda x: x.transpose(2, 1, 0), lambda x: x.transpose(2, 1, 0)),  # OIW and WIO
     "sequence": (lambda x: x[:, 0], lambda x: x[:, None]),  # [n 1 c] and [n c]
     "table": (lambda x: x[0, 0], lambda x: x[None, None]),  # [1 1 n c] and [n c]
@@ -59,7 +64,7 @@ LAYOUTS = {
 
 
 def under(entries: Iterable[Entry], path: str, name: str, layer: int | None = None) -> list[Entry]:
-    """The entries with a prefix on both sides; `layer` places them in a scanned stack."""
+    """Entries with a prefix on path and name; `layer` is their index in a scanned stack."""
     return [
         entry._replace(path=path + entry.path, name=name + entry.name)
         if layer is None
@@ -85,7 +90,7 @@ def below(arrays: Mapping, prefix: str) -> dict:
 
 
 def from_torch(state: Mapping, entries: list[Entry]) -> dict:
-    """Nested dict of numpy arrays from a state dict; every tensor is read once.
+    """Nested dict of numpy arrays from a state dict; each tensor is read once.
 
     Raises:
         CheckpointError: names are missing; the message lists the first of them.
@@ -119,7 +124,7 @@ def to_torch(params: Mapping, entries: list[Entry]) -> dict[str, np.ndarray]:
 
 
 def leaves(state: Mapping[str, "np.ndarray | Promise"], entries: list[Entry]) -> dict[str, Promise]:
-    """A promise of every parameter here, by path, from tensors or promises of them.
+    """Promises of our parameters, by path, from tensors of PyTorch or promises of them.
 
     Raises:
         CheckpointError: names are missing.
@@ -129,14 +134,14 @@ def leaves(state: Mapping[str, "np.ndarray | Promise"], entries: list[Entry]) ->
 
 
 def tensors(params: Mapping[str, "np.ndarray | Promise"], entries: list[Entry]) -> dict:
-    """A promise of every PyTorch tensor, by name, from parameters or promises of them by path."""
+    """Promises of PyTorch's tensors, by name, from our parameters or promises of them, by path."""
     # A tensor joins at most three parameters, and a parameter holds tensors of many layers.
     read = functools.lru_cache(maxsize=3)(lambda path: value_of(params[path]))
     return {name: _tensor(params, group, read) for name, group in _grouped(entries, "name").items()}
 
 
 def value_of(array: "np.ndarray | Promise") -> np.ndarray:
-    """The array itself, or what was promised."""
+    """Array of a promise, or the array itself."""
     return array.read() if isinstance(array, Promise) else np.asarray(array)
 
 
@@ -148,7 +153,7 @@ def _grouped(entries: list[Entry], field: str) -> dict[str, list[Entry]]:
 
 
 def _outline(shape: tuple[int, ...]) -> np.ndarray:
-    """An array of a shape that takes no memory, to find out what a layout makes of it."""
+    """Array of a shape that takes no memory, to compute the shape after a layout."""
     return np.broadcast_to(False, shape)
 
 
@@ -160,10 +165,10 @@ def _leaf(state: Mapping, group: list[Entry]) -> Promise:
     shape = _whole_shape(first, LAYOUTS[first.layout][0](_outline(shape)).shape, depths)
 
     def read() -> np.ndarray:
-        made = np.empty(shape, source.dtype)
+        array = np.empty(shape, source.dtype)
         for entry in group:
-            _piece(made, entry)[...] = _from_tensor(value_of(state[entry.name]), entry)
-        return made
+            _piece(array, entry)[...] = _from_tensor(value_of(state[entry.name]), entry)
+        return array
 
     return Promise(shape, np.dtype(source.dtype), read)
 
@@ -174,15 +179,15 @@ def _tensor(params: Mapping, group: list[Entry], read: Callable) -> Promise:
     if len(group) > 1:  # parts of a fused tensor
         shape = (len(group) * shape[0], *shape[1:])
 
-    def made() -> np.ndarray:
-        parts = [LAYOUTS[e.layout][1](_piece(read(e.path), e)) for e in group]
-        return np.asarray(parts[0] if len(parts) == 1 else np.concatenate(parts), order="C")
+    def joined() -> np.ndarray:
+        pieces = [LAYOUTS[e.layout][1](_piece(read(e.path), e)) for e in group]
+        return np.asarray(np.concatenate(pieces) if len(pieces) > 1 else pieces[0], order="C")
 
-    return Promise(shape, np.dtype(source.dtype), made, getattr(source, "order", 0))
+    return Promise(shape, np.dtype(source.dtype), joined, getattr(source, "order", 0))
 
 
 def _from_tensor(tensor: np.ndarray, entry: Entry) -> np.ndarray:
-    """The part of a PyTorch tensor that an entry names, in the layout here."""
+    """Piece of a tensor of PyTorch that an entry names, in our layout."""
     return LAYOUTS[entry.layout][0](
         tensor if entry.part is None else np.split(tensor, 3)[entry.part]
     )
@@ -195,7 +200,7 @@ def _whole_shape(entry: Entry, shape: tuple[int, ...], depths: Mapping[str, int]
 
 
 def _piece(array: np.ndarray, entry: Entry) -> np.ndarray:
-    """The view of a whole parameter that an entry stands for."""
+    """View of the piece of a whole parameter that an entry names."""
     array = array if entry.layer is None else array[entry.layer, ...]  # a view of one number too
     return array if entry.half is None else np.split(array, 2, axis=-1)[entry.half]
 

@@ -15,7 +15,7 @@ _NORMS = [
     Entry("norm1/scale", "attention_norm.weight"),
     Entry("norm2/scale", "ffn_norm.weight"),
 ]
-# What conditions on the class: in a block before and after all else, and outside the blocks.
+# Conditioning on the class: the first and last entries of a block, and those outside the blocks.
 _FIRST = {"none": [], "full": [], "shared": [Entry("modulation", "ada_gss", "table")]}
 _LAST = {"none": [], "full": layer_pair("modulation", "adaLN_modulation.1", "dense"), "shared": []}
 _FINAL = layer_pair("final_modulation", "final_adaLN.1", "dense")
@@ -27,7 +27,7 @@ _OUTSIDE = {
 
 
 def entries(model) -> list[Entry]:
-    """Every parameter of a prior config with its original name."""
+    """Name table of a prior: every parameter with its name in the original."""
     block = _block(model)
     blocks = [under(block, "blocks/", f"layers.{i}.", layer=i) for i in range(model.layers)]
     return [

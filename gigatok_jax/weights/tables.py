@@ -1,4 +1,4 @@
-"""Name tables and shapes of every kind of model, by its config."""
+"""Name tables and shapes of a model's parameters, from its config."""
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,12 @@ USED, HISTORY = "buffers/codebook_used", tokenizer_names.HISTORY
 
 
 def entries(model) -> list[Entry]:
-    """Every parameter and buffer of a config with its original name."""
+    """Name table of a model: every parameter and buffer, in the original's order."""
     return (prior_names if model.kind == "prior" else tokenizer_names).entries(model)
 
 
 def shapes(model) -> dict[str, jax.ShapeDtypeStruct]:
-    """Every parameter and buffer of a config by path; nothing is computed."""
+    """Shapes of a model's parameters and buffers by path; nothing is computed."""
     flat = trees.flatten(parameters.abstract_params(model))
     if model.kind != "prior":
         flat[USED] = jax.ShapeDtypeStruct((HISTORY,), jnp.float32)

@@ -4,7 +4,7 @@ from gigatok_jax.model_config import SIZES
 from gigatok_jax.models.cnn import channels
 from gigatok_jax.weights.names import Entry, layer_pair, norm_pair, under
 
-HISTORY = 65536  # latest codes, which the original keeps too
+HISTORY = 65536  # number of latest codes that the original keeps
 _QKV = ("query", "key", "value")
 _FUSED = [
     *(Entry(f"{name}/kernel", "in_proj_weight", "dense", i) for i, name in enumerate(_QKV)),
@@ -35,7 +35,7 @@ _ALIGN = [
 
 
 def entries(model) -> list[Entry]:
-    """Every parameter and buffer of a tokenizer config with its original name."""
+    """Name table of a tokenizer: every parameter and buffer with its name in the original."""
     one_d = model.kind == "1d"
     encoder, decoder = (
         ("s2to1encoder.", "s1to2decoder.") if one_d else ("s2dencoder.", "s2ddecoder.")
@@ -147,7 +147,7 @@ def _level(model, i: int, blocks: int, before: int, after: int, attention: bool)
 
 
 def _cnn_encoder(model) -> list[Entry]:
-    if model.stem == "patch":  # of ours alone: the original has no such model
+    if model.stem == "patch":  # small models of ours; the original has none
         return layer_pair("embed", "embed", "dense")
     widths = channels(model.cnn_channels, model.patch_size)
     last = len(widths) - 1
