@@ -46,7 +46,7 @@ _CHOICES = {
     "kind": ("1d", "2d"),
     "stem": ("cnn", "patch"),
     "query_init": ("multi_level", "mean", "learnable"),
-    "decoder_query_init": ("first", "learnable"),
+    "decoder_query_init": ("first", "learnable", "last_level", "multi_level"),
     "layer_2d": ("transformer", "qformer"),
     "encoder": tuple(SIZES),
     "decoder": tuple(SIZES),
@@ -236,14 +236,26 @@ def _validate_grid(model) -> None:
         raise ConfigError(f"model.patch_size is {patch}, expected a power of two")
     if n < 1 or n & (n - 1):
         raise ConfigError(f"model.latent_tokens is {n}, expected a power of two")
-    if model.kind == "1d" and model.query_init == "multi_level":
+    if model.kind == "1d":
+        _validate_levels(model)
+
+
+def _validate_levels(model) -> None:
+    """Refuses queries by levels where the finest level does not divide the grid."""
+    n, grid = model.latent_tokens, grid_size(model)
+    if model.decoder_query_init in ("last_level", "multi_level") and n < 2:
+        raise ConfigError(
+            f"model.decoder_query_init is {model.decoder_query_init!r}, which needs at least 2"
+            f" latent tokens, but model.latent_tokens is {n}"
+        )
+    fields = {"query_init": "mean", "decoder_query_init": "first"}
+    for field, other in fields.items():
         columns, rows = pooled_grids(n)[-1]
-        grid = grid_size(model)
-        if grid % columns or grid % rows:
+        if model[field].endswith("_level") and (grid % columns or grid % rows):
             raise ConfigError(
                 f"model.latent_tokens is {n}: its finest queries pool a {columns} x {rows} grid,"
-                f" which does not divide the {grid} x {grid} grid of a {size} px image;"
-                " take fewer latent tokens, another image_size or query_init='mean'"
+                f" which does not divide the {grid} x {grid} grid of a {model.image_size} px image;"
+                f" take fewer latent tokens, another image_size or {field}={other!r}"
             )
 
 

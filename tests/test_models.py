@@ -178,8 +178,10 @@ def test_the_2d_qformer_reads_its_own_input():
     np.testing.assert_allclose(out.tokens, tokens, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("query_init, matters", [("first", [0]), ("learnable", [])])
-def test_decoder_queries_are_the_first_latent(query_init, matters):
+@pytest.mark.parametrize(
+    "query_init, matters", [("first", [0]), ("learnable", []), ("last_level", [2, 3])]
+)
+def test_decoder_queries_depend_on_their_latents(query_init, matters):
     """With its cross-attention silenced the decoder depends on nothing but its queries."""
     module = qformer.QFormerDecoder(3, 2, 32, grid=2, query_init=query_init, align_block=0)
     latents = normal(11, 1, 4, 256)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from gigatok_jax import trees
 from gigatok_jax.model_config import tokenizer as tokenizer_config
+from gigatok_jax.models import qformer
 from gigatok_jax.models.tokenizer import make
 from gigatok_jax.weights import names, tokenizer_names
 
@@ -170,6 +171,29 @@ def test_tiny_tokenizers_on_block_images(name):
     model = model_of(meta)
     run_encoder(model, rule.block_images()[:2], golden)
     run_decoder(model, golden)
+
+
+QUERIES = {"last": "last_level", "multi": "multi_level"}
+
+
+@pytest.mark.parametrize("latent_tokens", [2, 16, 64])
+@pytest.mark.parametrize("name", QUERIES)
+def test_queries_by_region(name, latent_tokens):
+    golden, _ = rule.load(rule.GOLDEN / "decoder_queries.npz")
+    ours = qformer.region_queries(golden[f"latents_{latent_tokens}"], 8, QUERIES[name])
+    np.testing.assert_allclose(ours, golden[f"{name}_{latent_tokens}"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", QUERIES)
+def test_decoders_with_queries_by_region(name):
+    golden, _ = rule.load(rule.GOLDEN / "decoder_queries.npz")
+    sizes = {"encoder": "tiny", "decoder": "tiny", "image_size": 64, "latent_tokens": 16}
+    model = tokenizer_config(**sizes, stem="patch", align_block=0, decoder_query_init=QUERIES[name])
+    params = rule_params(model, ("decoder",))["decoder"]
+    latents = quantized_latents({"quant": golden["z"]})
+    decoded = jax.jit(make(model).decoder.apply)({"params": params}, latents)
+    features = channels_first(decoded.features, True)[:, ::8]
+    check("features", features, golden[f"features_{name}_c8"])
 
 
 @pytest.mark.goldens

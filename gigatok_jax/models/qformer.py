@@ -48,6 +48,35 @@ def pooled_queries(grid: jax.Array, latent_tokens: int) -> jax.Array:
     return jnp.concatenate(levels, axis=1)
 
 
+def region_queries(latents: jax.Array, grid: int, levels: str) -> jax.Array:
+    """Latent tokens spread over the cells of the regions that their queries were pooled from.
+
+    Args:
+        latents: f[b n c], n a power of two from 2 on, in the order of `pooled_queries`.
+        grid: cells along one side of the image grid, a multiple of the finest level's sides.
+        levels: "last_level" spreads the finest level alone; "multi_level" is the mean over all
+            levels, where level l reads tokens 0 to 2^l and not its own, as the original does.
+
+    Returns:
+        f[b grid*grid c]. The coarsest level is the mean of tokens 0 and 1.
+    """
+    b, n, c = latents.shape
+    whole = latents[:, :2].mean(axis=1, keepdims=True)
+
+    def spread(level: jax.Array, columns: int, rows: int) -> jax.Array:
+        cells = level.reshape(b, rows, 1, columns, 1, c)
+        cells = jnp.broadcast_to(cells, (b, rows, grid // rows, columns, grid // columns, c))
+        return cells.reshape(b, grid**2, c)
+
+    sides = pooled_grids(n)[1:]
+    if levels == "last_level":
+        return spread(latents[:, n // 2 :] if n > 2 else whole, *sides[-1])
+    first, *finer = sides
+    maps = [spread(whole, *first)]
+    maps += [spread(latents[:, : columns * rows], columns, rows) for columns, rows in finer]
+    return sum(maps) / len(maps)
+
+
 class QFormerEncoder(nn.Module):
     """Encoder to latent tokens: queries, by default pooled features, attend to the feature grid."""
 
@@ -97,7 +126,9 @@ class QFormerDecoder(nn.Module):
     heads: int
     width: int
     grid: int  # tokens along one side of the image grid
-    query_init: str = "first"  # every query is the first latent token; "learnable": parameters
+    # Start of the queries: "first", the first latent token everywhere; "learnable", parameters;
+    # "last_level", "multi_level", the latent tokens of the region that a cell lies in.
+    query_init: str = "first"
     qk_norm: bool = False
     align_block: int = 3
     align_width: int = 768
@@ -123,6 +154,8 @@ class QFormerDecoder(nn.Module):
         shape = (memory.shape[0], self.grid**2, self.width)
         if self.query_init == "learnable":
             return jnp.broadcast_to(position_embedding(self, "queries", self.grid**2), shape)
+        if self.query_init in ("last_level", "multi_level"):
+            return region_queries(memory, self.grid, self.query_init)
         return jnp.broadcast_to(memory[:, :1], shape)
 
 
