@@ -67,6 +67,7 @@ def tokenizer(name: str, size: str, **model) -> ml_collections.ConfigDict:
     config.model = model_config(size, **model)
     config.data = data_config()
     config.train = _train()
+    config.train.first_weights = "published"  # "geometry": attention begins local, 1D only
     config.optim = _optim()
     config.loss = _loss()
     config.codebook = ml_collections.ConfigDict(

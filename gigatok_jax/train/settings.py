@@ -28,6 +28,7 @@ RANGES = {  # both ends included
 BELOW_1 = ("train.dropout", "train.token_dropout", "train.class_dropout", "train.drop_path")
 CHOICES = {
     "train.dtype": ("bfloat16", "float32"),
+    "train.first_weights": ("published", "geometry"),
     "train.statistics": ("global", "local"),
     "loss.discriminator": ("patchgan", "dino", "none"),
     "loss.adversarial_type": losses.ADVERSARIAL,
@@ -56,6 +57,11 @@ def check(config: ml_collections.ConfigDict) -> None:
         value = _get(config, name)
         if value is not None:
             errors.one_of(name, value, choices)
+    if _get(config, "train.first_weights") == "geometry" and config.model.kind == "2d":
+        raise ConfigError(
+            "train.first_weights is 'geometry', which is for 1D tokenizers, but model.kind is '2d':"
+            " set --config.train.first_weights=published"
+        )
     make_loop(config.train)
     if total_steps(config) < 1:
         raise ConfigError("a run of no steps: set train.steps or train.epochs above 0")

@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
@@ -14,7 +15,7 @@ from etils import epath
 from gigatok_jax import parallel
 from gigatok_jax.data import pipeline, sources
 from gigatok_jax.evaluation import reconstruction
-from gigatok_jax.models import tokenizer
+from gigatok_jax.models import geometry, tokenizer
 from gigatok_jax.run import pictures, processes, signals
 from gigatok_jax.train import loop, networks, objective, optim, settings, tokenizer_step
 from gigatok_jax.train import program as program_lib
@@ -69,7 +70,11 @@ def make_program(
     groups = statistics_groups(config, mesh)
 
     def create():
-        return tokenizer_step.create(parts.networks, optimizers, size, config.seed)
+        state = tokenizer_step.create(parts.networks, optimizers, size, config.seed)
+        if config.train.first_weights == "published":
+            return state
+        params = geometry.first_weights(state.params, config.model)
+        return state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
 
     def make_step(micro_batches, shardings):
         return tokenizer_step.make(
