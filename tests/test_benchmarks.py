@@ -2,15 +2,17 @@
 
 import json
 import sys
+import tarfile
 import types
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from test_cluster import end, free_address, start
 
 from gigatok_jax import parallel
-from gigatok_jax.benchmarks import kernels, training
+from gigatok_jax.benchmarks import kernels, learning, training
 from gigatok_jax.benchmarks import plan as benchmark
 from gigatok_jax.planning import plan
 
@@ -128,3 +130,54 @@ def test_a_training_step_is_measured_on_two_devices(tmp_path):
     assert other["losses"] == pytest.approx(row["losses"], rel=1e-5) and other["ms"] != row["ms"]
     assert other["checkpoint_gib"] == pytest.approx(row["checkpoint_gib"], rel=0.01)
     assert not (tmp_path / training.MEASURED).exists()
+
+
+# Learning.
+
+
+def run_learning(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["learning", *map(str, arguments)])
+    learning.main()
+
+
+@pytest.fixture
+def tar_of_pictures(tmp_path):
+    rng = np.random.default_rng(0)
+    with tarfile.open(tmp_path / "pictures.tar", "w") as archive:
+        for i in range(12):
+            small = rng.integers(256, size=(4, 4, 3)).astype(np.uint8)
+            Image.fromarray(small.repeat(8, 0).repeat(8, 1)).save(tmp_path / f"{i:02}.png")
+            archive.add(tmp_path / f"{i:02}.png", f"pictures/{i:02}.png")
+    return tmp_path / "pictures.tar"
+
+
+def test_learning_of_own_pictures_is_measured(monkeypatch, tmp_path, capsys, tar_of_pictures):
+    sizes = ("--size", 32, "--latent_tokens", 16, "--batch", 4, "--updates", 12)
+    starts = ("--variants", "last_level_geometry", "--out", tmp_path / "out")
+    run_learning(monkeypatch, tar_of_pictures, *sizes, *starts)
+    assert "| last_level_geometry |" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "out" / "learning.json").read_text())
+    losses = row["losses"]
+    assert len(losses) == 12 and np.mean(losses[-3:]) < np.mean(losses[:3]) and row["psnr"] > 5
+    assert "last_level_geometry" in (tmp_path / "out" / "learning.svg").read_text()
+    assert "11 pictures to learn, 1 held out" in (tmp_path / "out" / "learning.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--batch", 12), "--batch is 12, expected 1 to 11"),
+        (("--updates", 1), "--updates is 1, expected at least 2"),
+        (("--size", 60), "image_size is 60, expected a multiple of 8"),
+        (("--latent_tokens", 256), "finest queries pool a 16 x 8 grid"),
+    ],
+)
+def test_learning_refuses_counts_that_do_not_fit(monkeypatch, tar_of_pictures, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        run_learning(monkeypatch, tar_of_pictures, *arguments)
+
+
+def test_learning_needs_pictures(monkeypatch, tmp_path):
+    (tmp_path / "notes.tar").write_text("no archive")
+    with pytest.raises(SystemExit, match="neither a folder nor a tar file"):
+        run_learning(monkeypatch, tmp_path / "notes.tar")

@@ -10,7 +10,7 @@ from gigatok_jax.model_config import pooled_grids
 from gigatok_jax.model_config import tokenizer as model_config
 from gigatok_jax.models import geometry
 from gigatok_jax.models.tokenizer import make
-from gigatok_jax.train import networks
+from gigatok_jax.train import settings
 
 TINY = {"encoder": "pico", "decoder": "pico", "latent_tokens": 64, "stem": "patch"}
 TINY |= {"image_size": 64, "patch_size": 8, "codebook_size": 32, "align_block": 0}
@@ -61,4 +61,4 @@ def test_2d_tokenizers_are_refused():
     config = common.tokenizer("tiny", "S-S-2D")
     config.train.first_weights = "geometry"
     with pytest.raises(ConfigError, match="which is for 1D tokenizers"):
-        networks.build(config, 1)
+        settings.check(config)
