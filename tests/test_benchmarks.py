@@ -167,7 +167,7 @@ def test_learning_of_own_pictures_is_measured(monkeypatch, tmp_path, capsys, tar
     "arguments, message",
     [
         (("--batch", 12), "--batch is 12, expected 1 to 11"),
-        (("--updates", 1), "--updates is 1, expected at least 2"),
+        (("--batch", 4, "--updates", 1), "--updates is 1, expected at least 2"),
         (("--size", 60), "image_size is 60, expected a multiple of 8"),
         (("--latent_tokens", 256), "finest queries pool a 16 x 8 grid"),
     ],

@@ -121,10 +121,9 @@ def split(source: sources.FolderSource, size: int) -> Pictures:
 
 
 def check_counts(given: argparse.Namespace, pictures: Pictures) -> None:
-    if not 1 <= given.batch <= len(pictures.train):
-        raise ConfigError(
-            f"--batch is {given.batch}, expected 1 to {len(pictures.train)}, the pictures trained on"
-        )
+    most = len(pictures.train)
+    if not 1 <= given.batch <= most:
+        raise ConfigError(f"--batch is {given.batch}, expected 1 to {most}, the training pictures")
     if given.updates < 2:
         raise ConfigError(f"--updates is {given.updates}, expected at least 2")
 
