@@ -24,13 +24,17 @@ import jax
 import ml_collections
 import numpy as np
 
-from gigatok_jax import command_line, environment, parallel
+from gigatok_jax import parallel
+from gigatok_jax.benchmarks import markdown
 from gigatok_jax.data import sources, transforms
 from gigatok_jax.errors import ConfigError, DataError
 from gigatok_jax.evaluation import metrics
-from gigatok_jax.model_config import SIZES, validate
+from gigatok_jax.model_config import SIZES
+from gigatok_jax.models import tokenizer
 from gigatok_jax.ops.image import to_pixels
-from gigatok_jax.train import networks, objective
+from gigatok_jax.run import command_line
+from gigatok_jax.run import workdir as workdir_lib
+from gigatok_jax.train import networks, objective, settings
 from gigatok_jax.train import tokenizer as tokenizer_run
 
 HELD_OUT = 10  # one picture in so many
@@ -47,11 +51,15 @@ COLORS = ("#888888", "#b07aa1", "#edc948", "#f28e2b", "#59a14f", "#4e79a7", "#e1
 
 
 class Pictures(NamedTuple):
+    """Pictures to learn and pictures that are held out."""
+
     train: np.ndarray  # uint8[n s s 3]
     held_out: np.ndarray  # uint8[m s s 3]
 
 
 class Learned(NamedTuple):
+    """Outcome of a variant's training."""
+
     variant: str
     losses: np.ndarray  # f32[updates]
     psnr: float  # dB, mean over held-out pictures
@@ -60,22 +68,24 @@ class Learned(NamedTuple):
 
 def main() -> None:
     """Prints a table; with `--out` writes it and a plot of the losses too."""
-    given = arguments()
+    options = arguments()
     with command_line.one_line_errors():
-        pictures = read(given.pictures, given.size)
-        configs = {name: config(given, name) for name in given.variants}
-        check_counts(given, pictures)
+        pictures = read(options.pictures, options.size)
+        configs = {name: config(options, name) for name in options.variants}
+        check_counts(options, pictures)
         rows = []
-        for name in given.variants:
+        for name in options.variants:
             rows.append(learn(name, configs[name], pictures))
-            print(line(rows[-1]), flush=True)
-        print("\n" + table(rows, pictures, given))
-        if given.out:
-            write(pathlib.Path(given.out), rows, table(rows, pictures, given))
+            print(" | ".join(cells(rows[-1])), flush=True)
+        text = table(rows, pictures, options)
+        print("\n" + text)
+        if options.out:
+            write(pathlib.Path(options.out), rows, text)
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    """The command line."""
+    parser = command_line.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
@@ -89,7 +99,7 @@ def arguments() -> argparse.Namespace:
     add("--batch", type=int, default=32)
     add("--rate", type=float, default=1e-3, help="constant learning rate")
     add("--warmup", type=int, default=0, help="updates until the rate is reached")
-    add("--dtype", choices=networks.DTYPES, default="float32")
+    add("--dtype", choices=settings.CHOICES["train.dtype"], default="float32")
     add("--seed", type=int, default=0)
     add("--out", default="", help="folder for learning.json, learning.md and learning.svg")
     return parser.parse_args()
@@ -112,6 +122,7 @@ def read(path: str, size: int) -> Pictures:
 
 
 def split(source: sources.FolderSource, size: int) -> Pictures:
+    """Centre crops of `size` pixels, every tenth held out."""
     if len(source) < HELD_OUT:
         raise DataError(f"{len(source)} pictures, expected at least {HELD_OUT}")
     crops = [transforms.center_crop(transforms.decode(row["image"]), size) for row in source]
@@ -120,32 +131,39 @@ def split(source: sources.FolderSource, size: int) -> Pictures:
     return Pictures(crops[~held_out], crops[held_out])
 
 
-def check_counts(given: argparse.Namespace, pictures: Pictures) -> None:
+def check_counts(options: argparse.Namespace, pictures: Pictures) -> None:
+    """Refuses a batch without enough pictures, and too few updates to time."""
     most = len(pictures.train)
-    if not 1 <= given.batch <= most:
-        raise ConfigError(f"--batch is {given.batch}, expected 1 to {most}, the training pictures")
-    if given.updates < 2:
-        raise ConfigError(f"--updates is {given.updates}, expected at least 2")
+    if not 1 <= options.batch <= most:
+        raise ConfigError(
+            f"--batch is {options.batch}, expected 1 to {most}, the training pictures"
+        )
+    if options.updates < 2:
+        raise ConfigError(f"--updates is {options.updates}, expected at least 2")
 
 
-def config(given: argparse.Namespace, variant: str) -> ml_collections.ConfigDict:
+def config(options: argparse.Namespace, variant: str) -> ml_collections.ConfigDict:
     """Training config of a variant; ConfigError where the sizes do not fit each other."""
     try:
         from configs import common
     except ModuleNotFoundError:
         raise ConfigError("no folder configs/ here: run this in the one that has it") from None
     run = common.tokenizer(variant, "S-S" if VARIANTS[variant] else "S-S-2D")
-    run.seed = given.seed
-    run.model.update(image_size=given.size, patch_size=given.patch, stem="patch", align_block=0)
-    run.model.update(encoder=given.model, decoder=given.model, latent_tokens=given.latent_tokens)
-    run.train.update(steps=given.updates, global_batch=given.batch, dtype=given.dtype, unroll="")
+    run.seed = options.seed
+    run.model.update(image_size=options.size, patch_size=options.patch, stem="patch", align_block=0)
+    run.model.update(
+        encoder=options.model, decoder=options.model, latent_tokens=options.latent_tokens
+    )
+    run.train.update(
+        steps=options.updates, global_batch=options.batch, dtype=options.dtype, unroll=""
+    )
     if VARIANTS[variant]:
         run.model.decoder_query_init, run.train.first_weights = VARIANTS[variant]
-    run.optim.update(learning_rate=given.rate, warmup_steps=given.warmup, schedule="constant")
+    run.optim.update(learning_rate=options.rate, warmup_steps=options.warmup, schedule="constant")
     run.optim.update(clip=1.0, ema=0.95)
     run.loss.update(discriminator="none", teacher="none", perceptual=0.0, shortcut_end=0)
-    run.codebook.warmup_steps = given.updates  # nothing is quantized
-    validate(run.model)
+    run.codebook.warmup_steps = options.updates  # nothing is quantized
+    settings.check(run)
     return run
 
 
@@ -156,22 +174,22 @@ def learn(variant: str, config: ml_collections.ConfigDict, pictures: Pictures) -
     program = tokenizer_run.make_program(config, mesh, parts)
     phase = objective.phase_at(0, config.loss, config.codebook)
     rng, losses = np.random.default_rng(config.seed), []
-    with jax.set_mesh(mesh):
-        state, step = program.create(), program.make_step(1)
-        for update in range(config.train.steps):
-            rows = rng.choice(len(pictures.train), config.train.global_batch, replace=False)
-            images = jax.device_put(pictures.train[rows], program.batch.sharding)
-            state, scalars = step(state, images, program.frozen, phase)
-            losses.append(scalars["loss"])
-            if update == 0:
-                start = time.perf_counter() if jax.block_until_ready(state) else None
-        losses = np.array(jax.device_get(losses))
-        seconds = time.perf_counter() - start
-        psnr = held_out_psnr(parts.networks.tokenizer, state.ema_params, pictures.held_out)
+    state = program.create()
+    for update in range(config.train.steps):
+        rows = rng.choice(len(pictures.train), config.train.global_batch, replace=False)
+        images = jax.device_put(pictures.train[rows], program.batch.sharding)
+        state, scalars = program(state, images, phase)
+        losses.append(scalars["loss"])
+        if update == 0:  # which also compiles
+            jax.block_until_ready(state)
+            start = time.perf_counter()
+    losses = np.array(jax.device_get(losses))
+    seconds = time.perf_counter() - start
+    psnr = held_out_psnr(parts.networks.tokenizer, state.ema_params, pictures.held_out)
     return Learned(variant, losses, psnr, seconds)
 
 
-def held_out_psnr(module, params: Any, images: np.ndarray) -> float:
+def held_out_psnr(module: tokenizer.Tokenizer, params: Any, images: np.ndarray) -> float:
     """Mean PSNR in dB of reconstructions whose latents are not quantized."""
 
     @jax.jit
@@ -184,39 +202,39 @@ def held_out_psnr(module, params: Any, images: np.ndarray) -> float:
     return float(metrics.psnr(images, rebuilt).mean())
 
 
-def line(row: Learned) -> str:
-    """Markdown row: loss at a few updates (means of ten), PSNR and updates a second."""
+def cells(row: Learned) -> list[str]:
+    """Row of the table: loss at a few updates (means of ten), PSNR and updates a second."""
     ends = marks(len(row.losses))
     shown = " / ".join(f"{row.losses[max(end - 10, 0) : end].mean():.3f}" for end in ends)
     speed = (len(row.losses) - 1) / row.seconds
-    return f"| {row.variant} | {shown} | {row.psnr:.2f} | {speed:.1f} |"
+    return [row.variant, shown, f"{row.psnr:.2f}", f"{speed:.1f}"]
 
 
 def marks(updates: int) -> list[int]:
+    """Updates at which the table shows the loss."""
     return [max(1, updates * share // 8) for share in (1, 3, 8)]
 
 
-def table(rows: list[Learned], pictures: Pictures, given: argparse.Namespace) -> str:
+def table(rows: list[Learned], pictures: Pictures, options: argparse.Namespace) -> str:
     """Markdown with the settings below it."""
-    ends = " / ".join(map(str, marks(given.updates)))
+    head = ["start", f"loss after {' / '.join(map(str, marks(options.updates)))}"]
     mean = np.broadcast_to(pictures.train.mean(0).round().astype(np.uint8), pictures.held_out.shape)
-    settings = {k: v for k, v in vars(given).items() if k not in ("pictures", "variants", "out")}
-    return "\n".join(
-        [
-            f"| start | loss after {ends} | held-out PSNR, dB | updates/s |\n|---|---|---|---|",
-            *map(line, rows),
-            f"| mean training picture | | {metrics.psnr(pictures.held_out, mean).mean():.2f} | |",
-            f"\n{jax.devices()[0].device_kind}, commit {environment.software()['commit']}, "
-            f"{len(pictures.train)} pictures to learn, {len(pictures.held_out)} held out; "
-            + ", ".join(f"{key} {value}" for key, value in settings.items()),
-        ]
+    line = f"{metrics.psnr(pictures.held_out, mean).mean():.2f}"
+    body = [*map(cells, rows), ["mean training picture", "", line, ""]]
+    settings = {k: v for k, v in vars(options).items() if k not in ("pictures", "variants", "out")}
+    return (
+        markdown.table([*head, "held-out PSNR, dB", "updates/s"], body)
+        + f"\n\n{jax.devices()[0].device_kind}, commit {workdir_lib.software()['commit']}, "
+        f"{len(pictures.train)} pictures to learn, {len(pictures.held_out)} held out; "
+        + ", ".join(f"{key} {value}" for key, value in settings.items())
     )
 
 
 def write(folder: pathlib.Path, rows: list[Learned], text: str) -> None:
+    """Writes the table, a plot of the losses, and all figures as JSON."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = [row._asdict() | {"losses": row.losses.tolist()} for row in rows]
-    (folder / "learning.json").write_text(json.dumps(found, indent=1))
+    figures = [row._asdict() | {"losses": row.losses.tolist()} for row in rows]
+    (folder / "learning.json").write_text(json.dumps(figures, indent=1))
     (folder / "learning.md").write_text(text + "\n")
     (folder / "learning.svg").write_text(plot(rows))
 
