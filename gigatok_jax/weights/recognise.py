@@ -1,6 +1,6 @@
-"""Which model a state dict is of, from its names and shapes alone.
+"""Recognises the model of a state dict from its names and shapes alone.
 
-What they do not show takes the published value, is printed, and can be overridden.
+A field that they do not show takes the published value, is printed, and can be overridden.
 """
 
 import functools
@@ -17,7 +17,7 @@ from gigatok_jax.model_config import PRIORS, SIZES, TOKENIZERS, model_config
 from gigatok_jax.model_config import prior as prior_config
 from gigatok_jax.model_config import tokenizer as tokenizer_config
 
-# A name that every state dict of a kind has, and no other.
+# A name that is in every state dict of a kind and in no other.
 MARKS = {
     "tokenizer": "quantize.embedding.weight",
     "prior": "tok_embeddings.weight",
@@ -25,16 +25,16 @@ MARKS = {
     "dino": "heads.0.0.0.weight_orig",
 }
 HEAD_WIDTH = 64  # of every published model
-LARGEST = 1 << 37  # numbers in one model: more is no model of ours
+LARGEST = 1 << 37  # numbers in a model: a larger state dict is refused
 
 
 class Seen(NamedTuple):
-    """Names and shapes of a state dict."""
+    """Names and shapes of a state dict, with questions about them."""
 
     shapes: dict[str, tuple[int, ...]]
 
     def size(self, name: str, axis: int = 0) -> int:
-        """One side of a tensor."""
+        """Length of one axis of a tensor."""
         shape = self.shapes.get(name, ())
         if axis >= len(shape):
             raise CheckpointError(
@@ -44,12 +44,14 @@ class Seen(NamedTuple):
         return shape[axis]
 
     def layers(self, prefix: str) -> int:
-        """How many numbered parts follow a prefix."""
-        part = re.compile(re.escape(prefix) + r"(\d{1,4})\.")
-        found = {int(match[1]) for name in self.shapes if (match := part.match(name))}
-        if found != set(range(len(found))):
-            raise CheckpointError(f"parts {sorted(found)[:9]} of {prefix} have gaps between them")
-        return len(found)
+        """Number of layers "<prefix>0.", "<prefix>1.", ... that names begin with."""
+        numbered = re.compile(re.escape(prefix) + r"(\d{1,4})\.")
+        numbers = {int(match[1]) for name in self.shapes if (match := numbered.match(name))}
+        if numbers != set(range(len(numbers))):
+            raise CheckpointError(
+                f"layers {sorted(numbers)[:9]} of {prefix} have gaps between them"
+            )
+        return len(numbers)
 
     def any(self, text: str) -> bool:
         """Whether a piece of text is in any name."""
@@ -60,7 +62,7 @@ def seen(state: Mapping[str, Any]) -> Seen:
     """Names and shapes of arrays or promises.
 
     Raises:
-        CheckpointError: it holds something else than tensors, or more than any model.
+        CheckpointError: a value is not a tensor, or the tensors are larger than any model.
     """
     shapes = {}
     for name, tensor in state.items():
@@ -73,10 +75,10 @@ def seen(state: Mapping[str, Any]) -> Seen:
 
 
 def kind_of(state: Mapping[str, Any]) -> str:
-    """A key of MARKS.
+    """Kind of model that a state dict is of, a key of `MARKS`.
 
     Raises:
-        CheckpointError: no model that is known here.
+        CheckpointError: no kind has these names.
     """
     for kind, mark in MARKS.items():
         if mark in state:
@@ -115,7 +117,7 @@ def infer_tokenizer(state: Mapping[str, Any], **overrides) -> ml_collections.Con
         fields["decoder_query_init"] = "learnable" if learnable else "first"
     else:
         fields["layer_2d"] = "qformer" if names.any("multihead_attn") else "transformer"
-    return _made(tokenizer_config, fields, assumed, overrides)
+    return _build(tokenizer_config, fields, assumed, overrides)
 
 
 def infer_prior(state: Mapping[str, Any], **overrides) -> ml_collections.ConfigDict:
@@ -140,7 +142,7 @@ def infer_prior(state: Mapping[str, Any], **overrides) -> ml_collections.ConfigD
         assumed["heads"] = published.get((layers, width), max(width // HEAD_WIDTH, 1))
     heads = overrides.get("heads", fields.get("heads") or assumed.get("heads"))
     fields["kv_heads"] = _key_value_heads(names, width, heads)
-    return _made(prior_config, fields, assumed, overrides)
+    return _build(prior_config, fields, assumed, overrides)
 
 
 def published_name(model) -> str | None:
@@ -163,7 +165,7 @@ def _size(names: Seen, embed: str, prefix: str) -> str:
 
 
 def _stem(names: Seen) -> dict[str, Any]:
-    """What is before and after the transformers."""
+    """Fields of the layers before and after the transformers."""
     if "encoder.embed.weight" in names.shapes:
         pixels = names.size("encoder.embed.weight", 1) // 3
         return {"stem": "patch", "patch_size": math.isqrt(pixels)}
@@ -196,12 +198,12 @@ def _alignment(names: Seen, decoder: str) -> dict[str, int]:
 
 
 def _key_value_heads(names: Seen, width: int, heads: int) -> int:
-    """From the rows of the fused projection: those of the queries, then keys, then values."""
+    """Number of key-value heads, from the rows of the fused projection of queries, keys, values."""
     rows, head = names.size("layers.0.attention.wqkv.weight"), width // max(heads, 1)
     return max((rows - width) // max(2 * head, 1), 1)
 
 
-def _made(make, fields, assumed, overrides) -> ml_collections.ConfigDict:
+def _build(make, fields, assumed, overrides) -> ml_collections.ConfigDict:
     model = make(**assumed | fields | overrides)
     left = {name: value for name, value in assumed.items() if name not in overrides}
     if left:
@@ -210,12 +212,12 @@ def _made(make, fields, assumed, overrides) -> ml_collections.ConfigDict:
     return model
 
 
-# Whether a state dict fits a config.
+# Comparison with a config.
 
 
 @functools.lru_cache(maxsize=4)
 def _tensor_shapes(model: ml_collections.FrozenConfigDict) -> dict[str, tuple[int, ...]]:
-    # Imported here: what is above needs no jax.
+    # Imported late: the functions above need no jax.
     from gigatok_jax.weights import names, tables
 
     shapes = tables.shapes(model)
@@ -231,33 +233,33 @@ def tensor_shapes(model) -> dict[str, tuple[int, ...]]:
 
 
 def check(state: Mapping[str, Any], model) -> list[str]:
-    """Compares names and shapes with those that a config demands.
+    """Compares the names and shapes of a state dict with those that a config demands.
 
     Returns:
-        Names that the model has no place for.
+        Names that are not of the model.
 
     Raises:
         CheckpointError: a name is missing, or has another shape.
     """
-    expected, found = tensor_shapes(model), seen(state).shapes
-    missing = [name for name in expected if name not in found]
+    expected, shapes = tensor_shapes(model), seen(state).shapes
+    missing = [name for name in expected if name not in shapes]
     if missing:
         raise CheckpointError(
             f"{len(missing)} tensors are missing, first {', '.join(missing[:3])}: is this a state"
             " dict of another model?"
         )
-    other = [name for name, shape in expected.items() if found[name] != shape]
+    other = [name for name, shape in expected.items() if shapes[name] != shape]
     if other:
         name = other[0]
         raise CheckpointError(
-            f"{len(other)} tensors have another shape, first {name}: {list(found[name])},"
+            f"{len(other)} tensors have another shape, first {name}: {list(shapes[name])},"
             f" expected {list(expected[name])}"
         )
-    return [name for name in found if name not in expected]
+    return [name for name in shapes if name not in expected]
 
 
 def not_finite(name: str, array: np.ndarray) -> str:
-    """What is wrong with a tensor in a few words, "" for nothing."""
+    """Complaint about a tensor with values that are not finite; "" if all are."""
     if array.dtype.kind in "iub" or np.isfinite(array).all():
         return ""
     return f"{name} holds {int((~np.isfinite(array)).sum())} values that are not finite"
