@@ -1,4 +1,4 @@
-"""Reads and writes files of `torch.save` without torch, and without running anything in them.
+"""Reads and writes files of `torch.save` without torch; no code in them is run.
 
 A checkpoint is a pickle beside raw tensor bytes. The pickle may name only what is listed here:
 tensors, containers, numbers, strings, argparse.Namespace; any other name is refused before it
@@ -48,13 +48,15 @@ _DAMAGED = (
 
 
 class _Storage(NamedTuple):
+    """Reference to the bytes of tensors."""
+
     dtype: np.dtype
     key: str
     size: int  # elements
 
 
 class _Lazy(NamedTuple):
-    """A tensor whose bytes come later in the file, as in the format before torch 1.6."""
+    """Reference to a tensor by its storage, whose bytes are resolved after the pickle is read."""
 
     storage: _Storage
     offset: int
@@ -63,7 +65,7 @@ class _Lazy(NamedTuple):
 
 
 def load(path: epath.PathLike) -> Any:
-    """The saved object with numpy arrays in place of tensors.
+    """Loads a saved object, with numpy arrays instead of tensors.
 
     Args:
         path: a file of `torch.save`, either format; remote paths are read as a whole.
@@ -94,7 +96,11 @@ def load(path: epath.PathLike) -> Any:
 
 
 def load_pickle(path: epath.PathLike) -> Any:
-    """The object of a plain pickle, under the same list of allowed names; raises the same."""
+    """Loads a plain pickle as `load` does: the same names are allowed, and numpy arrays.
+
+    Raises:
+        CheckpointError: the file is damaged, of another kind, or holds anything else.
+    """
     try:
         with epath.Path(path).open("rb") as file:
             return _unpickle(file, _ALLOWED | _ALLOWED_ARRAYS)
@@ -110,7 +116,7 @@ class _Unpickler(pickle.Unpickler):
         self._allowed = allowed
 
     def find_class(self, module: str, name: str):
-        """What a name in the pickle stands for; the only door, so the list is the guard."""
+        """Object for a name in the pickle. All names pass here, so the list guards the reader."""
         if (module, name) in self._allowed:
             return self._allowed[module, name]
         if module in ("torch", "torch.storage") and name in _DTYPES:
@@ -120,7 +126,7 @@ class _Unpickler(pickle.Unpickler):
         )
 
     def persistent_load(self, saved) -> _Storage:
-        """A reference to tensor bytes: ("storage", type, key, device, elements, ...)."""
+        """Storage for a reference to bytes: ("storage", type, key, device, elements, ...)."""
         kind, dtype, key, _, size, *_ = saved
         if kind != "storage" or not isinstance(dtype, np.dtype):
             raise CheckpointError(f"refers to {kind!r}, expected the storage of a tensor; refused")
@@ -130,9 +136,9 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _unpickle(file, allowed=None) -> Any:
-    """One pickle of a stream, after a look at the numbers that its reader would trust.
+    """Reads one pickle of a stream, after checking the numbers of its remembered objects.
 
-    The reader makes room for as many remembered objects as the largest number of one.
+    The reader of Python allocates as many objects as the largest number says.
     """
     start = file.tell()
     for code, argument, position in pickletools.genops(file):
@@ -143,7 +149,7 @@ def _unpickle(file, allowed=None) -> Any:
 
 
 def _tensor(storage: _Storage, offset: int, shape, strides, *_ignored) -> _Lazy:
-    """Stands for torch._utils._rebuild_tensor_v2; gradient flags and hooks are dropped."""
+    """Replaces torch._utils._rebuild_tensor_v2; gradient flags and hooks are dropped."""
     return _Lazy(storage, offset, tuple(shape), tuple(strides))
 
 
@@ -159,7 +165,7 @@ _ALLOWED = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("argparse", "Namespace"): argparse.Namespace,
 }
-_ALLOWED_ARRAYS = {  # in plain pickles only: these make room for shapes that nothing bounds
+_ALLOWED_ARRAYS = {  # in plain pickles only: these allocate shapes without a bound
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
     ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
@@ -168,7 +174,7 @@ _ALLOWED_ARRAYS = {  # in plain pickles only: these make room for shapes that no
 
 
 def _load_zip(path: epath.Path, file) -> Any:
-    """The format since torch 1.6: an uncompressed zip of one pickle and one file per storage."""
+    """Loads the format since torch 1.6: an uncompressed zip of a pickle and a file per storage."""
     archive = zipfile.ZipFile(file)
     _check_members(archive)
     pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
@@ -188,7 +194,7 @@ def _load_zip(path: epath.Path, file) -> Any:
 
 
 def _check_members(archive: zipfile.ZipFile) -> None:
-    """Refuses names that stand for two members, and a pickle that grows while it is read."""
+    """Refuses a name of two members, and a pickle that is too large once it is unpacked."""
     count = collections.Counter(archive.namelist())
     if double := [name for name, times in count.items() if times > 1]:
         raise CheckpointError(f"has {double[0]} twice; which one is meant? Get it again")
@@ -198,7 +204,7 @@ def _check_members(archive: zipfile.ZipFile) -> None:
 
 
 def _load_legacy(path: epath.Path, file) -> Any:
-    """The older format: pickles of header and object, then each storage behind its length."""
+    """Loads the older format: pickles of header and object, then each storage after its length."""
     file.seek(0)
     if _unpickle(file) != _LEGACY_MAGIC:
         raise CheckpointError("is not a file of torch.save")
@@ -214,14 +220,14 @@ def _load_legacy(path: epath.Path, file) -> Any:
 
 
 def _map(path: epath.Path) -> np.ndarray:
-    """Bytes of a file: mapped when it is on a local disk."""
+    """Bytes of a file, mapped if it is on a local disk."""
     if os.path.exists(path):
         return np.memmap(path, np.uint8, mode="r")
     return np.frombuffer(path.read_bytes(), np.uint8)
 
 
 def _member_start(raw: np.ndarray, member: zipfile.ZipInfo) -> int:
-    """Offset of an uncompressed member's bytes, behind its own header of variable length."""
+    """Offset of an uncompressed member's bytes, which follow a header of variable length."""
     if member.compress_type != zipfile.ZIP_STORED:
         raise CheckpointError("has compressed tensors, which torch.save never writes")
     name, extra = struct.unpack("<HH", raw[member.header_offset + 26 :][:4].tobytes())
@@ -237,14 +243,14 @@ def _view(raw: np.ndarray, start: int, storage: _Storage) -> np.ndarray:
 
 
 def _walk(saved: Any, replace: Callable[["_Lazy"], Any], done: dict | None = None) -> Any:
-    """`saved` with every tensor replaced, in the containers that `find_class` admits.
+    """Copy of a saved object with every tensor replaced, in the containers of `find_class`.
 
-    What is referred to twice is walked through once: a small pickle can name the same list a
-    billion times.
+    An object that is referred to twice is walked through once: a small pickle can name the same
+    list a billion times.
     """
     done = {} if done is None else done
     if id(saved) not in done:
-        done[id(saved)] = saved  # holds the place: a list may hold itself
+        done[id(saved)] = saved  # an entry for now: a list may contain itself
         done[id(saved)] = _walk_one(saved, replace, done)
     return done[id(saved)]
 
@@ -262,9 +268,9 @@ def _walk_one(saved: Any, replace: Callable, done: dict) -> Any:
 
 
 def _storages(saved: Any) -> list[_Storage]:
-    found = []
-    _walk(saved, lambda tensor: found.append(tensor.storage))
-    return found
+    storages = []
+    _walk(saved, lambda tensor: storages.append(tensor.storage))
+    return storages
 
 
 def _resolve(saved: Any, read) -> Any:
@@ -272,7 +278,7 @@ def _resolve(saved: Any, read) -> Any:
 
 
 def _strided(data: np.ndarray, tensor: _Lazy) -> np.ndarray:
-    """A view of the storage, after checking that it stays inside: the file is not trusted."""
+    """View of a storage as a tensor; a view that leaves its bytes is refused, as files may lie."""
     if not isinstance(tensor.storage, _Storage):
         raise CheckpointError("has a tensor without bytes; refused")
     offset, shape, strides = tensor.offset, tensor.shape, tensor.strides
@@ -292,16 +298,16 @@ def _strided(data: np.ndarray, tensor: _Lazy) -> np.ndarray:
 
 
 def save(path: epath.PathLike, saved: dict, progress: Callable[[int], None] | None = None) -> None:
-    """Writes what `torch.load(weights_only=True)` reads as the same object with tensors.
+    """Writes an object for `torch.load(weights_only=True)`, arrays as tensors.
 
     Args:
-        path: of the file; what is there is replaced.
+        path: of the file, which is replaced if it exists.
         saved: nested dicts, lists and tuples of numbers, strings, None, arrays and promises of
             them. Promises are read one at a time, those of the same order one after the other.
         progress: called with the bytes of each tensor once it is written.
 
     Raises:
-        CheckpointError: a value of another type.
+        CheckpointError: a value has another type.
     """
     arrays: list[np.ndarray | Promise] = []
     pickled = b"\x80\x02" + _pickled(saved, arrays) + b"."
@@ -317,7 +323,7 @@ def save(path: epath.PathLike, saved: dict, progress: Callable[[int], None] | No
 
 
 def _write_member(archive: zipfile.ZipFile, start: int, name: str, array: np.ndarray) -> None:
-    """One tensor's bytes, which begin where a reader that maps the file wants them."""
+    """Writes the bytes of a tensor at an aligned offset, for readers that map the file."""
     member = zipfile.ZipInfo(name)
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     member.file_size = data.size
