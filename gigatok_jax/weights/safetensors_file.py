@@ -1,4 +1,8 @@
-"""Reads and writes `.safetensors` tensor by tensor; the bytes are views of the mapped file."""
+"""Reads and writes `.safetensors` tensor by tensor, as views of the mapped file.
+
+The safetensors library copies each tensor that it reads, reads no remote path and writes no
+promises, so the format is read here.
+"""
 
 import json
 import math
@@ -31,10 +35,10 @@ _LARGEST_HEADER = 100_000_000  # bytes, the format's own limit
 
 
 def load(path: epath.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Arrays by name, as read-only views, and the strings kept beside them.
+    """Loads arrays by name, as read-only views, and the strings kept beside them.
 
     Raises:
-        CheckpointError: the file is damaged or of another kind.
+        CheckpointError: the file is missing, damaged or of another kind.
     """
     path = epath.Path(path)
     try:
@@ -53,6 +57,7 @@ def load(path: epath.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def _map(path: epath.Path) -> np.ndarray:
+    """Bytes of a file, mapped if it is on a local disk."""
     if not os.path.exists(path):
         return np.frombuffer(path.read_bytes(), np.uint8)
     if not os.path.getsize(path):
@@ -61,7 +66,7 @@ def _map(path: epath.Path) -> np.ndarray:
 
 
 def _header(raw: np.ndarray) -> tuple[dict[str, Any], int]:
-    """The table at the beginning, and where the tensors begin."""
+    """Table at the beginning of a file, and offset of the first tensor."""
     if raw.size < 8:
         raise CheckpointError("is cut short; get it again")
     length = int(raw[:8].view("<u8")[0])
@@ -71,6 +76,7 @@ def _header(raw: np.ndarray) -> tuple[dict[str, Any], int]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Dict of the pairs of a JSON object; a name that comes twice is refused."""
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
         double = next(name for name in names if names.count(name) > 1)
@@ -79,7 +85,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _view(data: np.ndarray, name: str, entry: Mapping[str, Any]) -> np.ndarray:
-    """One tensor, after checking that it is as large as it says and inside the file."""
+    """View of a tensor; one whose size does not fit its shape or the file is refused."""
     shape, (first, last) = entry["shape"], entry["data_offsets"]
     if entry["dtype"] not in _DTYPES:
         raise CheckpointError(f"{name} is {entry['dtype']}, which is not read here")
@@ -99,16 +105,16 @@ def save(
     metadata: Mapping[str, str],
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Writes arrays and promises of them, one at a time.
+    """Writes arrays and promises of them, one after the other.
 
     Args:
-        path: of the file; what is there is replaced.
+        path: of the file, which is replaced if it exists.
         tensors: by name; those of the same order are written one after the other.
         metadata: strings kept beside them.
         progress: called with the bytes of each tensor once it is written.
 
     Raises:
-        CheckpointError: a type that the format does not have.
+        CheckpointError: an array has a type that the format does not have.
     """
     names = sorted(tensors, key=lambda name: getattr(tensors[name], "order", 0))
     header, at = {"__metadata__": dict(metadata)} if metadata else {}, 0
