@@ -1,4 +1,4 @@
-"""Checkpoints of our runs array by array, for states larger than the memory."""
+"""Reads and writes checkpoints of our runs array by array, for states larger than the memory."""
 
 import asyncio
 import functools
@@ -20,17 +20,17 @@ GROUP = 1 << 28  # bytes; Orbax takes as long for one small array as for many at
 
 
 class Step(NamedTuple):
-    """One step of a run."""
+    """Content of one step of a run."""
 
     arrays: dict[str, Promise]  # by path, as in "params/quantizer/codebook"
-    extras: dict[str, Any]  # what is beside them: step, config, ...
+    extras: dict[str, Any]  # JSON values beside the arrays: step, config, ...
 
 
 def read(path: epath.PathLike) -> Step:
-    """The newest whole step of a workdir, or the one that is named; nothing is read yet.
+    """Opens the newest whole step of a workdir, or a named step; arrays are read later.
 
     Raises:
-        CheckpointError: nothing whole is there.
+        CheckpointError: the path has no whole step.
     """
     _, extras = checkpoint.load_params(path, ())
     root, _ = checkpoint.find(path)
@@ -51,7 +51,7 @@ def read(path: epath.PathLike) -> Step:
 
 
 def _groups(leaves: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Names that are read at once, by name."""
+    """Names of the arrays that are read together with an array, by its name."""
     names = list(leaves)
     nbytes = [math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in leaves.values()]
     groups = [tuple(names[i] for i in group) for group in _packed(nbytes)]
@@ -59,7 +59,7 @@ def _groups(leaves: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
 
 
 def _packed(nbytes: Sequence[int]) -> list[list[int]]:
-    """Consecutive numbers of arrays of up to GROUP bytes together, or one larger one."""
+    """Groups of consecutive indices of arrays: up to GROUP bytes together, or one larger array."""
     groups, size = [[]], 0
     for i, count in enumerate(nbytes):
         if groups[-1] and size + count > GROUP:
@@ -89,7 +89,7 @@ def write(
     """Writes a step as `checkpoint.Checkpoints` does, holding one array at a time.
 
     Args:
-        workdir: folder of a run, made when missing.
+        workdir: folder of a run, created when missing.
         step: updates done.
         arrays: by path.
         extras: JSON values; `step` is added.
@@ -110,7 +110,7 @@ def write(
 
 
 class _Promised:
-    """A leaf of its own type, so that Orbax asks the handler below to write it."""
+    """Array in a type of its own, so that Orbax asks `_Handler` to write it."""
 
     def __init__(self, array: Promise | np.ndarray):
         self.array = array
@@ -119,10 +119,10 @@ class _Promised:
 
 
 class _Handler(type_handlers.NumpyHandler):
-    """Writes promised arrays a few at a time; they are read as any array is."""
+    """Writes promised arrays a few at a time, in the format of all arrays of Orbax."""
 
     def __init__(self, progress: Callable[[int], None]):
-        super().__init__(deepcopy_host_arrays=False)  # nobody else has them
+        super().__init__(deepcopy_host_arrays=False)  # no other code holds them
         self._progress = progress
 
     async def serialize(self, values, infos, args=None):
