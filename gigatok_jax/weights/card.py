@@ -1,10 +1,13 @@
-"""The page beside saved weights: what they are, how they were trained, how they are used."""
+"""Model card of saved weights: the model, its training and its use."""
 
 import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
+import ml_collections
+
+from gigatok_jax import trees
 from gigatok_jax.model_config import family, num_tokens
 
 PLACES = ("folder", "eval_folder", "tokenizer", "codes", "eval_codes", "cooldown_from")
@@ -21,14 +24,20 @@ _USE = {
 }
 
 
-def text(config, params, about: Mapping[str, Any], name: str | None, licence: str) -> str:
-    """The card as Markdown, with the header that model hubs read.
+def text(
+    config: ml_collections.ConfigDict,
+    params: Mapping[str, Any],
+    about: Mapping[str, Any],
+    name: str | None,
+    licence: str,
+) -> str:
+    """Text of a model card in Markdown, with the header that model hubs read.
 
     Args:
         config: of the model.
         params: its nested dict of arrays.
-        about: step, training, and of a prior tokenizer and class_names, where known.
-        name: of the published model that it equals, if any.
+        about: step, training, and of a prior tokenizer and class_names, as far as known.
+        name: of the published model with this config, if any.
         licence: an identifier such as "mit", or "unknown".
     """
     kind = family(config)
@@ -47,7 +56,7 @@ def text(config, params, about: Mapping[str, Any], name: str | None, licence: st
 
 
 def without_places(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Config of a run without the places of files on its machine, which mean nothing elsewhere."""
+    """Config of a run without paths on its machine, which mean nothing elsewhere."""
     return {
         key: without_places(value) if isinstance(value, Mapping) else value
         for key, value in config.items()
@@ -69,7 +78,7 @@ def _what(config, kind: str) -> str:
 
 
 def _table(config, params, about: Mapping[str, Any]) -> str:
-    leaves = list(_leaves({key: params[key] for key in params if key != "buffers"}))
+    leaves = trees.flatten({key: params[key] for key in params if key != "buffers"}).values()
     rows = {
         "parameters": f"{sum(math.prod(leaf.shape) for leaf in leaves):,}",
         "types": ", ".join(sorted({str(leaf.dtype) for leaf in leaves})),
@@ -82,14 +91,6 @@ def _table(config, params, about: Mapping[str, Any]) -> str:
     fields = ", ".join(f"{key}={value}" for key, value in config.items())
     rows = rows | {"config": f"`{fields}`"}
     return "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())])
-
-
-def _leaves(tree):
-    for value in tree.values():
-        if isinstance(value, Mapping):
-            yield from _leaves(value)
-        else:
-            yield value
 
 
 def _training(about: Mapping[str, Any]) -> str:
