@@ -1,5 +1,7 @@
 """Names of a prior's parameters, ours and PyTorch's, in the order of the original."""
 
+import ml_collections
+
 from gigatok_jax.weights.names import Entry, layer_pair, norm_pair, under
 
 _QK_NORM = [
@@ -26,7 +28,7 @@ _OUTSIDE = {
 }
 
 
-def entries(model) -> list[Entry]:
+def entries(model: ml_collections.ConfigDict) -> list[Entry]:
     """Name table of a prior: every parameter with its name in the original."""
     block = _block(model)
     blocks = [under(block, "blocks/", f"layers.{i}.", layer=i) for i in range(model.layers)]

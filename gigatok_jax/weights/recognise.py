@@ -145,7 +145,7 @@ def infer_prior(state: Mapping[str, Any], **overrides) -> ml_collections.ConfigD
     return _build(prior_config, fields, assumed, overrides)
 
 
-def published_name(model) -> str | None:
+def published_name(model: ml_collections.ConfigDict) -> str | None:
     """Name of the published model whose config this is, such as B-L, if any."""
     names = PRIORS if model.kind == "prior" else TOKENIZERS
     same = (name for name in names if model_config(name) == model)
@@ -227,12 +227,12 @@ def _tensor_shapes(model: ml_collections.FrozenConfigDict) -> dict[str, tuple[in
     }
 
 
-def tensor_shapes(model) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(model: ml_collections.ConfigDict) -> dict[str, tuple[int, ...]]:
     """Every name and shape of a model's state dict, in the original's order."""
     return _tensor_shapes(ml_collections.FrozenConfigDict(model))
 
 
-def check(state: Mapping[str, Any], model) -> list[str]:
+def check(state: Mapping[str, Any], model: ml_collections.ConfigDict) -> list[str]:
     """Compares the names and shapes of a state dict with those that a config demands.
 
     Returns:

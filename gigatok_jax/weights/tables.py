@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 
 from gigatok_jax import trees
 from gigatok_jax.models import parameters
@@ -11,12 +12,12 @@ from gigatok_jax.weights.names import Entry
 USED, HISTORY = "buffers/codebook_used", tokenizer_names.HISTORY
 
 
-def entries(model) -> list[Entry]:
+def entries(model: ml_collections.ConfigDict) -> list[Entry]:
     """Name table of a model: every parameter and buffer, in the original's order."""
     return (prior_names if model.kind == "prior" else tokenizer_names).entries(model)
 
 
-def shapes(model) -> dict[str, jax.ShapeDtypeStruct]:
+def shapes(model: ml_collections.ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a model's parameters and buffers by path; nothing is computed."""
     flat = trees.flatten(parameters.abstract_params(model))
     if model.kind != "prior":

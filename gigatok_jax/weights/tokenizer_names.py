@@ -1,5 +1,7 @@
 """Names of a tokenizer's parameters, ours and PyTorch's, in the order of the original."""
 
+import ml_collections
+
 from gigatok_jax.model_config import SIZES
 from gigatok_jax.models.cnn import channels
 from gigatok_jax.weights.names import Entry, layer_pair, norm_pair, under
@@ -34,7 +36,7 @@ _ALIGN = [
 ]
 
 
-def entries(model) -> list[Entry]:
+def entries(model: ml_collections.ConfigDict) -> list[Entry]:
     """Name table of a tokenizer: every parameter and buffer with its name in the original."""
     one_d = model.kind == "1d"
     encoder, decoder = (

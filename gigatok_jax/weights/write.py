@@ -19,7 +19,11 @@ CARD = "README.md"
 
 
 def save_model(
-    folder: epath.PathLike, params: dict[str, Any], config, about: dict[str, Any], licence: str
+    folder: epath.PathLike,
+    params: dict[str, Any],
+    config: ml_collections.ConfigDict,
+    about: dict[str, Any],
+    licence: str,
 ) -> None:
     """Writes `model.safetensors` in the original's names, `config.json` and `README.md`.
 
@@ -53,7 +57,7 @@ def save_model(
 def write_safetensors(
     path: epath.PathLike,
     state: Mapping[str, np.ndarray | Promise],
-    model,
+    model: ml_collections.ConfigDict,
     progress: Callable[[int], None] | None = None,
     **extras,
 ) -> None:
