@@ -2,35 +2,35 @@
 
 from collections.abc import Mapping
 
+import ml_collections
 import numpy as np
 
 from gigatok_jax.weights import names, prior_names, recognise
 
 
-def from_torch(state_dict: Mapping, model) -> dict:
-    """Parameters from a state dict of the original.
+def from_torch(state_dict: Mapping, model: ml_collections.ConfigDict) -> dict:
+    """Converts a state dict of the original to our parameters.
 
     Args:
-        state_dict: any mapping from name to array; each is read once.
+        state_dict: any mapping from name to array; each array is read once.
         model: config of the prior, see `model_config`.
 
     Raises:
-        CheckpointError: tensors are missing.
+        CheckpointError: a tensor is missing.
     """
     return names.from_torch(state_dict, prior_names.entries(model))
 
 
-def to_torch(params: Mapping, model) -> dict[str, np.ndarray]:
-    """The original's state dict, every name of it, bit for bit."""
+def to_torch(params: Mapping, model: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
+    """Converts our parameters to the state dict of the original: every name, bit for bit."""
     return names.to_torch(params, prior_names.entries(model))
 
 
-def infer_config(state_dict: Mapping, **overrides):
-    """Config of the prior that a state dict is of, from its names and shapes alone.
+def infer_config(state_dict: Mapping, **overrides) -> ml_collections.ConfigDict:
+    """Recognises the config of a prior from the names and shapes of its state dict.
 
-    What they do not show takes the published value and is printed: heads without qk-norm (64 wide
-    each, where no published model has the depth and width), and tokens with rotary positions.
-
-    Args, Raises: as of `conversion.tokenizer.infer_config`.
+    Fields that they do not show take the published values, which are printed: heads without
+    qk-norm (each 64 wide, if no published model has the depth and width), and tokens with rotary
+    positions. Arguments and exceptions are those of `conversion.tokenizer.infer_config`.
     """
     return recognise.infer_prior(state_dict, **overrides)

@@ -1,8 +1,8 @@
-"""The state of a training run: our tree of arrays and the original's numbered one, both ways.
+"""Conversion of the state of a training run: our tree of arrays and the original's, both ways.
 
-The original's optimizers number the parameters: those of the tokenizer and of the discriminator as
-their state dicts list them, those of a prior with all matrices first. In ours the moments lie in
-trees as the parameters do.
+The optimizers of the original number the parameters: those of the tokenizer and the discriminator
+in the order of their state dicts, those of a prior with all matrices first. Our moments are trees
+of the same form as the parameters.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from gigatok_jax.weights import discriminator_names, names, read, recognise, tab
 from gigatok_jax.weights.names import Entry, Promise, below, value_of
 from gigatok_jax.weights.read import Checkpoint
 
-ADAM = "opt_state/1/"  # of the three links of `optim.make_optimizer`, the one that has a state
+ADAM = "opt_state/1/"  # the only link of `optim.make_optimizer` with a state
 MOMENTS = {"mu": "exp_avg", "nu": "exp_avg_sq"}
 MODULES = {
     "patchgan": discriminator_modules.PatchGAN,
@@ -31,13 +31,13 @@ Tensors = dict[str, Promise]
 
 
 def parameter_table(entries: list[Entry]) -> list[Entry]:
-    """The entries of a table that an optimizer updates."""
+    """Entries of a name table that an optimizer updates."""
     fixed = ("buffers/", "batch_stats/", "spectral/")
     return [entry for entry in entries if not entry.path.startswith(fixed)]
 
 
 def parameter_order(tensors: Mapping[str, Any], entries: list[Entry], kind: str) -> list[str]:
-    """Names of the parameters as the original's optimizer numbers them."""
+    """Names of the parameters in the order in which the original's optimizer numbers them."""
     order = list(dict.fromkeys(entry.name for entry in parameter_table(entries)))
     if kind != "prior":
         return order
@@ -45,11 +45,11 @@ def parameter_order(tensors: Mapping[str, Any], entries: list[Entry], kind: str)
 
 
 def above(prefix: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries with a prefix before their paths."""
+    """Arrays by path, with a prefix before each path."""
     return {f"{prefix}{path}": x for path, x in arrays.items()}
 
 
-# From the original.
+# From the original to ours.
 
 
 def to_ours(
@@ -62,31 +62,31 @@ def to_ours(
     fallback: str = "patchgan",
     first_moment: str = "float32",
 ) -> dict[str, Promise | np.ndarray]:
-    """Arrays of our run by path, which goes on where the original's stopped.
+    """Arrays by path of a run of ours that continues a run of the original.
 
-    What is not there is made anew, and a line says so: moments, an average, a discriminator.
+    Missing moments, averages and discriminators start anew, and a line is printed.
 
     Args:
-        parts: "model", "ema", "discriminator"; one of the first two is enough.
+        parts: "model", "ema", "discriminator"; "model" or "ema" is enough.
         optimizers: "optimizer", "optimizer_disc" as PyTorch writes them.
         step: updates done.
         model: config.
-        seed: of the draws of the updates to come.
-        fallback: the discriminator where there is none: "patchgan", "dino" or "none".
-        first_moment: type in which the run keeps it, `optim.first_moment`.
+        seed: seed of all later random draws.
+        fallback: discriminator to start when `parts` has none: "patchgan", "dino" or "none".
+        first_moment: type of the first moments, `optim.first_moment`.
 
     Raises:
-        CheckpointError: an optimizer of other parameters.
+        CheckpointError: an optimizer belongs to other parameters.
     """
     entries = tables.entries(model)
     trained, average = (
-        parts.get(one) or parts[other] for one, other in (("model", "ema"), ("ema", "model"))
+        parts.get(copy) or parts[other] for copy, other in (("model", "ema"), ("ema", "model"))
     )
     params, ema = names.leaves(trained, entries), names.leaves(average, entries)
     used = params.pop(tables.USED, None)
     ema.pop(tables.USED, None)
     if "ema" not in parts or "model" not in parts:
-        print("one copy of the parameters is there: the trained one and the average start equal")
+        print("the file has only one copy of the parameters: trained copy and average start equal")
     order = parameter_order(trained, entries, model.kind)
     arrays = {
         "step": np.asarray(step, np.int32),
@@ -103,13 +103,13 @@ def to_ours(
 
 
 def _adam_to_ours(optimizers, name: str, order: list[str], tensors, entries) -> dict[str, Any]:
-    """Count and moments of one optimizer, zeros where it has none yet."""
+    """Count and moments of an optimizer; missing moments are zeros."""
     states = _numbered(optimizers.get(name), name, order)
     empty = sum(not state for state in states.values())
     if name not in optimizers:
-        print(f"{name} is not there (a trainer in shards keeps it elsewhere): it starts anew")
+        print(f"{name} is not in the file (a sharded trainer keeps it elsewhere): it starts anew")
     elif empty:
-        print(f"{name}: {empty} of {len(order)} parameters have no moments, theirs start at zero")
+        print(f"{name}: {empty} of {len(order)} parameters have no moments, which start at zero")
     count = max((int(value_of(state["step"])) for state in states.values() if state), default=0)
     arrays = {f"{ADAM}count": np.asarray(count, np.int32)}
     for ours, theirs in MOMENTS.items():
@@ -120,15 +120,15 @@ def _adam_to_ours(optimizers, name: str, order: list[str], tensors, entries) -> 
 
 
 def groups_of(optimizer: Mapping[str, Any], name: str) -> list[dict]:
-    """Groups of the state of an optimizer, after a look at its form.
+    """Parameter groups of the state of an optimizer.
 
     Raises:
-        CheckpointError: it has another form than PyTorch's.
+        CheckpointError: the state has another form than PyTorch's.
     """
     groups, states = optimizer.get("param_groups"), optimizer.get("state")
-    right = isinstance(groups, list) and isinstance(states, dict)
-    right = right and all(isinstance(g, dict) and type(g.get("params")) is list for g in groups)
-    if not right or not all(isinstance(state, dict) for state in states.values()):
+    valid = isinstance(groups, list) and isinstance(states, dict)
+    valid = valid and all(isinstance(g, dict) and type(g.get("params")) is list for g in groups)
+    if not valid or not all(isinstance(state, dict) for state in states.values()):
         raise CheckpointError(f"{name} is not the state of an optimizer of PyTorch")
     return groups
 
@@ -147,7 +147,7 @@ def _numbered(optimizer: dict | None, name: str, order: list[str]) -> dict[str, 
 
 
 def _moment(name: str, state: dict, field: str, shape: tuple[int, ...]):
-    """One moment of one parameter, or zeros."""
+    """One moment of a parameter; zeros before its first update."""
     if not state:
         return Promise(shape, np.dtype(np.float32), lambda: np.zeros(shape, np.float32))
     moment = state.get(field)
@@ -166,7 +166,7 @@ def _discriminator_to_ours(part: Tensors | None, optimizers, fallback: str) -> d
     if part is None and fallback == "none":
         return above("discriminator_", {f"{ADAM}count": np.zeros((), np.int32)})
     if part is None:
-        print(f"no discriminator is there: a new {fallback} starts")
+        print(f"the file has no discriminator: a new {fallback} starts")
         kind, variables, optimizers = fallback, _new_discriminator(fallback), {}
     else:
         kind = recognise.kind_of(part)
@@ -191,23 +191,23 @@ def _new_discriminator(kind: str) -> dict:
 
 
 def _typed(array: Promise | np.ndarray, dtype: str) -> Promise | np.ndarray:
-    """In another type: a run keeps its state in float32 but for first moments; integers stay."""
+    """Array or promise in another floating type; integers keep theirs."""
     if array.dtype == dtype or np.issubdtype(array.dtype, np.integer):
         return array
     read = lambda: value_of(array).astype(dtype)  # noqa: E731
     return Promise(tuple(array.shape), np.dtype(dtype), read, getattr(array, "order", 0))
 
 
-# To the original.
+# From ours to the original.
 
 
 def load(path: epath.PathLike) -> Checkpoint:
-    """Contents of a checkpoint of any format; those of a run under the original's names too.
+    """Opens a checkpoint of any format, with the discriminator and the optimizers of a run.
 
-    The groups of the optimizers of a run have no settings yet.
+    The groups of the optimizers of a run of ours have no settings.
 
     Raises:
-        CheckpointError: nothing there, damaged, or nothing of GigaTok.
+        CheckpointError: the checkpoint is missing, damaged, or not of GigaTok.
     """
     checkpoint = read.load(path)
     arrays, parts, optimizers = checkpoint.arrays, dict(checkpoint.parts), {}
@@ -225,7 +225,7 @@ def load(path: epath.PathLike) -> Checkpoint:
 
 
 def _adam_to_theirs(arrays, order: list[str], entries, kind: str, tensors) -> dict[str, Any]:
-    """Numbered moments; the matrices of a prior are a group of their own."""
+    """State of an optimizer of PyTorch; the matrices of a prior are a group of their own."""
     table, state = parameter_table(entries), {}
     count = arrays[f"{ADAM}count"]
     if int(value_of(count)):
@@ -242,7 +242,7 @@ def _adam_to_theirs(arrays, order: list[str], entries, kind: str, tensors) -> di
 
 
 def _widened(moments: Mapping[str, Promise]) -> Tensors:
-    """In float32, which is exact: PyTorch keeps moments in the type of the parameter."""
+    """Moments in float32, the type of the parameters, which PyTorch demands; the cast is exact."""
     return {path: _typed(moment, "float32") for path, moment in moments.items()}
 
 
@@ -257,6 +257,6 @@ def _discriminator_to_theirs(arrays, variables: Tensors, kind: str) -> tuple[Ten
 
 
 def _counter(promise: Promise) -> Promise:
-    """PyTorch counts batches in 64 bits."""
+    """Count of batches in 64 bits, as PyTorch has it."""
     read = lambda: np.asarray(promise.read(), np.int64)  # noqa: E731
     return promise._replace(dtype=np.dtype(np.int64), read=read)

@@ -2,29 +2,30 @@
 
 from collections.abc import Mapping
 
+import ml_collections
 import numpy as np
 
 from gigatok_jax.weights import names, recognise, tokenizer_names
 
 
-def from_torch(state_dict: Mapping, model) -> dict:
-    """Parameters from a state dict of the original; counters sit under "buffers".
+def from_torch(state_dict: Mapping, model: ml_collections.ConfigDict) -> dict:
+    """Converts a state dict of the original to our parameters; counters are under "buffers".
 
     Args:
-        state_dict: any mapping from name to array; each is read once.
+        state_dict: any mapping from name to array; each array is read once.
         model: config of the tokenizer, see `model_config`.
 
     Raises:
-        CheckpointError: tensors are missing.
+        CheckpointError: a tensor is missing.
     """
     return names.from_torch(state_dict, tokenizer_names.entries(model))
 
 
-def to_torch(params: Mapping, model) -> dict[str, np.ndarray]:
-    """The original's state dict, every name of it, bit for bit.
+def to_torch(params: Mapping, model: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
+    """Converts our parameters to the state dict of the original: every name, bit for bit.
 
-    A missing "buffers" entry (parameters fresh from training code) is written as zeros, the value
-    that the original starts from.
+    Without an entry "buffers", as in parameters of training code, the counters are zeros, from
+    which the original starts.
     """
     if "buffers" not in params:
         params = {
@@ -34,18 +35,18 @@ def to_torch(params: Mapping, model) -> dict[str, np.ndarray]:
     return names.to_torch(params, tokenizer_names.entries(model))
 
 
-def infer_config(state_dict: Mapping, **overrides):
-    """Config of the tokenizer that a state dict is of, from its names and shapes alone.
+def infer_config(state_dict: Mapping, **overrides) -> ml_collections.ConfigDict:
+    """Recognises the config of a tokenizer from the names and shapes of its state dict.
 
-    What they do not show takes the published value and is printed: l2_norm, rotation,
+    Fields that they do not show take the published values, which are printed: l2_norm, rotation,
     align_block and, of pooled queries, query_init.
 
     Args:
-        state_dict: any mapping from name to array; nothing is read but shapes.
+        state_dict: any mapping from name to array; only shapes are read.
         **overrides: fields of the config, see `model_config`.
 
     Raises:
-        CheckpointError: no tokenizer that can be built here.
-        ConfigError: an override that does not exist or cannot work.
+        CheckpointError: the state dict is of no tokenizer that can be built here.
+        ConfigError: an override does not exist or cannot work.
     """
     return recognise.infer_tokenizer(state_dict, **overrides)
