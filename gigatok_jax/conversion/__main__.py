@@ -6,7 +6,7 @@ r"""Checkpoints of the PyTorch original to ours and back. No PyTorch is needed.
     python -m gigatok_jax.conversion inspect IN
 
 IN is a file of the original (.pt), a .safetensors, a folder with model.safetensors, or a workdir of
-ours, its checkpoints/ or one step in it. The name of OUT says what is made:
+ours, its checkpoints/ or one step in it. The name of OUT decides what is written:
 
     x.safetensors   the weights of one model; a config.json is written beside it
     x.pt            to_torch: a file for the original's loaders; of a workdir also what its trainer
@@ -21,14 +21,14 @@ from gigatok_jax.run import command_line
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; its exit status."""
+    """Runs a command and returns its exit status."""
     options = _parser().parse_args(arguments)
     with command_line.one_line_errors(OSError):
         return _run(options)
 
 
 def _run(options) -> int:
-    # Imported once the options are right: jax takes seconds.
+    # Imported after the options are checked: jax takes seconds.
     from gigatok_jax.conversion import compare
 
     if options.command == "compare":
@@ -66,18 +66,25 @@ def _parser() -> argparse.ArgumentParser:
     both = commands.add_parser("compare", help="differences of two; status 1 above the tolerance")
     both.add_argument("a", metavar="A")
     both.add_argument("b", metavar="B")
-    both.add_argument("--tolerance", type=float, default=0.0, help="of one value; 0 by default")
-    there = commands.add_parser("from_torch", help="to .safetensors, or to a workdir of ours")
-    back = commands.add_parser("to_torch", help="to .pt or .safetensors")
-    for command in (there, back):
+    both.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.0,
+        help="largest difference of two values; 0 by default",
+    )
+    to_ours = commands.add_parser("from_torch", help="to .safetensors, or to a workdir of ours")
+    to_theirs = commands.add_parser("to_torch", help="to .pt or .safetensors")
+    for command in (to_ours, to_theirs):
         command.add_argument("input", metavar="IN")
         command.add_argument("out", metavar="OUT")
         text = "a field of the model's config that names and shapes do not show: rotation=False"
         command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=text)
-    there.add_argument("--config", default="", help="of the run that goes on: configs/bl.py")
-    there.add_argument("--tokenizer", default="", help="checkpoint whose codes a prior learned")
-    for command in (both, there, back):
-        text = "auto: of a tokenizer the average where there is one, of a prior the trained copy"
+    to_ours.add_argument(
+        "--config", default="", help="config of the run that continues: configs/bl.py"
+    )
+    to_ours.add_argument("--tokenizer", default="", help="checkpoint whose codes a prior learned")
+    for command in (both, to_ours, to_theirs):
+        text = "auto: the average of a tokenizer if it was saved, the trained copy of a prior"
         command.add_argument("--weights", choices=("auto", "ema", "raw"), default="auto", help=text)
     return parser
 

@@ -1,4 +1,4 @@
-"""Two checkpoints side by side, and one by itself."""
+"""Comparison of two checkpoints, and inspection of one."""
 
 import collections
 import math
@@ -21,18 +21,18 @@ def compare(first: str, second: str, tolerance: float = 0.0, weights: str = "aut
     Args:
         first, second: paths.
         tolerance: largest difference of two values that passes.
-        weights: "ema" or "raw"; "auto" compares whatever both hold.
+        weights: "ema" or "raw"; "auto" compares all copies that both hold.
 
     Returns:
         Whether they have the same names, and no difference is above the tolerance.
     """
     a, b = run_state.load(first), run_state.load(second)
-    same = [_compare_part(a, b, one, other, tolerance) for one, other in _pairs(a, b, weights)]
+    same = [_compare_part(a, b, *pair, tolerance) for pair in _pairs(a, b, weights)]
     return all(same)
 
 
 def _pairs(a: Checkpoint, b: Checkpoint, weights: str) -> list[tuple[str, str]]:
-    """Parts to compare; two files that hold one copy each are compared whatever it is called."""
+    """Names of the parts to compare: common ones, else the chosen copy of each checkpoint."""
     every = ("model", "ema", "discriminator")
     wanted = every if weights == "auto" else read.copies(a.kind, weights)
     common = [part for part in wanted if part in a.parts and part in b.parts]
@@ -41,9 +41,9 @@ def _pairs(a: Checkpoint, b: Checkpoint, weights: str) -> list[tuple[str, str]]:
     return [(read.choose(a, weights), read.choose(b, weights))]
 
 
-def _compare_part(a: Checkpoint, b: Checkpoint, one: str, other: str, tolerance: float) -> bool:
-    left, right = a.parts[one], b.parts[other]
-    print(f"{one} of {a.path}, {other} of {b.path}: {len(left)} and {len(right)} tensors")
+def _compare_part(a: Checkpoint, b: Checkpoint, first: str, second: str, tolerance: float) -> bool:
+    left, right = a.parts[first], b.parts[second]
+    print(f"{first} of {a.path}, {second} of {b.path}: {len(left)} and {len(right)} tensors")
     missing = [f"missing: {name}" for name in left if name not in right]
     extra = [f"extra: {name}" for name in right if name not in left]
     differences = _differences(left, right)
@@ -68,11 +68,11 @@ def _differences(left: Mapping[str, Promise], right: Mapping[str, Promise]) -> d
     common = [name for name in left if name in right]
     common.sort(key=lambda name: (left[name].order, right[name].order))  # as they are read fastest
     progress = count_bytes("comparing", sum(left[name].nbytes for name in common))
-    found = {}
+    differences = {}
     for name in common:
-        found[name] = _difference(left[name], right[name])
+        differences[name] = _difference(left[name], right[name])
         progress(left[name].nbytes)
-    return found
+    return differences
 
 
 def _difference(left: Promise, right: Promise) -> float:
@@ -89,29 +89,29 @@ def _difference(left: Promise, right: Promise) -> float:
 
 
 def inspect(path: str) -> None:
-    """Prints what a checkpoint holds; reads names, shapes and the config alone."""
-    found = run_state.load(path)
-    print(f"{path}: {found.kind}" + ("" if found.step is None else f" at step {found.step}"))
-    for name, part in found.parts.items():
+    """Prints the contents of a checkpoint; reads only names, shapes and the config."""
+    opened = run_state.load(path)
+    print(f"{path}: {opened.kind}" + ("" if opened.step is None else f" at step {opened.step}"))
+    for name, part in opened.parts.items():
         kinds = collections.Counter(np.dtype(tensor.dtype).name for tensor in part.values())
         types = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         size, numbers = (sum(getattr(x, n) for x in part.values()) for n in ("nbytes", "size"))
         print(f"  {name}: {len(part)} tensors ({types}), {numbers:,} numbers, {size / 1e9:.3f} GB")
         for top, numbers in _by_module(part).items():
             print(f"    {top:<28} {numbers:>13,}")
-    for name, optimizer in found.optimizers.items():
+    for name, optimizer in opened.optimizers.items():
         states, groups = (len(optimizer.get(key, ())) for key in ("state", "param_groups"))
         print(f"  {name}: moments of {states} parameters, {groups} groups")
-    if found.kind in read.INFER:
-        _inspect_model(found)
+    if opened.kind in read.INFER:
+        _inspect_model(opened)
 
 
-def _inspect_model(found: Checkpoint) -> None:
-    model = read.config_of(found)
+def _inspect_model(opened: Checkpoint) -> None:
+    model = read.config_of(opened)
     print(f"  {recognise.published_name(model) or 'no published model'}: it has")
     print("    " + ", ".join(f"{key}={value!r}" for key, value in model.items()))
-    part = "model" if "model" in found.parts else "ema"
-    read.checked(found, part, model)
+    part = "model" if "model" in opened.parts else "ema"
+    read.checked(opened, part, model)
 
 
 def _by_module(part: Mapping[str, Promise]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""From one checkpoint to another: what the commands `from_torch` and `to_torch` do."""
+"""Conversion of one checkpoint to another: the commands `from_torch` and `to_torch`."""
 
 import ast
 import itertools
@@ -19,7 +19,7 @@ from gigatok_jax.train import tokenizer as tokenizer_run
 from gigatok_jax.weights import orbax_file, read, recognise, write
 from gigatok_jax.weights.names import Promise
 
-# What PyTorch's AdamW keeps with each group of parameters beside its own settings.
+# Settings that AdamW of PyTorch keeps with each parameter group beside those of the run.
 GROUP = {
     "amsgrad": False,
     "maximize": False,
@@ -29,9 +29,9 @@ GROUP = {
     "fused": None,
     "decoupled_weight_decay": True,
 }
-# Fields of a model that names and shapes do not show, so that a run's config says them.
+# Fields of a model that names and shapes do not show: they come from the config of the run.
 HIDDEN = ("l2_norm", "rotation", "align_block", "query_init", "latent_tokens", "heads", "tokens")
-OTHER_FILES = (".pt", ".pth", ".bin", ".ckpt", ".npz", ".msgpack")  # what no workdir is called
+OTHER_FILES = (".pt", ".pth", ".bin", ".ckpt", ".npz", ".msgpack")  # suffixes that no workdir has
 PUBLISHED = {"tokenizer": (1e-4, 1e-4), "prior": (1e-4, 0.05)}  # learning rate, weight decay
 
 
@@ -44,36 +44,36 @@ def from_torch(
     config: str = "",
     tokenizer_path: str = "",
 ) -> None:
-    """Converts a checkpoint to a `.safetensors`, or to a workdir that a run goes on in.
+    """Converts a checkpoint to a `.safetensors`, or to a workdir in which a run continues.
 
     Args:
-        source: of any format.
-        out: ends in `.safetensors`, or is the folder of a run.
-        weights: for `.safetensors`, see `read.read`.
-        overrides: fields of the model's config in the place of what is recognised.
-        config: the run's config file, with its arguments after a colon; for a workdir.
-        tokenizer_path: whose codes a prior learned; for a workdir.
+        source: path of a checkpoint of any format.
+        out: path that ends in `.safetensors`, or the folder of a run.
+        weights: copy to write to a `.safetensors`, see `read.read`.
+        overrides: fields of the model's config, instead of the recognised ones.
+        config: config file of the run, with its arguments after a colon; for a workdir.
+        tokenizer_path: checkpoint of the tokenizer whose codes a prior learned; for a workdir.
 
     Raises:
-        CheckpointError: the source is damaged or does not fit, or `out` is there already.
+        CheckpointError: the source is damaged or does not fit, or `out` exists.
+        ConfigError: `out` has another suffix, or an override cannot work.
     """
     target = epath.Path(out).expanduser().absolute()  # Orbax wants it so
     _check_free(target)
-    found = run_state.load(source)
+    opened = run_state.load(source)
     if target.suffix == ".safetensors":
         _weights_only(read.read(source, weights, **overrides or {}), target)
         return
     if target.suffix in OTHER_FILES:
         raise ConfigError(f"{out}: from_torch writes .safetensors or a workdir without a suffix")
-    _to_workdir(found, target, overrides or {}, config, tokenizer_path)
+    _to_workdir(opened, target, overrides or {}, config, tokenizer_path)
 
 
 def to_torch(source: str, out: str, *, weights: str = "auto", **overrides) -> None:
     """Converts a checkpoint to a `.pt` or a `.safetensors` under the original's names.
 
-    A `.pt` of a run of ours holds what the original's trainer resumes from.
-
-    Args, Raises: as of `from_torch`.
+    From a `.pt` of a run of ours the trainer of the original resumes. Arguments and exceptions are
+    those of `from_torch`.
     """
     target = epath.Path(out).expanduser().absolute()  # Orbax wants it so
     _check_free(target)
@@ -90,21 +90,21 @@ def _check_free(target: epath.Path) -> None:
         raise CheckpointError(f"{target} is there already: remove it or choose another name")
 
 
-def _weights_only(found: read.Weights, target: epath.Path) -> None:
-    state = found.state.promises
+def _weights_only(opened: read.Weights, target: epath.Path) -> None:
+    state = opened.state.promises
     progress = count_bytes(target.name, nbytes(state.values()))
-    extras = {name: found.extras[name] for name in ("step", "weights", "tokenizer")}
-    write.write_safetensors(target, state, found.config, progress, **extras)
-    print(f"{target}: {describe(found.config)}, {found.extras['weights']} weights")
+    extras = {name: opened.extras[name] for name in ("step", "weights", "tokenizer")}
+    write.write_safetensors(target, state, opened.config, progress, **extras)
+    print(f"{target}: {describe(opened.config)}, {opened.extras['weights']} weights")
 
 
 def nbytes(arrays: Iterable) -> int:
-    """Bytes of arrays and promises."""
+    """Bytes of arrays and promises together."""
     return sum(array.nbytes for array in arrays)
 
 
 def describe(model) -> str:
-    """A model in a few words."""
+    """Description of a model in a few words: its name or kind, and its size."""
     name = recognise.published_name(model)
     count = sum(
         Promise(shape, None, None).size for shape in recognise.tensor_shapes(model).values()
@@ -116,58 +116,58 @@ def describe(model) -> str:
 # A run of ours.
 
 
-def _to_workdir(found, target: epath.Path, overrides, config_path: str, tokenizer_path: str):
+def _to_workdir(opened, target: epath.Path, overrides, config_path: str, tokenizer_path: str):
     run = command_line.load_config(config_path) if config_path else None
-    told = {name: run.model[name] for name in HIDDEN if name in run.model} if run else {}
-    model = read.config_of(found, **told | overrides)
+    hidden = {name: run.model[name] for name in HIDDEN if name in run.model} if run else {}
+    model = read.config_of(opened, **hidden | overrides)
     if run is not None:
-        _check_same(model, run.model, found.path)
-    parts = dict(found.parts)
+        _check_same(model, run.model, opened.path)
+    parts = dict(opened.parts)
     for part in read.COPIES:
         if part in parts:
-            parts[part] = read.checked(found, part, model)
+            parts[part] = read.checked(opened, part, model)
     fallback = run.loss.discriminator if run and "loss" in run else "patchgan"
     arrays = run_state.to_ours(
-        parts, found.optimizers, found.step or 0, model,
+        parts, opened.optimizers, opened.step or 0, model,
         seed=run.seed if run else 0, fallback=fallback,
         first_moment=run.optim.first_moment if run else "float32",
     )  # fmt: skip
     extras = {
         "config": run.to_dict() if run else {"model": model.to_dict()},
         "data": {"fingerprint": ""},
-        "groups": _settings(found.optimizers),
+        "groups": _settings(opened.optimizers),
     }
     if model.kind == "prior":
-        extras |= _prior_extras(found, tokenizer_path)
+        extras |= _prior_extras(opened, tokenizer_path)
     progress = count_bytes(target.name, nbytes(arrays.values()))
     with write.draft(target) as draft:
-        orbax_file.write(draft, found.step or 0, arrays, extras, progress)
+        orbax_file.write(draft, opened.step or 0, arrays, extras, progress)
         if run:
             files.write_json(draft / "config.json", run.to_dict())
-    print(f"{target}: {describe(model)} at step {found.step or 0}; resume it with")
+    print(f"{target}: {describe(model)} at step {opened.step or 0}; resume it with")
     print(f"  python main.py --config={config_path or 'configs/<run>.py'} --workdir={target}")
 
 
-def _check_same(found, run, path: str) -> None:
-    """Raises CheckpointError when tensors are of another model than a run's config."""
-    differ = [f"{k} {found[k]!r} not {run.get(k)!r}" for k in found if found[k] != run.get(k)]
+def _check_same(opened, run, path: str) -> None:
+    """Raises CheckpointError if tensors are of another model than the config of a run."""
+    differ = [f"{k} {opened[k]!r} not {run.get(k)!r}" for k in opened if opened[k] != run.get(k)]
     if differ:
         raise CheckpointError(f"{path} is of another model than the config: {', '.join(differ)}")
 
 
-def _prior_extras(found, tokenizer_path: str) -> dict[str, Any]:
-    fingerprint = found.extras.get("tokenizer", "")
+def _prior_extras(opened, tokenizer_path: str) -> dict[str, Any]:
+    fingerprint = opened.extras.get("tokenizer", "")
     if tokenizer_path:
         weights = read.read(tokenizer_path)
         params = tokenizer.from_torch(weights.state, weights.config)
         fingerprint = library.fingerprint({name: params[name] for name in library.CODE_PARTS})
     elif not fingerprint:
-        print("whose codes it learned is not known: to resume it, convert with --tokenizer=PATH")
+        print("the tokenizer of this prior is not known: to resume, convert with --tokenizer=PATH")
     return {"tokenizer": fingerprint, "class_names": [], "decay_from": None}
 
 
 def _settings(optimizers: Mapping[str, dict]) -> dict[str, list[dict]]:
-    """Plain numbers of each optimizer's groups, kept so that they can go back."""
+    """Plain settings of each optimizer's groups, kept for the way back."""
     plain = (int, float, bool, str, type(None))
     return {
         name: [
@@ -186,45 +186,45 @@ def _settings(optimizers: Mapping[str, dict]) -> dict[str, list[dict]]:
 # A file of the original.
 
 
-def _to_pt(found, target: epath.Path, weights: str, overrides) -> None:
-    model = read.config_of(found, **overrides)
-    copies = [part for part in read.COPIES if part in found.parts]
-    if weights != "auto" or not found.optimizers:
-        copies = [read.choose(found, weights)]
-    saved = {part: read.checked(found, part, model) for part in copies}
+def _to_pt(opened, target: epath.Path, weights: str, overrides) -> None:
+    model = read.config_of(opened, **overrides)
+    copies = [part for part in read.COPIES if part in opened.parts]
+    if weights != "auto" or not opened.optimizers:
+        copies = [read.choose(opened, weights)]
+    saved = {part: read.checked(opened, part, model) for part in copies}
     if len(copies) == 1:
         saved = {"model": saved[copies[0]]}
     if weights == "auto":
-        saved |= _rest(found, model)
-    if found.step is not None:
-        saved["steps"] = found.step
+        saved |= _rest(opened, model)
+    if opened.step is not None:
+        saved["steps"] = opened.step
     progress = count_bytes(target.name, nbytes(_tensors(saved)))
     write.write_pt(target, saved, progress)
     print(f"{target}: {describe(model)}, {', '.join(saved)}")
 
 
-def _rest(found, model) -> dict[str, Any]:
-    """What the original resumes with beside the parameters."""
+def _rest(opened, model) -> dict[str, Any]:
+    """Optimizers and discriminator, from which the original resumes."""
     kind = family(model)
-    rates = _rates(found, kind)
+    rates = _rates(opened, kind)
     saved = {}
-    for name, optimizer in found.optimizers.items():
-        old = found.extras.get("groups", {}).get(name, [])
+    for name, optimizer in opened.optimizers.items():
+        old = opened.extras.get("groups", {}).get(name, [])
         groups = [
-            _group(found, kind, rates.get(name), i, old) | dict(group)
+            _group(opened, kind, rates.get(name), i, old) | dict(group)
             for i, group in enumerate(run_state.groups_of(optimizer, name))
         ]
         saved[name] = {"state": optimizer["state"], "param_groups": groups}
-    if "discriminator" in found.parts:
-        saved["discriminator"] = found.parts["discriminator"]
+    if "discriminator" in opened.parts:
+        saved["discriminator"] = opened.parts["discriminator"]
     return saved
 
 
-def _group(found, kind: str, rate: float | None, i: int, old: list[dict]) -> dict[str, Any]:
-    """Settings of one group: the run's, or else those of the file that it came from."""
+def _group(opened, kind: str, rate: float | None, i: int, old: list[dict]) -> dict[str, Any]:
+    """Settings of a parameter group: those of the run, else of the file that it came from."""
     published, decay = PUBLISHED[kind]
     settings = {"lr": published, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": decay}
-    run = found.extras.get("config", {}).get("optim")
+    run = opened.extras.get("config", {}).get("optim")
     if run:
         betas = (run["beta1"], run["beta2"])
         settings |= {"lr": rate, "betas": betas, "weight_decay": run["weight_decay"]}
@@ -235,19 +235,19 @@ def _group(found, kind: str, rate: float | None, i: int, old: list[dict]) -> dic
     return settings | {name: value for name, value in GROUP.items() if name not in settings}
 
 
-def _rates(found, kind: str) -> dict[str, float]:
-    """Learning rate of the next update of each optimizer, when the run's config is known."""
-    config = ml_collections.ConfigDict(found.extras.get("config", {}))
+def _rates(opened, kind: str) -> dict[str, float]:
+    """Learning rate of the next update of each optimizer, if the config of the run is known."""
+    config = ml_collections.ConfigDict(opened.extras.get("config", {}))
     if "optim" not in config:
         return {}
     if kind == "tokenizer":
-        made = tokenizer_run.make_optimizers(config)
-        rates = {"optimizer": made.rate, "optimizer_disc": made.discriminator_rate}
+        optimizers = tokenizer_run.make_optimizers(config)
+        rates = {"optimizer": optimizers.rate, "optimizer_disc": optimizers.discriminator_rate}
     else:
         total, epoch = settings.total_steps(config), settings.steps_per_epoch(config)
-        start = found.extras.get("decay_from")
+        start = opened.extras.get("decay_from")
         rates = {"optimizer": optim.learning_rate(config.optim, total, epoch, decay_from=start)}
-    return {name: float(rate(found.step)) for name, rate in rates.items()}
+    return {name: float(rate(opened.step)) for name, rate in rates.items()}
 
 
 def _tensors(saved: Any) -> Iterable:
@@ -257,7 +257,11 @@ def _tensors(saved: Any) -> Iterable:
 
 
 def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
-    """Fields and values of NAME=VALUE texts."""
+    """Values by field from texts NAME=VALUE.
+
+    Raises:
+        ConfigError: a text has no "=".
+    """
     values = {}
     for text in texts:
         name, equals, value = text.partition("=")
