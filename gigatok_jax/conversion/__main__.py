@@ -66,24 +66,17 @@ def _parser() -> argparse.ArgumentParser:
     both = commands.add_parser("compare", help="differences of two; status 1 above the tolerance")
     both.add_argument("a", metavar="A")
     both.add_argument("b", metavar="B")
-    both.add_argument(
-        "--tolerance",
-        type=float,
-        default=0.0,
-        help="largest difference of two values; 0 by default",
-    )
-    to_ours = commands.add_parser("from_torch", help="to .safetensors, or to a workdir of ours")
-    to_theirs = commands.add_parser("to_torch", help="to .pt or .safetensors")
-    for command in (to_ours, to_theirs):
+    both.add_argument("--tolerance", type=float, default=0.0, help="largest difference that passes")
+    ours = commands.add_parser("from_torch", help="to .safetensors, or to a workdir of ours")
+    theirs = commands.add_parser("to_torch", help="to .pt or .safetensors")
+    for command in (ours, theirs):
         command.add_argument("input", metavar="IN")
         command.add_argument("out", metavar="OUT")
         text = "a field of the model's config that names and shapes do not show: rotation=False"
         command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=text)
-    to_ours.add_argument(
-        "--config", default="", help="config of the run that continues: configs/bl.py"
-    )
-    to_ours.add_argument("--tokenizer", default="", help="checkpoint whose codes a prior learned")
-    for command in (both, to_ours, to_theirs):
+    ours.add_argument("--config", default="", help="of the run that continues: configs/bl.py")
+    ours.add_argument("--tokenizer", default="", help="checkpoint whose codes a prior learned")
+    for command in (both, ours, theirs):
         text = "auto: the average of a tokenizer if it was saved, the trained copy of a prior"
         command.add_argument("--weights", choices=("auto", "ema", "raw"), default="auto", help=text)
     return parser
