@@ -103,7 +103,7 @@ def nbytes(arrays: Iterable) -> int:
     return sum(array.nbytes for array in arrays)
 
 
-def describe(model) -> str:
+def describe(model: ml_collections.ConfigDict) -> str:
     """Description of a model in a few words: its name or kind, and its size."""
     name = recognise.published_name(model)
     count = sum(

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from etils import epath
 
@@ -56,7 +57,7 @@ def to_ours(
     parts: Mapping[str, Tensors],
     optimizers: Mapping[str, dict],
     step: int,
-    model,
+    model: ml_collections.ConfigDict,
     *,
     seed: int = 0,
     fallback: str = "patchgan",

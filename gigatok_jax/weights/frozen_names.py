@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Mapping, Sequence
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -214,6 +215,7 @@ def inception_entries() -> list[Entry]:
 
 @functools.cache
 def inception_shapes() -> dict:
+    """Shapes of the parameters of Inception V3."""
     return shapes_of(inception.Inception(), 1, inception.SIZE)
 
 
@@ -226,6 +228,7 @@ def inception_params(state: Mapping) -> dict:
     return _converted(state, inception_entries())
 
 
-def shapes_of(model, inputs: int, size: int) -> dict:
+def shapes_of(model: nn.Module, inputs: int, size: int) -> dict:
+    """Shapes of the parameters of a network that takes `inputs` batches of `size` pixels a side."""
     pixels = [jnp.zeros((1, size, size, 3))] * inputs
     return jax.eval_shape(model.init, jax.random.key(0), *pixels)["params"]

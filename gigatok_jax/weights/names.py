@@ -85,7 +85,7 @@ def norm_pair(path: str, name: str) -> list[Entry]:
 
 
 def below(arrays: Mapping, prefix: str) -> dict:
-    """Entries whose path begins with a prefix, without it."""
+    """Arrays below a path, such as "params/", by the rest of their paths."""
     return {path.removeprefix(prefix): x for path, x in arrays.items() if path.startswith(prefix)}
 
 

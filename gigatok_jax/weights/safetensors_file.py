@@ -80,7 +80,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
         double = next(name for name in names if names.count(name) > 1)
-        raise CheckpointError(f"has {double} twice; which one is meant? Get it again")
+        raise CheckpointError(f"has {double} twice; which is meant? Get it again")
     return dict(pairs)
 
 

@@ -197,7 +197,7 @@ def _check_members(archive: zipfile.ZipFile) -> None:
     """Refuses a name of two members, and a pickle that is too large once it is unpacked."""
     count = collections.Counter(archive.namelist())
     if double := [name for name, times in count.items() if times > 1]:
-        raise CheckpointError(f"has {double[0]} twice; which one is meant? Get it again")
+        raise CheckpointError(f"has {double[0]} twice; which is meant? Get it again")
     for member in archive.infolist():
         if member.filename.endswith("/data.pkl") and member.file_size > _LARGEST_PICKLE:
             raise CheckpointError(f"has a pickle of {member.file_size} bytes; refused")
