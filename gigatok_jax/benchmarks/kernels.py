@@ -38,16 +38,21 @@ _GRADED = 256  # tokens of the checked gradients
 
 
 class Case(NamedTuple):
+    """Size of the inputs: tokens f32[tokens, width] and codebook f32[rows, width]."""
+
     tokens: int
     rows: int
     width: int
 
     @property
     def pairs(self) -> int:
+        """Number of distances between tokens and rows."""
         return self.tokens * self.rows
 
 
 class Result(NamedTuple):
+    """Measurement of one implementation at one size."""
+
     tokens: int
     rows: int
     implementation: str
@@ -58,7 +63,7 @@ class Result(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """An operation on tokens and codebook rows, in several implementations."""
+    """Operation on tokens and codebook rows, in several implementations."""
 
     widths: range  # widths that the Pallas kernels support
     function: Callable[[str], Callable]  # implementation -> function of f32[m e] and f32[k e]
