@@ -27,6 +27,8 @@ SCALE = 1.75
 
 
 class Timing(NamedTuple):
+    """Measurement of one prior at one batch size."""
+
     model: str
     dtype: str
     batch: int
