@@ -6,9 +6,9 @@ r"""Which slices and GPUs fit which config, and how fast a step could be; needs 
     python -m gigatok_jax.benchmarks.plan --keep tests/golden/plans.json     # the gate
 
 Names of configs are those of `configs/`, `2*v5e:16x16` is two slices. The mesh of a cell is data
-alone where that fits, else as few fsdp as fit. Where there are more devices than images in the
-recipe's batch, the batch is one image of each. `--compile` wants the compilers of those devices;
-`--keep` wants the TPU's, and minutes.
+alone where that fits, else the smallest fsdp that fits. On more devices than the recipe's batch has
+images, the batch is one image for each device. `--compile` needs the compilers of those devices;
+`--keep` needs the TPU's, and minutes.
 """
 
 import argparse
