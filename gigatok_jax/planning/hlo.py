@@ -15,7 +15,7 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 
 
 class Transfer(NamedTuple):
-    """One collective instruction."""
+    """Collective instruction and how often it runs."""
 
     kind: str  # one of KINDS
     shapes: tuple[Shape, ...]  # operands, or results of an all-gather; several where combined
@@ -26,15 +26,20 @@ class Transfer(NamedTuple):
 
     @property
     def group_size(self) -> int:
+        """Number of devices in a group."""
         return len(self.groups[0])
 
 
 class Collective(NamedTuple):
+    """Collectives of one kind, summed over a run of a program."""
+
     bytes: int  # of all executions, on one device
     count: int  # executions
 
 
 class Costs(NamedTuple):
+    """Cost of one run of a program on one device."""
+
     flops: int  # 2 per multiply-add of matrix products and convolutions, on one device
     collectives: dict[str, Collective]  # by kind, without kinds that do not occur
     unknown_loops: tuple[str, ...]  # op_names of loops without a trip count, which count once
@@ -77,12 +82,14 @@ class Work(NamedTuple):
     unknown_loops: tuple[str, ...] = ()
 
     def times(self, n: int) -> "Work":
+        """Cost of `n` runs."""
         transfers = tuple(
             transfer._replace(times=transfer.times * n) for transfer in self.transfers
         )
         return Work(self.flops * n, transfers, self.unknown_loops)
 
     def weight(self) -> tuple[int, int]:
+        """Key to compare branches by: FLOPs, then bytes of collectives."""
         return self.flops, sum(transfer.bytes * transfer.times for transfer in self.transfers)
 
 
@@ -158,8 +165,8 @@ def _between_slices(frame: _Frame, op: Instruction) -> Transfer:
     kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.rest)[1]
     kind = kind.lower().replace("_", "-")
     target = re.search(r'_xla_megascale_target="\{([^}]*)\}', op.rest)[1]
-    ranges = (part.split(":") for part in target.split(","))
-    slices = sum(int(part[-1]) - int(part[0]) + 1 for part in ranges)
+    ranges = (span.split(":") for span in target.split(","))
+    slices = sum(int(span[-1]) - int(span[0]) + 1 for span in ranges)
     own = frame.module.devices  # of one slice
     together = tuple(tuple(i + own * j for j in range(slices)) for i in range(own))
     (shape, *_) = frame.computation.operand_shapes(op)
