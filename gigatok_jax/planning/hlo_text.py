@@ -14,6 +14,8 @@ _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 
 
 class Shape(NamedTuple):
+    """Dtype and dimensions of an array in HLO."""
+
     dtype: str  # as HLO spells it, e.g. "bf16"
     dims: tuple[int, ...]
 
@@ -31,6 +33,8 @@ class Shape(NamedTuple):
 
 
 class Instruction(NamedTuple):
+    """Instruction of a computation."""
+
     name: str
     shapes: tuple[Shape, ...]  # of the result; a tuple's are flat
     opcode: str
@@ -56,15 +60,20 @@ class Instruction(NamedTuple):
 
 
 class Computation(NamedTuple):
+    """Instructions by name, and the name of the one that gives the result."""
+
     name: str
     instructions: dict[str, Instruction]
     root: str
 
     def operand_shapes(self, op: Instruction) -> tuple[Shape, ...]:
+        """Shapes of an instruction's operands, those of tuples in a row."""
         return tuple(shape for name in op.operands for shape in self.instructions[name].shapes)
 
 
 class Module(NamedTuple):
+    """Compiled program: its computations and the number of devices that run it."""
+
     computations: dict[str, Computation]
     entry: str
     devices: int
