@@ -21,7 +21,7 @@ SURE = 0.9  # share of a device's memory that a plan by shape analysis may fill
 
 
 class Traffic(NamedTuple):
-    """All collectives of a step of one kind, in groups of devices of one form."""
+    """Collectives of one kind in groups of one form, summed over a step."""
 
     kind: str
     bytes: int  # on each device: of the operands, or of the result of an all-gather
@@ -51,6 +51,7 @@ class Plan(NamedTuple):
 
     @property
     def fits(self) -> bool:
+        """Whether the memory is within the limit, with a margin for shape analysis."""
         return fits(self.memory, self.limit, self.how)
 
     def seconds(self) -> tuple[float, float]:
