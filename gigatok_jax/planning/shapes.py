@@ -233,6 +233,7 @@ class _Flat:
         return len(self.sizes) - 1
 
     def peak(self, results: list) -> int:
+        """Most bytes that live at once in a program with these results."""
         kept, last = self._lives(results)
         dying = [[] for _ in range(len(self.equations) + 1)]
         for value, end in last.items():
