@@ -105,7 +105,7 @@ def test_run_needs_no_torch_and_no_tensorflow():
 
 
 NAMES = {"absl-py": "absl", "pillow": "PIL", "orbax-checkpoint": "orbax", "scikit-learn": "sklearn"}
-LATER = {"safetensors", "tensorflow-datasets"}
+LATER = {"tensorflow-datasets"}
 
 
 def test_what_is_required_is_imported_and_what_is_imported_is_required():

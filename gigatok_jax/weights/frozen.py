@@ -179,7 +179,8 @@ def _read(path: epath.Path) -> dict:
     if path.suffix == ".ckpt":
         return torch_file.load_pickle(path)
     if path.suffix == ".safetensors":
-        return _float32(path, safetensors_file.load(path)[0])
+        promises, _ = safetensors_file.load(path)
+        return _float32(path, {name: promise.read() for name, promise in promises.items()})
     return _float32(path, torch_file.load(path))
 
 

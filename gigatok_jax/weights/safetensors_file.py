@@ -1,9 +1,10 @@
-"""Reads and writes `.safetensors` tensor by tensor, as views of the mapped file.
+"""Reads and writes `.safetensors` tensor by tensor.
 
-The safetensors library copies each tensor that it reads, reads no remote path and writes no
-promises, so the format is read here.
+The safetensors library reads, behind a check of our own, and takes local paths alone. It writes no
+promises, so files are written here.
 """
 
+import functools
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import safetensors.numpy
 from etils import epath
 
 from gigatok_jax.errors import CheckpointError
@@ -32,47 +34,53 @@ _DTYPES = {
 }
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _LARGEST_HEADER = 100_000_000  # bytes, the format's own limit
+_DAMAGE = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError),
+    safetensors.SafetensorError,
+)
 
 
-def load(path: epath.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Loads arrays by name, as read-only views, and the strings kept beside them.
+def load(path: epath.PathLike) -> tuple[dict[str, Promise], dict[str, str]]:
+    """Promises of the tensors of a file by name, and the strings kept beside them.
+
+    The header is checked here, then the safetensors library reads each tensor when it is needed.
 
     Raises:
         CheckpointError: the file is missing, damaged or of another kind.
     """
     path = epath.Path(path)
     try:
-        raw = _map(path)
-        header, start = _header(raw)
+        header, size = _header(path)
         metadata = header.pop("__metadata__", {})
-        return {name: _view(raw[start:], name, entry) for name, entry in header.items()}, metadata
+        types = {name: _checked(size, name, entry) for name, entry in header.items()}
+        read = _reader(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged or not safetensors ({error}); get it again") from (
-            error
-        )
+    except _DAMAGE as error:
+        reason = f"damaged or not safetensors ({error}); get it again"
+        raise CheckpointError(f"{path}: {reason}") from error
+    return {name: Promise(*types[name], functools.partial(read, name)) for name in types}, metadata
 
 
-def _map(path: epath.Path) -> np.ndarray:
-    """Bytes of a file, mapped if it is on a local disk."""
-    if not os.path.exists(path):
-        return np.frombuffer(path.read_bytes(), np.uint8)
-    if not os.path.getsize(path):
+def _reader(path: epath.Path) -> Callable[[str], np.ndarray]:
+    """Function that reads a tensor by name; a file that is not on a local disk is read at once."""
+    if os.path.exists(path):
+        return safetensors.safe_open(path, framework="numpy").get_tensor
+    return safetensors.numpy.load(path.read_bytes()).__getitem__
+
+
+def _header(path: epath.Path) -> tuple[dict[str, Any], int]:
+    """Table at the beginning of a file, and bytes of all tensors behind it."""
+    size = path.stat().length
+    if not size:
         raise CheckpointError("is empty; get it again")
-    return np.memmap(path, np.uint8, mode="r")
-
-
-def _header(raw: np.ndarray) -> tuple[dict[str, Any], int]:
-    """Table at the beginning of a file, and offset of the first tensor."""
-    if raw.size < 8:
-        raise CheckpointError("is cut short; get it again")
-    length = int(raw[:8].view("<u8")[0])
-    if length > min(raw.size - 8, _LARGEST_HEADER):
-        raise CheckpointError("is cut short or not safetensors; get it again")
-    return json.loads(raw[8 : 8 + length].tobytes(), object_pairs_hook=_once), 8 + length
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+            raise CheckpointError("is cut short or not safetensors; get it again")
+        return json.loads(file.read(length), object_pairs_hook=_once), size - 8 - length
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -84,8 +92,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _view(data: np.ndarray, name: str, entry: Mapping[str, Any]) -> np.ndarray:
-    """View of a tensor; one whose size does not fit its shape or the file is refused."""
+def _checked(size: int, name: str, entry: Mapping[str, Any]) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of a tensor; one whose bytes do not fit its shape or the file is refused."""
     shape, (first, last) = entry["shape"], entry["data_offsets"]
     if entry["dtype"] not in _DTYPES:
         raise CheckpointError(f"{name} is {entry['dtype']}, which is not read here")
@@ -94,9 +102,9 @@ def _view(data: np.ndarray, name: str, entry: Mapping[str, Any]) -> np.ndarray:
         raise CheckpointError(f"{name} has shape {shape} at {first} to {last}; refused")
     if last - first != math.prod(shape) * dtype.itemsize:
         raise CheckpointError(f"{name} has {last - first} bytes for shape {shape}; refused")
-    if last > data.size:
+    if last > size:
         raise CheckpointError(f"ends before {name} does; get it again")
-    return np.asarray(data[first:last]).view(dtype).reshape(shape)
+    return tuple(shape), dtype
 
 
 def save(
