@@ -87,7 +87,9 @@ def to_ours(
     used = params.pop(tables.USED, None)
     ema.pop(tables.USED, None)
     if "ema" not in parts or "model" not in parts:
-        print("the file has only one copy of the parameters: trained copy and average start equal")
+        print(
+            "the file has one copy of the parameters: the trained one and the average start equal"
+        )
     order = parameter_order(trained, entries, model.kind)
     arrays = {
         "step": np.asarray(step, np.int32),
@@ -108,7 +110,7 @@ def _adam_to_ours(optimizers, name: str, order: list[str], tensors, entries) -> 
     states = _numbered(optimizers.get(name), name, order)
     empty = sum(not state for state in states.values())
     if name not in optimizers:
-        print(f"{name} is not in the file (a sharded trainer keeps it elsewhere): it starts anew")
+        print(f"{name} is not there (a sharded trainer keeps it in another file): it starts anew")
     elif empty:
         print(f"{name}: {empty} of {len(order)} parameters have no moments, which start at zero")
     count = max((int(value_of(state["step"])) for state in states.values() if state), default=0)
