@@ -128,10 +128,7 @@ def _stems(model, dtype, remat: bool) -> tuple[nn.Module, nn.Module]:
         "remat": remat,
         "dtype": dtype,
     }
-    out = {
-        "adaptive_group_norm": model.adaptive_group_norm,
-        "depth_to_space": model.depth_to_space,
-    }
+    out = {"adaptive_group_norm": model.adaptive_group_norm, "depth_to_space": model.depth_to_space}
     return cnn.CNNEncoder(**fields), cnn.CNNDecoder(**fields, **out)
 
 

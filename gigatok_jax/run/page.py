@@ -56,10 +56,7 @@ SECTIONS = (
     ),
     Section("Speed", "Includes compilation in the first interval.", ("time/*second*",)),
     Section(
-        "Where the time goes",
-        "Shares of each step's wall time.",
-        ("time/*_share",),
-        together=True,
+        "Where the time goes", "Shares of each step's wall time.", ("time/*_share",), together=True
     ),
     Section("Other", "", ("*",)),
 )

@@ -17,13 +17,7 @@ from etils import epath
 
 from gigatok_jax import files, parallel
 from gigatok_jax.errors import CheckpointError, ConfigError, NonFiniteError
-from gigatok_jax.run import (
-    checkpoint,
-    metric_writer,
-    page,
-    pictures,
-    processes,
-)
+from gigatok_jax.run import checkpoint, metric_writer, page, pictures, processes
 from gigatok_jax.run import workdir as workdir_lib
 from gigatok_jax.run.signals import Interrupts, Watchdog
 from gigatok_jax.train.program import Program

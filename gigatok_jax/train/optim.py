@@ -128,8 +128,7 @@ def wsd(step, base: float, warmup: int, total: int, decay_steps: int, decay="sqr
 
 
 def make_optimizer(
-    optim: ml_collections.ConfigDict,
-    decays: Callable[[str], bool] | None = None,
+    optim: ml_collections.ConfigDict, decays: Callable[[str], bool] | None = None
 ) -> optax.GradientTransformation:
     """Clipping, Adam and decoupled weight decay: a step direction that `apply` scales.
 

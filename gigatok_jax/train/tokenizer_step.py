@@ -205,9 +205,7 @@ def _update_discriminator(state, grads, optimizers: Optimizers):
         state.discriminator, rate,
     )  # fmt: skip
     state = state.replace(
-        discriminator=new.params,
-        discriminator_stats=grads.stats,
-        discriminator_opt_state=new.state,
+        discriminator=new.params, discriminator_stats=grads.stats, discriminator_opt_state=new.state
     )
     return state, {
         "discriminator_learning_rate": rate,

@@ -13,10 +13,7 @@ _MLP = [
     Entry("mlp/gate_up/kernel", "feed_forward.w3.weight", "dense", half=1),
     Entry("mlp/down/kernel", "feed_forward.w2.weight", "dense"),
 ]
-_NORMS = [
-    Entry("norm1/scale", "attention_norm.weight"),
-    Entry("norm2/scale", "ffn_norm.weight"),
-]
+_NORMS = [Entry("norm1/scale", "attention_norm.weight"), Entry("norm2/scale", "ffn_norm.weight")]
 # Conditioning on the class: the first and last entries of a block, and those outside the blocks.
 _FIRST = {"none": [], "full": [], "shared": [Entry("modulation", "ada_gss", "table")]}
 _LAST = {"none": [], "full": layer_pair("modulation", "adaLN_modulation.1", "dense"), "shared": []}

@@ -84,9 +84,7 @@ def write_safetensors(
 
 
 def write_pt(
-    path: epath.PathLike,
-    saved: Mapping[str, Any],
-    progress: Callable[[int], None] | None = None,
+    path: epath.PathLike, saved: Mapping[str, Any], progress: Callable[[int], None] | None = None
 ) -> None:
     """Writes a file for `torch.load(weights_only=True)`; see `torch_file.save`."""
     with draft(epath.Path(path).expanduser()) as at:
