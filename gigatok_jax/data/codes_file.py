@@ -145,7 +145,9 @@ class CodesWriter:
         with (self._folder / LABELS).open("wb") as file:
             np.save(file, labels)
         with (self._folder / CODES).open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, _npy_header(self._header))
+            form = {"descr": np.lib.format.dtype_to_descr(self._header.dtype)}
+            form |= {"fortran_order": False, "shape": self._header.shape}
+            np.lib.format.write_array_header_1_0(file, form)
         files.write_json(self._folder / HEADER, dataclasses.asdict(self._header))
 
     def _check_same(self) -> None:
@@ -197,11 +199,6 @@ def read_parts(folder: epath.Path) -> Iterator[Part]:
         if not line.endswith("\n"):
             return
         yield part
-
-
-def _npy_header(header: Header) -> dict[str, Any]:
-    descr = np.lib.format.dtype_to_descr(header.dtype)
-    return {"descr": descr, "fortran_order": False, "shape": header.shape}
 
 
 def _layout(path: epath.Path, header: Header) -> tuple[int, int]:

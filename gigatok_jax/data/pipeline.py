@@ -218,7 +218,9 @@ def order(records: int, seed: int) -> grain.MapDataset:
     """
     if seed < 0:
         raise ConfigError(f"seed is {seed}, expected 0 or more")
-    return grain.MapDataset.range(records).shuffle(seed=_shuffle_seed(seed)).repeat()
+    # Grain adds the epoch to its seed: without the hash, epoch 1 of seed 0 is epoch 0 of seed 1.
+    hashed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return grain.MapDataset.range(records).shuffle(seed=hashed).repeat()
 
 
 def check_division(global_batch: int, process_count: int) -> None:
@@ -228,11 +230,6 @@ def check_division(global_batch: int, process_count: int) -> None:
             f"a global batch of {global_batch} images is not a multiple of the "
             f"{process_count} processes that share it: change train.global_batch"
         )
-
-
-def _shuffle_seed(seed: int) -> int:
-    # Grain adds the epoch to its seed: without the hash, epoch 1 of seed 0 is epoch 0 of seed 1.
-    return int(np.random.SeedSequence(seed).generate_state(1)[0])
 
 
 def _train_record(source, data: dict, size: int, seed: int, position: int, index: int) -> _Record:

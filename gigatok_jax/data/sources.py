@@ -112,7 +112,8 @@ class DigitsSource:
         self.labels = digits.target[records].astype(np.int32)
         self.names = [f"{self.labels[i]}/{record:04d}" for i, record in enumerate(records)]
         small = np.round(digits.images[records] * (255 / 16)).astype(np.uint8)
-        self._grey = np.stack([_enlarged(image, size) for image in small])  # [n size size]
+        large = [Image.fromarray(x).resize((size, size), Image.Resampling.BICUBIC) for x in small]
+        self._grey = np.stack([np.asarray(image) for image in large])  # [n size size]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -128,10 +129,6 @@ class DigitsSource:
         subset.names, subset.labels = [self.names[i] for i in indices], self.labels[list(indices)]
         subset._grey = self._grey[list(indices)]
         return subset
-
-
-def _enlarged(grey: np.ndarray, size: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(grey).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def make_source(

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -106,15 +105,13 @@ def _computation(name: str, lines: list[re.Match]) -> Computation:
         first, own, shape, opcode, tail = match.groups()
         inside, _, rest = tail.partition("), ") if "), " in tail else tail.partition(")")
         operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-        shapes = tuple(_shapes(shape))
+        shapes = tuple(
+            Shape(dtype, tuple(int(n) for n in dims.split(",") if n))
+            for dtype, dims in _SHAPE.findall(shape)
+        )
         instructions[own] = Instruction(own, shapes, opcode, operands, inside, rest)
         root = own if first else root
     return Computation(name, instructions, root)
-
-
-def _shapes(text: str) -> Iterator[Shape]:
-    for dtype, dims in _SHAPE.findall(text):
-        yield Shape(dtype, tuple(int(n) for n in dims.split(",") if n))
 
 
 def groups(rest: str, devices: int) -> tuple[tuple[int, ...], ...]:

@@ -229,7 +229,8 @@ class _Flat:
         return [*carry, *(list(stack) for stack in zip(*pieces, strict=True))]
 
     def _new(self, aval) -> int:
-        self.sizes.append(_bytes(aval))
+        dtype = getattr(aval, "dtype", None)
+        self.sizes.append(0 if dtype is None else aval.size * getattr(dtype, "itemsize", 0))
         return len(self.sizes) - 1
 
     def peak(self, results: list) -> int:
@@ -298,8 +299,3 @@ def _inside(equation) -> int:
         equation.params[name] for name in ("jaxpr", "body_jaxpr") if name in equation.params
     ]
     return max(peak(body) for body in bodies)
-
-
-def _bytes(aval) -> int:
-    dtype = getattr(aval, "dtype", None)
-    return aval.size * getattr(dtype, "itemsize", 0) if dtype is not None else 0

@@ -116,7 +116,7 @@ def write(workdir: epath.PathLike) -> epath.Path:
         parts.append('<h2 class="stage">Tokenizer</h2>')
     parts += [*_run(workdir), _table("Environment", dict(flatten(environment)))]
     page = resources.files("gigatok_jax.run").joinpath("page.html").read_text(encoding="utf-8")
-    page = page.replace("{{title}}", html.escape(_title(config)))
+    page = page.replace("{{title}}", html.escape(f"{config.get('name') or 'run'} · gigatok_jax"))
     path = workdir / "index.html"
     files.write_bytes(path, page.replace("{{body}}", "\n".join(filter(None, parts))).encode())
     return path
@@ -142,10 +142,6 @@ def _stage(workdir: epath.Path, name: str) -> str:
 def _json(workdir: epath.Path, name: str) -> dict[str, Any]:
     path = workdir / name
     return files.read_json(path) if path.exists() else {}
-
-
-def _title(config: Figures) -> str:
-    return f"{config.get('name') or 'run'} · gigatok_jax"
 
 
 def _header(workdir: epath.Path, stages: Sequence[str], environment: Figures) -> str:

@@ -71,7 +71,7 @@ def load_frozen(name: str, folder: epath.PathLike = "") -> dict:
         params = _convert(name, network, sources)
         _keep(kept, params, stamp)
         return params
-    params = _read_kept(kept)
+    params = trees.unflatten(_read(kept))
     _check(name, kept, params, network.shapes())
     return params
 
@@ -152,10 +152,6 @@ def _is_of(kept: epath.Path, stamp: str) -> bool:
         return False
 
 
-def _read_kept(path: epath.Path) -> dict:
-    return trees.unflatten(_read(path))
-
-
 def _keep(path: epath.Path, params: dict, stamp: str) -> None:
     """Writes a converted file whole or not at all; a folder that cannot be written is no error."""
     flat = trees.flatten(params)
@@ -229,16 +225,13 @@ def _vit_files(name: str) -> list[str]:
     size, reg = name.split("-")[1], "_reg4" if name.endswith("-reg") else ""
     hub = {"s": "small", "b": "base", "l": "large"}[size]
     hub = f"dinov2-with-registers-{hub}" if reg else f"dinov2-{hub}"
-    return [
-        f"dinov2_vit{size}14{reg}_pretrain.pth",
-        f"{hub}.safetensors",
-        f"{hub}/model.safetensors",
-    ]
+    published = f"dinov2_vit{size}14{reg}_pretrain.pth"
+    return [published, f"{hub}.safetensors", f"{hub}/model.safetensors"]
 
 
-def _vit_sources(name: str, folder: epath.Path) -> list[epath.Path]:
-    paths = [folder / file for file in _vit_files(name)]
-    return [path for path in paths if path.exists()][:1]
+def _first_of(files: Sequence[str], folder: epath.Path) -> list[epath.Path]:
+    """The first file of a folder that exists, as a list; empty without any."""
+    return [folder / file for file in files if (folder / file).exists()][:1]
 
 
 def _missing_vit(name: str, folder: epath.Path) -> str:
@@ -258,7 +251,7 @@ def _vit(name: str) -> Network:
         fields = {"depth": model.depth, "registers": model.registers}
         convert = functools.partial(frozen_names.dinov2_params, **fields)
     return Network(
-        functools.partial(_vit_sources, name),
+        functools.partial(_first_of, _vit_files(name)),
         convert,
         functools.partial(_missing_vit, name),
         functools.partial(frozen_names.shapes_of, model, 1, 224),
@@ -266,11 +259,6 @@ def _vit(name: str) -> Network:
 
 
 # Inception
-
-
-def _inception_sources(folder: epath.Path) -> list[epath.Path]:
-    path = folder / _INCEPTION_FILE
-    return [path] if path.exists() else []
 
 
 def _missing_inception(folder: epath.Path) -> str:
@@ -286,7 +274,7 @@ NETWORKS = {
     ),
     **{name: _vit(name) for name in (*dino.NAMES, "dino-s16")},
     "inception": Network(
-        _inception_sources,
+        functools.partial(_first_of, [_INCEPTION_FILE]),
         frozen_names.inception_params,
         _missing_inception,
         frozen_names.inception_shapes,

@@ -53,10 +53,7 @@ LAYOUTS = {
     "same": (lambda x: x, lambda x: x),
     "dense": (lambda x: x.T, lambda x: x.T),  # [out in] and [in out]
     "conv": (lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)),  # OIHW, HWIO
-    "conv1x1": (
-        lambda x: x[:, :, 0, 0].T,
-        lambda x: x.T[:, :, None, None],
-    ),  # a linear layer of ours
+    "conv1x1": (lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None]),  # a linear layer
     "conv1d": (lambda x: x.transpose(2, 1, 0), lambda x: x.transpose(2, 1, 0)),  # OIW and WIO
     "sequence": (lambda x: x[:, 0], lambda x: x[:, None]),  # [n 1 c] and [n c]
     "table": (lambda x: x[0, 0], lambda x: x[None, None]),  # [1 1 n c] and [n c]
@@ -65,12 +62,8 @@ LAYOUTS = {
 
 def under(entries: Iterable[Entry], path: str, name: str, layer: int | None = None) -> list[Entry]:
     """Entries with a prefix on path and name; `layer` is their index in a scanned stack."""
-    return [
-        entry._replace(path=path + entry.path, name=name + entry.name)
-        if layer is None
-        else entry._replace(path=path + entry.path, name=name + entry.name, layer=layer)
-        for entry in entries
-    ]
+    own = {} if layer is None else {"layer": layer}
+    return [e._replace(path=path + e.path, name=name + e.name, **own) for e in entries]
 
 
 def layer_pair(path: str, name: str, layout: str, bias: bool = True) -> list[Entry]:
