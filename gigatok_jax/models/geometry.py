@@ -10,6 +10,7 @@ large product from the first update on. Shapes and paths of parameters stay as t
 from typing import Any
 
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from gigatok_jax.model_config import SIZES, grid_size, pooled_grids
@@ -18,7 +19,7 @@ DEVIATION = 2.0  # of the tables; attention is local enough with 2 and no better
 FINEST = 8.0  # half-waves over the image of the fastest feature
 
 
-def first_weights(params: Any, model) -> Any:
+def first_weights(params: Any, model: ml_collections.ConfigDict) -> Any:
     """Parameters of a new 1D tokenizer with position tables and keys as above.
 
     Args:
