@@ -30,6 +30,7 @@ TASKS = {  # config.task: module and function of (config, workdir)
 
 
 def main(argv):
+    """Runs the task of the config, or prints its plan."""
     del argv
     config = flags.FLAGS.config
     workdir = flags.FLAGS.workdir or f"runs/{config.name}"
@@ -50,7 +51,7 @@ def main(argv):
 
 
 def print_results(workdir):
-    """Prints what a finished task found, last of all."""
+    """Prints `results.json` of a finished task, last of all."""
     from gigatok_jax.run import processes
 
     results = epath.Path(workdir) / "results.json"
@@ -59,7 +60,7 @@ def print_results(workdir):
 
 
 def spread_over_cores(config):
-    """Small steps do not spread over cores by themselves; shares of the batch do."""
+    """Makes several devices of one CPU: small steps use more cores as shares of a batch."""
     if config.get("mesh") and config.mesh.cpu_devices != 1:
         import jax
 

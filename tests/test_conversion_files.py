@@ -139,6 +139,15 @@ def test_safetensors_are_those_of_everybody(tmp_path):
     assert metadata == {}
 
 
+def test_safetensors_that_are_not_on_a_local_disk(tmp_path, monkeypatch):
+    state = {"a": np.arange(6.0, dtype=np.float32).reshape(2, 3), "b": np.zeros((0, 2), np.int64)}
+    state["c"] = np.arange(3).astype(ml_dtypes.bfloat16)
+    safetensors_file.save(tmp_path / "x.safetensors", state, {})
+    monkeypatch.setattr(safetensors_file.os.path, "exists", lambda path: False)
+    promises, _ = safetensors_file.load(tmp_path / "x.safetensors")
+    equal({name: promises[name].read() for name in sorted(promises)}, state)
+
+
 def test_a_config_of_another_model_is_not_overwritten(tmp_path):
     model = small("prior-B")
     write.write_safetensors(tmp_path / "a.safetensors", random_state(model), model)

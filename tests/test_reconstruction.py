@@ -210,7 +210,7 @@ def test_mistakes_are_one_line(tmp_path, values, error, message):
 
 def test_nothing_readable_is_an_error(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"this is no picture")
-    with pytest.raises(DataError, match=r"1 unreadable images where 0 are allowed, first bad\.png"):
+    with pytest.raises(DataError, match=r"none of the 1 images can be read, first bad\.png"):
         run(tmp_path / "run", tmp_path)
 
 

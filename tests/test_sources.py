@@ -186,7 +186,7 @@ def test_images_at_a_path_are_those_of_a_folder_or_one_file(tmp_path, caplog):
     source = sources.images_at(tmp_path / "a.png")
     assert source.names == ["a.png"] and transforms.decode(source[0]["image"]).shape == (12, 13, 3)
     with (
-        pytest.raises(DataError, match=r"1 unreadable images where 0 are allowed, first bad\.png"),
+        pytest.raises(DataError, match=r"none of the 1 images can be read, first bad\.png"),
         pipeline.eval_batches(sources.images_at(tmp_path / "bad.png"), 12, 1) as batches,
     ):
         list(batches)

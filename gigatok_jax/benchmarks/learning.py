@@ -71,7 +71,7 @@ def main() -> None:
     options = arguments()
     with command_line.one_line_errors():
         pictures = read(options.pictures, options.size)
-        configs = {name: config(options, name) for name in options.variants}
+        configs = {name: config_of(options, name) for name in options.variants}
         check_counts(options, pictures)
         rows = []
         for name in options.variants:
@@ -142,7 +142,7 @@ def check_counts(options: argparse.Namespace, pictures: Pictures) -> None:
         raise ConfigError(f"--updates is {options.updates}, expected at least 2")
 
 
-def config(options: argparse.Namespace, variant: str) -> ml_collections.ConfigDict:
+def config_of(options: argparse.Namespace, variant: str) -> ml_collections.ConfigDict:
     """Training config of a variant; ConfigError where the sizes do not fit each other."""
     try:
         from configs import common
@@ -170,6 +170,7 @@ def config(options: argparse.Namespace, variant: str) -> ml_collections.ConfigDi
 def learn(variant: str, config: ml_collections.ConfigDict, pictures: Pictures) -> Learned:
     """Trains a variant on random batches and reconstructs the held-out pictures."""
     mesh = parallel.make_mesh(config.mesh)
+    parallel.check_batch(mesh, config.train.global_batch, config.train.micro_batches)
     parts = networks.build(config, 1)
     program = tokenizer_run.make_program(config, mesh, parts)
     phase = objective.phase_at(0, config.loss, config.codebook)
@@ -221,12 +222,12 @@ def table(rows: list[Learned], pictures: Pictures, options: argparse.Namespace) 
     mean = np.broadcast_to(pictures.train.mean(0).round().astype(np.uint8), pictures.held_out.shape)
     line = f"{metrics.psnr(pictures.held_out, mean).mean():.2f}"
     body = [*map(cells, rows), ["mean training picture", "", line, ""]]
-    settings = {k: v for k, v in vars(options).items() if k not in ("pictures", "variants", "out")}
+    shown = {k: v for k, v in vars(options).items() if k not in ("pictures", "variants", "out")}
     return (
         markdown.table([*head, "held-out PSNR, dB", "updates/s"], body)
-        + f"\n\n{jax.devices()[0].device_kind}, commit {workdir_lib.software()['commit']}, "
+        + f"\n\n{jax.devices()[0].device_kind}, commit {workdir_lib.commit() or 'unknown'}, "
         f"{len(pictures.train)} pictures to learn, {len(pictures.held_out)} held out; "
-        + ", ".join(f"{key} {value}" for key, value in settings.items())
+        + ", ".join(f"{key} {value}" for key, value in shown.items())
     )
 
 

@@ -278,11 +278,13 @@ def _read(source, index: int, size: int) -> _Record:
 
 
 def _too_many(unreadable: list[tuple[str, str]], limit: int, source: Source) -> DataError:
+    if len(unreadable) >= len(source):
+        name, reason = unreadable[0]
+        return DataError(f"none of the {len(source)} images can be read, first {name} ({reason})")
     first = ", ".join(f"{name} ({reason})" for name, reason in unreadable[:3])
-    cure = ", or raise data.max_unreadable" if len(unreadable) < len(source) else ""
     return DataError(
         f"{len(unreadable)} unreadable images where {limit} are allowed, first {first}: repair or"
-        f" remove them{cure}"
+        " remove them, or raise data.max_unreadable"
     )
 
 

@@ -29,6 +29,8 @@ FOLDER, STATE, EXTRAS, CHECKSUMS = "checkpoints", "state", "extras.json", "CHECK
 READERS = 8  # threads that read files for their checksums
 BLOCK = 1 << 24  # bytes of a file read at a time
 NO_SPACE = ("no space left", "resource_exhausted", "disk quota")  # TensorStore sets no errno
+# Arrays that states of earlier versions hold and later ones do without.
+RETIRED = ("lecam/fake", "lecam/real")
 
 
 class Checkpoints:
@@ -402,10 +404,6 @@ def _saved_tree(directory: epath.Path) -> dict[str, Any]:
     """Shapes and types of a step's arrays, nested dicts, read from its metadata."""
     tree = ocp.PyTreeCheckpointHandler().metadata(directory / STATE).tree
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
-
-
-# Arrays that states of earlier versions hold and later ones do without.
-RETIRED = ("lecam/fake", "lecam/real")
 
 
 def _check_same(directory: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:

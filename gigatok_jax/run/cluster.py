@@ -1,9 +1,9 @@
 """Several processes, mostly of several hosts, as one run: how they find each other and part.
 
-Who is who comes from the flags of `config.cluster`, or else from what a launcher leaves in the
-environment: GKE TPU, Open MPI, Slurm, Kubernetes, Cloud TPU. Before jax starts, every process tells
-process 0 what it is about to run, and all hear all: a cluster that is half there, or whose members
-differ, ends with the same line everywhere instead of a hang or several runs in one folder.
+The index of a process comes from `config.cluster`, or else from the environment of a launcher, see
+`launchers`. Before jax starts, every process sends process 0 what it is about to run, and receives
+the answers of all: an incomplete cluster, or one whose members differ, ends with the same line in
+every process instead of a hang or several runs in one folder.
 """
 
 import collections

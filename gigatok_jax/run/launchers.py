@@ -38,8 +38,8 @@ def find(flags: ml_collections.ConfigDict, env: Mapping[str, str] = os.environ) 
         env: environment variables of this process.
 
     Raises:
-        ClusterError: several tasks are shown but not enough to join them, or flags and launcher
-            disagree.
+        ClusterError: a launcher shows several tasks, but not which of them this is or where
+            process 0 is; or flags and launcher disagree.
     """
     coordinator = flags.coordinator or env.get("JAX_COORDINATOR_ADDRESS", "")
     shown = next(filter(None, (look(env) for look in LAUNCHERS)), None)

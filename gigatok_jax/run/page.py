@@ -46,9 +46,9 @@ SECTIONS = (
     Section(
         "Codebook",
         "Share of rows in use, perplexity of the choices, rows that nobody chose.",
-        ("*/codebook_usage", "*/usage", "*perplexity", "*dead*", "*codebook_reset*"),
+        ("*/codebook_usage", "*/usage", "*perplexity", "*dead*"),
     ),
-    Section("Losses", "Terms of both networks.", ("*loss*",)),
+    Section("Losses", "Sums of the weighted terms, which stand under Other.", ("*loss*",)),
     Section(
         "Optimizer",
         "Learning rates; norms of gradients, updates and parameters.",

@@ -19,9 +19,9 @@ LOST = 75  # exit status when another process is gone or stuck: the same command
 class Interrupts:
     """Notes Ctrl-C and SIGTERM, so that the loop can end between two steps.
 
-    A second signal of the same kind acts at once, with Python's own handler. Several processes
-    exchange their signals with every step and read them one step late, so all of them end after
-    the same step, whichever got the signal.
+    A second signal of the same kind acts at once, by the handler from before the run. Several
+    processes exchange their signals with every step and read them one step late, so all of them end
+    after the same step, whichever got the signal.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -21,7 +21,15 @@ from gigatok_jax.run import checkpoint, command_line, processes
 
 PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "numpy"),
-    *("ml_collections", "pillow", "scikit-learn", "tensorboardX"),
+    *(
+        "ml_collections",
+        "ml_dtypes",
+        "safetensors",
+        "clu",
+        "pillow",
+        "scikit-learn",
+        "tensorboardX",
+    ),
 )
 VARIABLES = ("XLA_FLAGS", "JAX_PLATFORMS", "LIBTPU_INIT_ARGS")
 PLACEMENT = "placement.txt"  # file that says where the arrays of a state lie

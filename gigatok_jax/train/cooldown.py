@@ -75,7 +75,7 @@ def begin(run: Run, branch: dict[str, Any]) -> tuple[Any, int]:
     state, _ = checkpoint.restore_from(branch["checkpoint"], run.program.abstract)
     if processes.is_first():
         files.write_json(run.workdir / COOLDOWN, branch)
+        print(f"the rate falls from step {branch['step']} to {run.total_steps}", flush=True)
     run.writer.truncate_after(branch["step"])
-    print(f"the rate falls from step {branch['step']} to {run.total_steps}", flush=True)
     run.checkpoints.save(branch["step"], state, run.extras)
     return state, branch["step"]

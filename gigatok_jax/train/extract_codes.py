@@ -137,8 +137,8 @@ def make_encode(tokenizer: library.Tokenizer, mesh: jax.sharding.Mesh) -> Callab
     @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
     def encode(params, images):
         flat = images.reshape(-1, *images.shape[2:])
-        codes = library.encode(params, flat, tokenizer.config)
-        return codes.reshape(*images.shape[:2], -1)
+        encoded = library.encode(params, flat, tokenizer.config)
+        return encoded.reshape(*images.shape[:2], -1)
 
     return encode
 

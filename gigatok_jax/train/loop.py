@@ -49,6 +49,8 @@ class Run:
         state: after `done` updates.
         done: updates so far.
         over: whether the run and its results were complete when it was opened.
+        total_steps: updates of the whole run.
+        checkpoints, writer, timer, watchdog: made from the config; `close` closes them.
     """
 
     config: ml_collections.ConfigDict
@@ -64,6 +66,7 @@ class Run:
 
     def __post_init__(self):
         config, self.total_steps = self.config, total_steps(self.config)
+        self._profile = Profile(config.profile, self.workdir)  # refuses a wrong span first
         keep, milestone_every = config.save.keep, config.save.milestone_every
         self.checkpoints = checkpoint.Checkpoints(self.workdir, keep, milestone_every)
         self.writer = metric_writer.MetricWriter(
@@ -71,7 +74,6 @@ class Run:
         )
         self.timer = metric_writer.StepTimer()
         self.watchdog = Watchdog(config.cluster.hang_minutes)
-        self._profile = Profile(config.profile, self.workdir)
         self._late, self._stopping = LateScalars(), False
         self._inside = contextlib.ExitStack()  # closed when the loop ends, whatever ends it
 
@@ -84,9 +86,9 @@ class Run:
         Yields:
             The arrays that `program.batch` names; without names the images.
         """
+        stream = self._inside.enter_context(stream)  # is closed also if nothing is left to do
         if self.over:
             return
-        stream = self._inside.enter_context(stream)
         self._inside.enter_context(self._profile)
         self._inside.enter_context(self.watchdog)
         catch_up(self)
@@ -124,9 +126,8 @@ class Run:
 
     def close(self) -> None:
         """Ends the loop's threads and processes, waits for the save in progress, closes files."""
-        self._inside.close()
-        self.writer.close()
-        self.checkpoints.close()
+        with contextlib.closing(self.checkpoints), contextlib.closing(self.writer):
+            self._inside.close()
 
 
 @contextlib.contextmanager
@@ -149,7 +150,7 @@ def open_run(
         begin: makes the first state and the updates it has behind it; None starts from nothing.
 
     Raises:
-        ConfigError: the workdir belongs to a run of another config.
+        ConfigError: the workdir belongs to a run of another config, or `profile` is no span.
         CheckpointError: all checkpoints are damaged, or the newest is of another model.
         SystemExit: after a signal, once the state is saved; status 128 + the signal's number.
     """
@@ -327,7 +328,9 @@ class LateScalars:
     def __init__(self):
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
 
-    def push(self, step: int, scalars: Mapping[str, jax.Array]):
+    def push(
+        self, step: int, scalars: Mapping[str, jax.Array]
+    ) -> tuple[int, dict[str, float]] | None:
         """Takes the arrays of a step that was started; gives the step before it, or None."""
         ready, self._pending = self.pop(), (step, scalars)
         return ready
@@ -336,7 +339,7 @@ class LateScalars:
         """Waits for the last step: its number and its finite values.
 
         Raises:
-            NonFiniteError: a value is not a number or infinite; the first such name is told.
+            NonFiniteError: a value is not a number or infinite; the error names the first.
         """
         if self._pending is None:
             return None

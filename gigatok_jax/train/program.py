@@ -48,7 +48,7 @@ class Program:
         """The state after one update, and its named scalars f32[]; the old state is donated.
 
         Raises:
-            ConfigError: not even one image at a time and device fits the memory.
+            ConfigError: the step does not fit the memory, and the batch cannot be cut further.
         """
         if phase not in self._compiled:
             self._compiled[phase] = self._fit(phase)
@@ -86,11 +86,11 @@ class Program:
         return jax.tree.leaves(self.batch)[0].shape[0]
 
     def _check_divisible(self, count: int, needed: int, limit: int) -> None:
-        """Refuses to cut a batch whose micro-batches hold one image per device already."""
+        """Refuses to cut a batch that twice as many micro-batches do not divide."""
         if self._global_batch % (parallel.batch_shards(self.mesh) * count * 2):
             raise ConfigError(
                 f"a step needs {needed / 2**30:.1f} GiB of {limit / 2**30:.1f} GiB even in"
-                f" {count} micro-batches: lower train.global_batch or set train.remat"
+                f" {count} micro-batch(es): lower train.global_batch or set train.remat"
             )
 
 

@@ -105,14 +105,12 @@ def make(
         `step(state, images, frozen, phase)` with uint8 images [b h w 3] to the next state and
         {name: f32[]}; `phase` is static.
     """
-
     out = {} if sharding is None else {"out_shardings": (sharding, None)}
 
     @functools.partial(jax.jit, donate_argnums=0, static_argnames="phase", **out)
     def step(state: TokenizerState, images: jax.Array, frozen, phase: Phase):
         grads = gradients(state, images, frozen, phase, networks, config, groups, micro_batches)
-        state, scalars = _update(state, grads, optimizers, config, phase)
-        return state, scalars
+        return _update(state, grads, optimizers, config, phase)
 
     return step
 

@@ -72,7 +72,8 @@ class Weights(NamedTuple):
     state: "Arrays"  # the original's names
     kind: str  # "tokenizer" or "prior"
     config: ml_collections.ConfigDict  # of the model
-    extras: dict[str, Any]  # "step", "weights" ("ema" or "raw"), "tokenizer" of a prior, "path"
+    # JSON values beside the tensors; always "path", "step", "weights" ("ema", "raw"), "tokenizer".
+    extras: dict[str, Any]
 
 
 class Arrays(Mapping):
@@ -132,8 +133,8 @@ def _load_run(path: epath.Path, kind: str, weights: str, dtype, sharding) -> Loa
     def type_of(path: str):
         return dtype(path.partition("/")[2])  # without the name of the entry
 
-    copy_of, extras = checkpoint.load_params(path, (entries,), sharding, type_of)
-    ((name, tree),) = copy_of.items()
+    loaded, extras = checkpoint.load_params(path, (entries,), sharding, type_of)
+    ((name, tree),) = loaded.items()
     if "model" not in extras.get("config", {}):
         raise CheckpointError(f"{path} has no config of a model beside its arrays: is it of a run?")
     config = ml_collections.ConfigDict(extras["config"]["model"])
@@ -158,15 +159,15 @@ def _moved(tree: dict) -> dict:
 
 def _load_state(path: epath.Path, kind: str, weights: str, dtype, sharding) -> Loaded:
     """Loads a state dict under the original's names; its file is mapped, tensor by tensor."""
-    copy = read(path, weights)
-    _check_kind(path, copy.kind, kind)
-    leaves = names.leaves(copy.state.promises, tables.entries(copy.config))
+    opened = read(path, weights)
+    _check_kind(path, opened.kind, kind)
+    leaves = names.leaves(opened.state.promises, tables.entries(opened.config))
     params = {
         name: _placed(name, leaf.read(), dtype(name), sharding) for name, leaf in leaves.items()
     }
-    about = _about(copy.extras)
-    about["training"].setdefault("weights", copy.extras["weights"])
-    return Loaded(trees.unflatten(params), copy.config, about)
+    about = _about(opened.extras)
+    about["training"].setdefault("weights", opened.extras["weights"])
+    return Loaded(trees.unflatten(params), opened.config, about)
 
 
 def _check_kind(path: epath.Path, kind: str, expected: str) -> None:

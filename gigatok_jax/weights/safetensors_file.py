@@ -14,7 +14,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import safetensors.numpy
+import safetensors
 from etils import epath
 
 from gigatok_jax.errors import CheckpointError
@@ -68,7 +68,13 @@ def _reader(path: epath.Path) -> Callable[[str], np.ndarray]:
     """Function that reads a tensor by name; a file that is not on a local disk is read at once."""
     if os.path.exists(path):
         return safetensors.safe_open(path, framework="numpy").get_tensor
-    return safetensors.numpy.load(path.read_bytes()).__getitem__
+    tensors = dict(safetensors.deserialize(path.read_bytes()))  # its numpy module lacks bfloat16
+
+    def read(name: str) -> np.ndarray:
+        tensor = tensors[name]
+        return np.ndarray(tuple(tensor["shape"]), _DTYPES[tensor["dtype"]], tensor["data"])
+
+    return read
 
 
 def _header(path: epath.Path) -> tuple[dict[str, Any], int]:
