@@ -20,6 +20,7 @@ from configs import extract_codes as config_file
 from gigatok_jax import library
 from gigatok_jax.data import codes, codes_file, sources, transforms
 from gigatok_jax.errors import CheckpointError, ConfigError, DataError
+from gigatok_jax.models import tokenizer as tokenizer_lib
 from gigatok_jax.train import extract_codes
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -84,7 +85,7 @@ def whole(folder, tmp_path_factory):
 
 def nearest(tokenizer, images) -> np.ndarray:
     """Codes by float64 distances to every row: int[b n], and the gap to the second."""
-    module = library.tokenizer_lib.make(tokenizer.config)
+    module = tokenizer_lib.make(tokenizer.config)
     pixels = images.astype(np.float32) / 127.5 - 1
     latents = module.apply({"params": tokenizer.params}, pixels, method="encode").latents
     rows = np.asarray(tokenizer.codebook, np.float64)
@@ -201,9 +202,8 @@ def test_a_signal_ends_between_batches(folder, whole, tmp_path, monkeypatch, num
 
 SCRIPT = """
 import sys
-sys.path.insert(0, "tests")
 import test_extract_codes, tiny
-from test_extract_codes import codes, config, extract_codes, time
+from test_extract_codes import codes_file, config, extract_codes, time
 
 cache, checkpoint, folder, workdir, pause = sys.argv[1:]
 write = codes_file.CodesWriter.write
@@ -222,7 +222,7 @@ def killed(folder, workdir, moments, rng):
     arguments = [str(x) for x in (tiny.session() / "cache", checkpoint(), folder, workdir)]
     command = [sys.executable, "-c", SCRIPT, *arguments]
     # Two devices share its batches; the codes are those of one.
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"PYTHONPATH": tiny.PYTHONPATH, "JAX_PLATFORMS": "cpu"}
     environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
     parts = workdir / "parts.jsonl"
     for seen in moments:
