@@ -1,4 +1,4 @@
-"""GigaTok image tokenizers and autoregressive priors in JAX."""
+"""Package of GigaTok image tokenizers and autoregressive priors in JAX."""
 
 import importlib
 from typing import TYPE_CHECKING

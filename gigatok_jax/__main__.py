@@ -1,4 +1,4 @@
-"""`python -m gigatok_jax`: what there is to run."""
+"""Command `python -m gigatok_jax`: prints which commands the package has."""
 
 import gigatok_jax
 

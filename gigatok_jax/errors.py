@@ -1,4 +1,7 @@
-"""Exceptions of the library, which `main.py` turns into one line and exit status 1, and checks."""
+"""Exceptions of the library and a check of values that raises one of these exceptions.
+
+`main.py` turns an exception of the library into one line and exit status 1.
+"""
 
 import difflib
 from collections.abc import Iterable
@@ -6,39 +9,39 @@ from typing import Any
 
 
 class GigatokError(Exception):
-    """Base of every error that names something the caller can change."""
+    """Base class of the library's exceptions, each for a cause that the caller can change."""
 
 
 class ConfigError(GigatokError, ValueError):
-    """A configuration value that does not exist, has the wrong type or cannot work."""
+    """Exception for a configuration value that is unknown, has the wrong type or cannot work."""
 
 
 class ClusterError(GigatokError):
-    """Processes that cannot run as one."""
+    """Exception for processes of a cluster that cannot run as one job."""
 
 
 class DataError(GigatokError):
-    """Images or folders that cannot be read or used."""
+    """Exception for input data, such as images, codes or folders, that cannot be read or used."""
 
 
 class CheckpointError(GigatokError):
-    """A checkpoint that is missing, damaged, or of another model."""
+    """Exception for a checkpoint that cannot be used: missing, damaged, or of another model."""
 
 
 class MissingWeightsError(GigatokError, FileNotFoundError):
-    """Weights of a frozen network that are not on this machine."""
+    """Exception for weights of a frozen network that are not on this machine."""
 
 
 class NonFiniteError(GigatokError, FloatingPointError):
-    """A loss or gradient that is no longer a number."""
+    """Exception for a loss or gradient that is infinite or not a number."""
 
 
 class ImmutableError(GigatokError, AttributeError):
-    """An attempt to change an object that other threads may be using."""
+    """Exception for an attempt to change an object that other threads may be using."""
 
 
 def one_of(name: str, value: Any, known: Iterable[Any]) -> None:
-    """Refuses a value that is not among the known ones.
+    """Raises ConfigError if a value is not among the known values.
 
     Args:
         name: how the value is set, such as "train.dtype".
@@ -55,11 +58,11 @@ def one_of(name: str, value: Any, known: Iterable[Any]) -> None:
 
 
 def near(word: Any, known: Iterable[Any], *, count: int = 1, cutoff: float = 0.6) -> str:
-    """A hint to end an error with: "; did you mean 'cosine'?", or "" if nothing known is similar.
+    """Returns "; did you mean 'cosine'?" to end an error with, or "" if no known word is similar.
 
     Args:
-        word: what was given.
-        known: what would have worked.
+        word: the value of the caller.
+        known: every value that works.
         count: largest number of suggestions.
         cutoff: smallest similarity of a suggestion, in [0, 1].
     """

@@ -1,4 +1,4 @@
-"""Small files that are either whole or not there."""
+"""Reading of small files, and writing that leaves a file whole or not at all."""
 
 import contextlib
 import io
@@ -11,13 +11,16 @@ from etils import epath
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """The path from the root on, "~" being the home of the user."""
+    """Returns the absolute path, with "~" replaced by the home of the user."""
     return epath.Path(path).expanduser().absolute()
 
 
 @contextlib.contextmanager
 def draft(path: epath.PathLike) -> Iterator[IO[bytes]]:
-    """A file to write to that takes its place once it is whole; its folder exists."""
+    """Opens a temporary file for writing that replaces `path` when the context ends without error.
+
+    The folder of `path` has to exist.
+    """
     path = epath.Path(path)
     beside = path.parent / f"{path.name}.tmp"
     with beside.open("wb") as file:
@@ -29,21 +32,26 @@ def draft(path: epath.PathLike) -> Iterator[IO[bytes]]:
 
 
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
-    """Replaces a file; a crash at any moment leaves the old one or the new one, never a part.
+    """Writes a whole file; a crash at any moment leaves its old or its new content, never a part.
 
     Args:
-        path: any path that epath knows; its folder exists.
-        data: the whole content.
+        path: any path that epath knows; its folder has to exist.
+        data: the whole content of the file.
     """
     with draft(path) as file:
         file.write(data)
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
-    """Writes `value` as indented JSON through `write_bytes`; its dicts keep their order."""
+    """Writes `value` to a whole file as indented JSON; dicts keep the order of their keys."""
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def read_json(path: epath.PathLike) -> Any:
-    """Value of a JSON file; ValueError when it is not JSON, OSError when it cannot be read."""
+    """Reads a JSON file and returns its value.
+
+    Raises:
+        ValueError: the file is not JSON.
+        OSError: the file cannot be read.
+    """
     return json.loads(epath.Path(path).read_text())

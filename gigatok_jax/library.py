@@ -1,4 +1,4 @@
-"""Trained models as objects, and their pure functions for use inside other programs.
+"""Trained tokenizers and priors as objects, the loading of both, and checks of their inputs.
 
 Axes: b batch of any size, h w pixels, n codes of an image.
 """
@@ -64,7 +64,7 @@ class _Model:
             dtype: type of parameters and computation, one of `TYPES`; None is float32.
             step: step of the checkpoint that the parameters come from.
             training: JSON values about the training, which `save` keeps.
-            **fields: attributes of a kind of model.
+            **fields: further attributes, which differ between the kinds of model.
 
         Raises:
             ConfigError: the config describes another kind, or the dtype is not one of `TYPES`.
@@ -84,7 +84,7 @@ class _Model:
 
     @property
     def params(self) -> dict[str, Any]:
-        """Nested dict of arrays: each call gives a new dict, so changing it changes no model."""
+        """Parameters as a new nested dict of arrays; a change of the dict changes no model."""
         return jax.tree.map(lambda x: x, self._params)
 
     @property
@@ -98,10 +98,10 @@ class _Model:
 
 
 class Tokenizer(_Model):
-    """A trained tokenizer: images to codes and back, in batches of any size.
+    """Trained tokenizer: turns images into codes and codes into images, in batches of any size.
 
-    Immutable and safe to share between threads. A batch is cut and padded to powers of two up to
-    64, so that few programs are compiled.
+    A tokenizer is immutable and safe to share between threads. A batch is cut and padded to powers
+    of two up to 64, so that few programs are compiled.
     """
 
     KIND = "tokenizer"
@@ -123,11 +123,11 @@ class Tokenizer(_Model):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of the parameters that decide codes, 16 hex digits; same in float32 and bfloat16."""
+        """Hash of the parameters that decide codes, 16 hex digits, same in float32 and bfloat16."""
         return fingerprint({name: self._params[name] for name in CODE_PARTS})
 
     def encode(self, images: np.ndarray | jax.Array) -> jax.Array:
-        """Codes of images.
+        """Encodes images to codes.
 
         Args:
             images: uint8[b h w 3], or float[b h w 3] in [-1, 1].
@@ -143,7 +143,7 @@ class Tokenizer(_Model):
         return parallel.in_batches(run, self._params, MOST_IMAGES, images)
 
     def decode(self, codes: np.ndarray | jax.Array) -> jax.Array:
-        """Images of codes.
+        """Decodes codes to images.
 
         Args:
             codes: int[b n] in [0, codebook_size).
@@ -162,7 +162,7 @@ class Tokenizer(_Model):
     def warmup(
         self, sizes: Sequence[int] | None = None, dtype: jax.typing.DTypeLike = np.uint8
     ) -> None:
-        """Compiles `encode` and `decode`, so that later calls start at once.
+        """Compiles a tokenizer's `encode` and `decode`, so that later calls start at once.
 
         Args:
             sizes: batch sizes to compile for; None is every padded size.
@@ -173,9 +173,10 @@ class Tokenizer(_Model):
             jax.block_until_ready(self.decode(self.encode(images)))
 
     def save(self, folder: epath.PathLike, licence: str = "unknown") -> None:
-        """Writes `model.safetensors` in the original's names, `config.json` and `README.md`.
+        """Writes a tokenizer to a folder: `model.safetensors`, `config.json` and `README.md`.
 
-        `load_tokenizer(folder)` gives the same parameters, bit for bit.
+        The arrays have the original's names. `load_tokenizer(folder)` returns the same parameters,
+        bit for bit.
 
         Args:
             folder: destination, created if it does not exist.
@@ -188,7 +189,10 @@ class Tokenizer(_Model):
 
 
 class Prior(_Model):
-    """A trained prior: class labels to codes. Immutable and safe to share between threads."""
+    """Trained prior: generates codes of images from class ids.
+
+    A prior is immutable and safe to share between threads.
+    """
 
     KIND = "prior"
     trained_on: str  # fingerprint of the tokenizer whose codes the prior learned, "" if unknown
@@ -234,7 +238,7 @@ class Prior(_Model):
         top_p: float = 1.0,
         image_ids: Sequence[int] | np.ndarray | None = None,
     ) -> jax.Array:
-        """Codes of new images.
+        """Generates codes of new images of given classes.
 
         Args:
             class_ids: int[b] in [0, classes]; the number of classes itself is the null class.
@@ -273,7 +277,7 @@ class Prior(_Model):
         return parallel.in_batches(run, self._params, MOST_SEQUENCES, class_ids, image_ids)
 
     def warmup(self, sizes: Sequence[int] | None = None, **settings) -> None:
-        """Compiles `generate`, so that later calls start at once.
+        """Compiles a prior's `generate`, so that later calls start at once.
 
         Args:
             sizes: batch sizes to compile for; None is every padded size, up to 256.
@@ -284,7 +288,10 @@ class Prior(_Model):
             jax.block_until_ready(self.generate(np.zeros(size, np.int32), **settings))
 
     def save(self, folder: epath.PathLike, licence: str = "unknown") -> None:
-        """Writes `model.safetensors`, `config.json` and `README.md`; see `Tokenizer.save`."""
+        """Writes a prior to a folder: `model.safetensors`, `config.json`, `README.md`.
+
+        Arguments and errors are those of `Tokenizer.save`; `load_prior(folder)` reads the folder.
+        """
         self._save(folder, licence, tokenizer=self.trained_on, class_names=self.class_names)
 
 
@@ -321,9 +328,9 @@ def load_prior(
     sharding: jax.sharding.Sharding | jax.Device | None = None,
     weights: Literal["auto", "ema", "raw"] = "auto",
 ) -> Prior:
-    """Loads the prior of a checkpoint; arguments and errors as for `load_tokenizer`.
+    """Loads the prior of a checkpoint; arguments and errors are those of `load_tokenizer`.
 
-    `weights="auto"` is the trained copy, which the original evaluates, not the EMA.
+    Here `weights="auto"` is the trained copy, which the original evaluates, not the EMA copy.
     """
     params, config, about = _load(path, "prior", dtype, sharding, weights)
     return Prior(
@@ -347,10 +354,10 @@ def _load(path, kind: str, dtype, sharding, weights: str) -> read.Loaded:
 
 
 def fingerprint(params: Mapping[str, Any]) -> str:
-    """Hash of parameters, 16 hex digits, over names, shapes and values rounded to bfloat16.
+    """Computes a hash of parameters, 16 hex digits, from names, shapes and values in bfloat16.
 
-    The collection "buffers" does not count. Arrays may be divided over processes; all processes
-    then call this function.
+    The collection "buffers" is left out. Arrays may be divided over processes; all processes then
+    call this function.
     """
     digest = hashlib.blake2b(digest_size=8)
     hashed = {name: tree for name, tree in params.items() if name != "buffers"}
@@ -386,7 +393,7 @@ def _checked_ids(ids, limit: int, what: str) -> np.ndarray:
 
 
 def _checked_images(images, size: int) -> np.ndarray | jax.Array:
-    """Images as a tokenizer takes them, uint8 or float32; refuses others."""
+    """Returns images of the right shape as uint8 or float32; raises DataError for other images."""
     if not isinstance(images, jax.Array) or isinstance(images, jax.core.Tracer):
         images = _on_host(images, "encode(params, images, config)")
     if images.ndim != 4 or images.shape[1:] != (size, size, 3):
@@ -405,7 +412,12 @@ def _on_host(array, pure: str) -> np.ndarray:
 
 
 def _check_parts(params: Mapping[str, Any], config: ModelConfig, kind: str) -> None:
-    """Refuses a config or parameters that do not belong to a model of this kind."""
+    """Checks that config and parameters belong to a kind of model, "tokenizer" or "prior".
+
+    Raises:
+        ConfigError: the config is of another kind.
+        CheckpointError: a part of the parameters is missing.
+    """
     if family(config) != kind:
         raise ConfigError(f"the config is of a {family(config)}, expected one of a {kind}")
     if missing := [name for name in PARTS[kind] if name not in params]:
@@ -425,12 +437,12 @@ def _checked_type(dtype) -> np.dtype:
 
 
 def _type_of(path: str, dtype: np.dtype) -> np.dtype:
-    """Dtype of a parameter by its path: the codebook stays float32, as distances to it are."""
+    """Returns the dtype of a parameter by path: float32 for codebook and buffers, else `dtype`."""
     return np.dtype(np.float32) if path.startswith(("quantizer/", "buffers/")) else dtype
 
 
 def _on_devices(params: Mapping[str, Any], dtype) -> dict[str, Any]:
-    """Parameters in a dtype: numpy arrays are copied to the default device, others stay put."""
+    """Casts parameters to a dtype, and copies numpy arrays among them to the default device."""
     dtype = _checked_type(dtype)
 
     def to_device(keys, leaf):

@@ -1,4 +1,4 @@
-"""Losses as functions of arrays, computed in float32, without models and weights.
+"""Training losses as functions of arrays, computed in float32, without models and weights.
 
 Axes: b batch, t tokens or positions, c features, n latent tokens, e codebook width, v codes.
 """
@@ -12,7 +12,7 @@ ADVERSARIAL = ("hinge", "vanilla", "non_saturating")
 
 
 def reconstruction(images: jax.Array, reconstructed: jax.Array) -> jax.Array:
-    """Mean squared difference of pixels.
+    """Computes the mean squared difference between the pixels of images and reconstructions.
 
     Args:
         images: float[b h w 3] in [-1, 1].
@@ -25,7 +25,7 @@ def reconstruction(images: jax.Array, reconstructed: jax.Array) -> jax.Array:
 
 
 def adversarial_generator(logits_fake: jax.Array, kind: str = "hinge") -> jax.Array:
-    """Adversarial loss of the generator, from the discriminator's logits on its output.
+    """Computes the generator's adversarial loss from the discriminator's logits on its output.
 
     "hinge" is -mean(logits), without bounds. "non_saturating" is mean(-log D), >= 0. "vanilla" is
     the minimax form mean(log(1 - D)), <= 0, whose gradient fades while the discriminator wins.
@@ -54,7 +54,7 @@ def adversarial_generator(logits_fake: jax.Array, kind: str = "hinge") -> jax.Ar
 def adversarial_discriminator(
     logits_real: jax.Array, logits_fake: jax.Array, kind: str = "hinge"
 ) -> jax.Array:
-    """Adversarial loss of the discriminator, the mean of its losses on real and fake images.
+    """Computes the discriminator's adversarial loss, the mean of the real and the fake loss.
 
     "vanilla" and "non_saturating" differ only in the generator's loss: for the discriminator both
     are the cross-entropy.
@@ -70,7 +70,7 @@ def adversarial_discriminator(
     Raises:
         ConfigError: `kind` is unknown.
 
-    Source: as `adversarial_generator`; the factor 1/2 as in arXiv:2012.09841.
+    Source: hinge arXiv:1705.02894; cross-entropy arXiv:1406.2661; factor 1/2 arXiv:2012.09841.
     """
     one_of("kind", kind, ADVERSARIAL)
     penalty = jax.nn.softplus if kind != "hinge" else lambda x: jax.nn.relu(1.0 + x)
@@ -79,7 +79,9 @@ def adversarial_discriminator(
 
 
 def codebook_loss(rows: jax.Array, inputs: jax.Array) -> jax.Array:
-    """Mean squared distance of rows to latents, with a gradient to the codebook alone.
+    """Computes the mean squared difference of codebook rows and latents, to train the codebook.
+
+    The latents get no gradient.
 
     Args:
         rows: f32[b n e], the chosen rows with their gradient to the codebook.
@@ -94,9 +96,16 @@ def codebook_loss(rows: jax.Array, inputs: jax.Array) -> jax.Array:
 
 
 def commitment_loss(rows: jax.Array, inputs: jax.Array) -> jax.Array:
-    """Mean squared distance of rows to latents, with a gradient to the encoder alone.
+    """Computes the mean squared difference of codebook rows and latents, to train the encoder.
 
-    Arguments and result as for `codebook_loss`.
+    The rows get no gradient.
+
+    Args:
+        rows: f32[b n e], the chosen rows.
+        inputs: f32[b n e], the latents before quantization.
+
+    Returns:
+        f32[], >= 0.
 
     Source: arXiv:1711.00937, eq. 3, third term (mean over all elements, without its beta).
     """
@@ -104,7 +113,9 @@ def commitment_loss(rows: jax.Array, inputs: jax.Array) -> jax.Array:
 
 
 def alignment_loss(features: jax.Array, teacher: jax.Array) -> jax.Array:
-    """Minus the mean cosine similarity of features to a teacher's; no gradient to the teacher.
+    """Computes minus the mean cosine similarity of decoder features and a teacher's features.
+
+    The teacher gets no gradient.
 
     Args:
         features: float[b t c], decoder features after the alignment MLP.
@@ -125,7 +136,7 @@ def alignment_loss(features: jax.Array, teacher: jax.Array) -> jax.Array:
 
 
 def feature_loss(decoded: jax.Array, encoded: jax.Array) -> jax.Array:
-    """Mean squared distance of the decoder transformer's output to the CNN encoder's features.
+    """Computes the mean squared difference of decoder transformer output and CNN encoder features.
 
     Args:
         decoded: float[b h w c], the CNN decoder's input on the full path.
@@ -139,7 +150,7 @@ def feature_loss(decoded: jax.Array, encoded: jax.Array) -> jax.Array:
 
 
 def cross_entropy(logits: jax.Array, codes: jax.Array) -> jax.Array:
-    """Negative log-probability of each code, in nats.
+    """Computes the cross-entropy, the negative log-probability of each code, in nats.
 
     A comparison selects the logit of the code, not an index: the gradient is then one pass over
     the logits, without a scatter.
@@ -157,9 +168,9 @@ def cross_entropy(logits: jax.Array, codes: jax.Array) -> jax.Array:
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """Rows divided by their norm.
+    """Divides vectors along the last axis by their norm.
 
-    The squared norm is bounded before the root, so that zero rows have a finite gradient.
+    The squared norm is bounded before the root, so that zero vectors have a finite gradient.
     """
     x = _float32(x)
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Sizes and options of every model, as tables and plain ConfigDicts, without jax."""
+"""Sizes and options of every model as tables and ConfigDicts, and their checks, without jax."""
 
 import math
 
@@ -66,7 +66,7 @@ class ModelConfig(ml_collections.FrozenConfigDict):
 
 
 def tokenizer(**overrides) -> ml_collections.ConfigDict:
-    """Config of a tokenizer; the defaults are the options of the published 1D models.
+    """Makes the config of a tokenizer; the defaults are the options of the published 1D models.
 
     Args:
         **overrides: values of fields, by name.
@@ -103,10 +103,10 @@ def tokenizer(**overrides) -> ml_collections.ConfigDict:
 
 
 def prior(**overrides) -> ml_collections.ConfigDict:
-    """Config of an autoregressive prior; the defaults are the published prior of 111M parameters.
+    """Makes the config of an autoregressive prior, by default the published one of 111M parameters.
 
     Args:
-        **overrides: values of fields, by name; `kv_heads` follows `heads` if it is not among them.
+        **overrides: values of fields, by name; `kv_heads` equals `heads` unless set here too.
 
     Raises:
         ConfigError: a field is unknown, or no such model can be built.
@@ -133,7 +133,7 @@ def prior(**overrides) -> ml_collections.ConfigDict:
 
 
 def model_config(name: str, **overrides) -> ml_collections.ConfigDict:
-    """Config of a published model: "S-S" ... "XL-XXL", "S-S-2D" ..., "prior-B" ... "prior-7B".
+    """Makes the config of a published model: "S-S", "S-S-2D", "prior-B" and so on.
 
     Args:
         name: a key of `TOKENIZERS` or `PRIORS`.
@@ -166,26 +166,27 @@ def _override(config, overrides):
 
 
 def family(model: ml_collections.ConfigDict) -> str:
-    """Family of a model: "prior", or "tokenizer" for both the 1D and the 2D kind."""
+    """Returns the family of a model: "prior", or "tokenizer" for both the 1D and the 2D kind."""
     return "prior" if model.kind == "prior" else "tokenizer"
 
 
 def grid_size(model: ml_collections.ConfigDict) -> int:
-    """Number of tokens along one side of a tokenizer's image grid."""
+    """Returns the number of tokens along one side of a tokenizer's image grid."""
     return model.image_size // model.patch_size
 
 
 def num_tokens(model: ml_collections.ConfigDict) -> int:
-    """Number of codes that a tokenizer makes of one image."""
+    """Returns the number of codes that a tokenizer makes of one image."""
     return model.latent_tokens if model.kind == "1d" else grid_size(model) ** 2
 
 
 def validate(model: ml_collections.ConfigDict) -> None:
-    """Refuses a tokenizer or prior that cannot be built; the message says what to change.
+    """Raises ConfigError if a tokenizer or prior cannot be built; the message says what to change.
 
     Raises:
-        ConfigError: a choice is unknown, a count is below 1, the image does not fit the grid, the
-            pooled queries cannot have so many latent tokens, or heads do not divide the width.
+        ConfigError: a choice is unknown, a count is below 1 or no power of two or multiple where
+            that is needed, or fields do not fit together, such as image and patches, latent tokens
+            and pooled queries, or heads and width.
     """
     is_prior = family(model) == "prior"
     for field, choices in (_PRIOR_CHOICES if is_prior else _CHOICES).items():
@@ -241,7 +242,7 @@ def _validate_grid(model) -> None:
 
 
 def _validate_levels(model) -> None:
-    """Refuses queries by levels where the finest level does not divide the grid."""
+    """Raises ConfigError if the levels of pooled queries do not fit latent tokens and grid."""
     n, grid = model.latent_tokens, grid_size(model)
     if model.decoder_query_init in ("last_level", "multi_level") and n < 2:
         raise ConfigError(
@@ -260,7 +261,9 @@ def _validate_levels(model) -> None:
 
 
 def pooled_grids(latent_tokens: int) -> list[tuple[int, int]]:
-    """Grid (columns, rows) of each level of pooled queries; the areas sum to `latent_tokens`.
+    """Returns the grid (columns, rows) of each level of pooled queries.
+
+    Areas sum to `latent_tokens`.
 
     The areas are 1, 1, 2, 4, ...: columns double first, and the first two levels are both the mean
     of the whole image grid.

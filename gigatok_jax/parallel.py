@@ -1,4 +1,4 @@
-"""Meshes, and the placement of parameters and batches on them.
+"""Meshes of devices, and the placement of parameters and batches on a mesh.
 
 Axes of a mesh: data (replicas), fsdp (sharded state), tensor (split matrices). A table of rules for
 each kind of model says which dimensions of a parameter are divided; its average and its moments in
@@ -31,7 +31,7 @@ LARGE = 1 << 20  # elements from which on `placement` lists an array
 
 
 class Rule(NamedTuple):
-    """Division of the arrays whose path ends in a pattern."""
+    """Record of the mesh axes that divide the arrays whose path ends in a pattern."""
 
     pattern: str  # regular expression of the end of a path
     axes: tuple[
@@ -68,7 +68,7 @@ RULES = {
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh over all devices, with the sizes of `config.mesh`.
+    """Makes the mesh of a run over all devices, with the sizes of `config.mesh`.
 
     Args:
         config: `config.mesh`: a size for each of `AXES`, one of which may be -1, and `dcn`, the
@@ -100,7 +100,7 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
 
 
 def axis_sizes(config: ConfigDict, count: int) -> dict[str, int]:
-    """Size of each mesh axis over `count` devices; a -1 in `config.mesh` is filled in.
+    """Returns the size of each mesh axis over `count` devices; fills in a -1 of `config.mesh`.
 
     Raises:
         ConfigError: the sizes do not multiply to `count`, or `dcn` does not divide the data axis.
@@ -124,25 +124,26 @@ def axis_sizes(config: ConfigDict, count: int) -> dict[str, int]:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Sharding with the whole array on every device."""
+    """Returns the sharding that keeps the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split_batch(mesh: Mesh) -> NamedSharding:
-    """Sharding with the examples divided over the axes data and fsdp."""
+    """Returns the sharding that divides the examples of a batch over the axes data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Number of shards that a batch is divided into."""
+    """Returns the number of shards that a batch is divided into on a mesh."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def check_batch(mesh: Mesh, global_batch: int, micro_batches: int) -> None:
-    """Refuses a batch that the devices and micro-batches do not divide.
+    """Raises ConfigError if the devices and micro-batches do not divide the global batch.
 
     Raises:
-        ConfigError: the global batch is no multiple of both; the message says of what.
+        ConfigError: the global batch is no multiple of shards times micro-batches, or either is
+            below 1.
     """
     if micro_batches < 1:
         raise ConfigError(f"train.micro_batches is {micro_batches}, expected at least 1")
@@ -155,12 +156,12 @@ def check_batch(mesh: Mesh, global_batch: int, micro_batches: int) -> None:
 
 
 def global_array(local: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """Global array assembled from the rows that each process holds."""
+    """Assembles a global array with a sharding from the rows that each process holds."""
     return jax.make_array_from_process_local_data(sharding, local)
 
 
 class Share(NamedTuple):
-    """Share of every batch that a process reads."""
+    """Record of which share of every batch a process reads."""
 
     index: int  # in [0, count)
     count: int  # shares of a batch
@@ -168,7 +169,9 @@ class Share(NamedTuple):
 
 
 def share(mesh: Mesh) -> Share:
-    """Share of a batch that this process reads; processes that split only matrices share one.
+    """Returns which share of every batch this process reads.
+
+    Processes that differ only in their parts of matrices read the same share.
 
     Raises:
         ConfigError: the mesh divides batches unevenly among the processes.
@@ -191,13 +194,13 @@ def share(mesh: Mesh) -> Share:
 
 
 def local_rows(array: jax.Array) -> np.ndarray:
-    """Rows of a `split_batch` array that this process contributed, in their order."""
+    """Returns the rows of a `split_batch` array that lie on this process's devices, in order."""
     shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
     return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
 def rules_of(config: ConfigDict) -> tuple[Rule, ...]:
-    """Rules of a run: first those of `config.mesh.rules`, then the table of its model's kind.
+    """Returns the sharding rules of a run: those of `config.mesh.rules`, then its model's table.
 
     Raises:
         ConfigError: a rule of the config cannot be read.
@@ -208,7 +211,10 @@ def rules_of(config: ConfigDict) -> tuple[Rule, ...]:
 
 
 def _read_rule(text: str) -> Rule:
-    """Rule of a text like "decoder/.*/kernel=fsdp,-": an axis or "-" for each last dimension."""
+    """Reads a sharding rule from text like "decoder/.*/kernel=fsdp,-".
+
+    The text has an axis, or "-" for none, for each of the last dimensions.
+    """
     pattern, _, names = text.strip().partition("=")
     axes = tuple(None if name.strip() == "-" else name.strip() for name in names.split(","))
     if not pattern or not set(axes) - {None} <= set(AXES):
@@ -224,7 +230,7 @@ def _read_rule(text: str) -> Rule:
 
 
 def shardings(tree: Any, mesh: Mesh, rules: tuple[Rule, ...]) -> Any:
-    """Sharding of every array of a state, as a tree like the state.
+    """Returns the sharding of every array of a state, by rules, as a tree like the state.
 
     Args:
         tree: arrays or `jax.ShapeDtypeStruct`; a rule matches the end of a path, so moments and
@@ -253,7 +259,10 @@ def shardings(tree: Any, mesh: Mesh, rules: tuple[Rule, ...]) -> Any:
 
 
 def with_shardings(tree: Any, where: Any) -> Any:
-    """Shapes of a tree of arrays, each with its sharding of `where`: one for all, or a tree."""
+    """Returns a tree of `jax.ShapeDtypeStruct` like a tree of arrays, with shardings.
+
+    `where` is one sharding for all arrays, or a tree of shardings.
+    """
     if isinstance(where, jax.sharding.Sharding):
         where = jax.tree.map(lambda _: where, tree)
 
@@ -277,12 +286,12 @@ def _spec(path: str, shape: tuple[int, ...], rule: Rule, mesh: Mesh) -> Partitio
 
 
 def state_shardings(state: Any, mesh: Mesh, config: ConfigDict) -> Any:
-    """Sharding of every array of a run's state, by its rules and `train.ema_memory`."""
+    """Returns the sharding of every array of a run's state, by its rules and `train.ema_memory`."""
     return place_average(shardings(state, mesh, rules_of(config)), mesh, config)
 
 
 def place_average(shardings: Any, mesh: Mesh, config: ConfigDict) -> Any:
-    """Shardings of a state with its averaged copy in the memory `config.train.ema_memory`.
+    """Returns a state's shardings with the averaged copy in the memory `config.train.ema_memory`.
 
     Raises:
         ConfigError: the memory is none of `MEMORY`, or these devices do not have it.
@@ -304,7 +313,7 @@ def place_average(shardings: Any, mesh: Mesh, config: ConfigDict) -> Any:
 
 
 def to_device(tree: Any) -> Any:
-    """The same tree with arrays in the host's memory copied to their devices."""
+    """Copies a tree's arrays that are in host memory to their devices; returns the whole tree."""
     return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("device")), tree)
 
 
@@ -317,7 +326,7 @@ class _Placed:
 
 
 def placement(tree: Any) -> list[str]:
-    """Lines of a table of the arrays of over a million elements of a state with shardings.
+    """Makes a table, as lines, of the arrays of at least 2^20 elements of a sharded state.
 
     Columns: path, shape, the mesh axis that divides each dimension, MiB that each device holds.
     """
@@ -331,12 +340,12 @@ def placement(tree: Any) -> list[str]:
 
 
 def _shard_bytes(leaf) -> int:
-    """Bytes of an array on each of its devices."""
+    """Returns the number of bytes that an array takes on each of its devices."""
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Bytes of a sharded state in the memory of each device."""
+    """Returns the number of bytes that a sharded state takes in each device's memory."""
     return sum(
         _shard_bytes(leaf)
         for leaf in jax.tree.leaves(tree)
@@ -349,7 +358,7 @@ def _on_host(leaf) -> bool:
 
 
 def auto_mesh(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
-    """The same sharding with every mesh axis `AxisType.Auto`: the compiler divides activations."""
+    """Returns the same sharding with all mesh axes Auto: the compiler divides activations."""
     if not isinstance(sharding, NamedSharding):
         return sharding
     mesh = sharding.mesh
@@ -359,14 +368,14 @@ def auto_mesh(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
 
 
 def padded_sizes(most: int) -> list[int]:
-    """Sizes that `in_batches` pads batches to on one device: powers of two up to `most`."""
+    """Returns the sizes that `in_batches` pads to on one device: powers of two up to `most`."""
     return [1 << i for i in range(most.bit_length())]
 
 
 def in_batches(
     run: Callable[..., jax.Array], params: Any, most: int, *arrays: np.ndarray | jax.Array
 ) -> jax.Array:
-    """Result of `run(params, *arrays)`, computed in few shapes for any number of rows.
+    """Computes `run(params, *arrays)` in padded batches of few shapes, for any number of rows.
 
     Rows are cut into batches of at most `most`, and each batch is padded to a power of two and to
     a multiple of the devices that share it. The results are joined without the padding.
@@ -374,7 +383,7 @@ def in_batches(
     Args:
         run: function of the parameters and of batches [b ...], with one result row per input row.
         params: nested dict of arrays; batches are divided over the mesh that they lie on.
-        most: rows of the largest batch, a power of two.
+        most: number of rows of the largest batch, a power of two.
         *arrays: inputs [b ...], any b.
     """
     sharding, shards = _batch_sharding(params)
@@ -391,7 +400,7 @@ def in_batches(
 
 
 def _joined(arrays: list[jax.Array], sizes: list[int]) -> jax.Array:
-    """The first `sizes` rows of each array, one array below the other."""
+    """Joins the first `sizes` rows of each array, one array below the other."""
     sharding = arrays[0].sharding
     if arrays[0].ndim > 2 or not arrays[0].is_fully_addressable:
         rows = [array[:size] for array, size in zip(arrays, sizes, strict=True)]
@@ -404,7 +413,7 @@ def _joined(arrays: list[jax.Array], sizes: list[int]) -> jax.Array:
 
 
 def _batch_sharding(params) -> tuple[jax.sharding.Sharding, int]:
-    """Sharding of a batch over the mesh that the parameters lie on, and its number of shards."""
+    """Returns the sharding of a batch over the parameters' mesh, and its number of shards."""
     sharding = jax.tree.leaves(params)[0].sharding
     if not isinstance(sharding, NamedSharding):
         return sharding, 1

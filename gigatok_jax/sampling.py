@@ -1,4 +1,4 @@
-"""Sampling of codes from a prior: guidance over positions, filters, the loop as one program.
+"""Sampling of codes from a prior: guidance weights, filters of codes, the loop over positions.
 
 Axes: b batch, n codes of an image, v vocabulary.
 """
@@ -32,7 +32,10 @@ RAISED = ("linear", "linear_re", "triangular")  # the original adds 1e-4 to thes
 
 
 class Draw(NamedTuple):
-    """Settings of drawing a code from logits; arrays, so that other values compile no program."""
+    """Record of the settings for drawing a code from logits.
+
+    Its values are arrays, so that other values compile no new program.
+    """
 
     temperature: jax.Array  # f32[]; 0 takes the most likely code
     top_k: jax.Array  # i32[]; 0 keeps all
@@ -47,14 +50,14 @@ def weights(
     end: float = 1.0,
     interval: int = -1,
 ) -> np.ndarray:
-    """Guidance weight of each position.
+    """Computes the weight of classifier-free guidance at each position of an image's codes.
 
     The first code always has the whole scale; the schedule runs over the other codes, and ends at
-    the last of them. "step" and "rectangular" are the same: the scale inside the window, 1.0001
+    the last code. "step" and "rectangular" are the same: the scale inside the window, 1.0001
     outside. "cosine" falls from the scale to 1, which the original intends but cannot run.
 
     Args:
-        tokens: codes of an image.
+        tokens: number of codes of an image.
         scale: guidance scale, >= 1; 1 is no guidance.
         schedule: a key of `SCHEDULES`.
         start, end: window of "step" and "rectangular", shares of the positions in [0, 1]; the
@@ -62,7 +65,7 @@ def weights(
         interval: number of decoded codes after which guidance ends; -1 is never.
 
     Returns:
-        f32[tokens]; exactly 1 takes the logits with the class alone.
+        f32[tokens]; where a weight is exactly 1, the logits with the class count alone.
 
     Raises:
         ConfigError: the schedule is unknown, the scale is below 1, or the window is not in [0, 1].
@@ -84,7 +87,7 @@ def weights(
 
 
 def check_guidance(scale: float, schedule: str, start: float, end: float) -> None:
-    """Raises ConfigError unless guidance settings are as `weights` describes them."""
+    """Raises ConfigError unless schedule, scale and window of guidance are in their ranges."""
     one_of("guidance schedule", schedule, SCHEDULES)
     if not 1 <= scale < float("inf"):
         raise ConfigError(f"guidance scale is {scale}, expected 1 (no guidance) or more")
@@ -96,7 +99,7 @@ def check_guidance(scale: float, schedule: str, start: float, end: float) -> Non
 
 
 def make_draw(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Draw:
-    """Makes the settings of a draw.
+    """Makes the settings for drawing a code from logits, after a check of their ranges.
 
     Args:
         temperature: divisor of the logits, >= 0; 0 takes the most likely code.
@@ -116,7 +119,7 @@ def make_draw(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> D
 
 
 def filtered(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Logits f32[b v] with -inf for the codes that top-k, and then top-p of the rest, drop.
+    """Sets to -inf the logits f32[b v] of codes that top-k, and then top-p of the rest, drop.
 
     Codes as likely as the last kept code stay. Top-p keeps the code that crosses the threshold.
 
@@ -142,7 +145,7 @@ def filtered(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array
 def draw(
     logits: jax.Array, keys: jax.Array, position: jax.Array, settings: Draw, filters: bool
 ) -> jax.Array:
-    """Draws one code for each image: logits f32[b v], keys[b] -> i32[b].
+    """Draws one code i32[b] for each image, from logits f32[b v] and random keys[b].
 
     The draw of an image depends on its key and position alone, not on other images of the batch.
     """
@@ -159,7 +162,10 @@ def draw(
 
 
 def guide(logits: jax.Array, weight: jax.Array) -> jax.Array:
-    """Guided logits f32[b v], from f32[2b v]: each image with and then without its class."""
+    """Applies classifier-free guidance to logits f32[2b v] and returns logits f32[b v].
+
+    Each image has two consecutive rows of input, one with its class and then one without.
+    """
     with_class, without = jnp.moveaxis(logits.reshape(-1, 2, logits.shape[-1]), 1, 0)
     guided = without + (with_class - without) * weight
     return jnp.where(weight == 1, with_class, guided)
@@ -178,7 +184,7 @@ def generate(
     guided: bool,
     filters: bool,
 ) -> jax.Array:
-    """Samples the codes of a batch; the loop over positions is one program.
+    """Samples the codes of a batch of images from a prior; all positions are one program.
 
     Args:
         prior: module without dropouts.
@@ -186,10 +192,10 @@ def generate(
         class_ids: i32[b] in [0, classes].
         image_ids: i32[b]; the same key, image id and class give the same image in any batch.
         rng: key of the seed.
-        weight: f32[n], from `weights`.
-        settings: from `make_draw`.
+        weight: f32[n], guidance weights from `weights`.
+        settings: temperature, top-k and top-p, from `make_draw`.
         guided: False leaves out the pass without the class; every weight then counts as 1.
-        filters: whether top-k or top-p can drop anything.
+        filters: whether top-k or top-p can drop any code.
 
     Returns:
         i32[b n] in [0, vocab).

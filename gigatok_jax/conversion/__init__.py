@@ -1,1 +1,1 @@
-"""Parameters to and from the files of PyTorch programs."""
+"""Converts parameters to and from the files of PyTorch programs."""

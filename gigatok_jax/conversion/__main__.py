@@ -1,4 +1,4 @@
-r"""Checkpoints of the PyTorch original to ours and back. No PyTorch is needed.
+r"""Converts checkpoints of the PyTorch original to ours and back. No PyTorch is needed.
 
     python -m gigatok_jax.conversion from_torch IN OUT     # OUT: x.safetensors, or a workdir
     python -m gigatok_jax.conversion to_torch IN OUT       # OUT: x.pt or x.safetensors
@@ -21,7 +21,7 @@ from gigatok_jax.run import command_line
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command and returns its exit status."""
+    """Runs a command on checkpoints, such as from_torch or compare, and returns its exit status."""
     options = _parser().parse_args(arguments)
     with command_line.one_line_errors(OSError):
         return _run(options)

@@ -1,4 +1,4 @@
-"""Prior parameters to and from the original's state dict, in the original's order."""
+"""Converts a prior's parameters to and from the original's state dict."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from gigatok_jax.weights import names, prior_names, recognise
 
 
 def from_torch(state_dict: Mapping, model: ml_collections.ConfigDict) -> dict:
-    """Converts a state dict of the original to our parameters.
+    """Converts a prior's state dict of the PyTorch original to our parameters, a nested dict.
 
     Args:
         state_dict: any mapping from name to array; each array is read once.
@@ -22,15 +22,15 @@ def from_torch(state_dict: Mapping, model: ml_collections.ConfigDict) -> dict:
 
 
 def to_torch(params: Mapping, model: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
-    """Converts our parameters to the state dict of the original: every name, bit for bit."""
+    """Converts our parameters of a prior to the original's state dict: every name, bit for bit."""
     return names.to_torch(params, prior_names.entries(model))
 
 
 def infer_config(state_dict: Mapping, **overrides) -> ml_collections.ConfigDict:
     """Recognises the config of a prior from the names and shapes of its state dict.
 
-    Fields that they do not show take the published values, which are printed: heads without
-    qk-norm (each 64 wide, if no published model has the depth and width), and tokens with rotary
-    positions. Arguments and exceptions are those of `conversion.tokenizer.infer_config`.
+    Fields that names and shapes do not show take the published values, which are printed: heads
+    without qk-norm (each 64 wide, if no published model has the depth and width), and tokens with
+    rotary positions. Arguments and exceptions are those of `conversion.tokenizer.infer_config`.
     """
     return recognise.infer_prior(state_dict, **overrides)

@@ -1,4 +1,4 @@
-"""Comparison of two checkpoints, and inspection of one."""
+"""Prints how two checkpoints differ, and what one checkpoint holds."""
 
 import collections
 import math
@@ -19,12 +19,12 @@ def compare(first: str, second: str, tolerance: float = 0.0, weights: str = "aut
     """Prints how two checkpoints of any format differ.
 
     Args:
-        first, second: paths.
+        first, second: paths of the checkpoints.
         tolerance: largest difference of two values that passes.
         weights: "ema" or "raw"; "auto" compares all copies that both hold.
 
     Returns:
-        Whether they have the same names, and no difference is above the tolerance.
+        Whether both have the same tensor names, and no difference is above the tolerance.
     """
     a, b = run_state.load(first), run_state.load(second)
     same = [_compare_part(a, b, *pair, tolerance) for pair in _pairs(a, b, weights)]
@@ -32,7 +32,10 @@ def compare(first: str, second: str, tolerance: float = 0.0, weights: str = "aut
 
 
 def _pairs(a: Checkpoint, b: Checkpoint, weights: str) -> list[tuple[str, str]]:
-    """Names of the parts to compare: common ones, else the chosen copy of each checkpoint."""
+    """Chooses the parts of two checkpoints to compare, as pairs of names.
+
+    Parts that both checkpoints have are compared, else the chosen copy of each checkpoint.
+    """
     every = ("model", "ema", "discriminator")
     wanted = every if weights == "auto" else read.copies(a.kind, weights)
     common = [part for part in wanted if part in a.parts and part in b.parts]
@@ -64,7 +67,10 @@ def _print_first(lines: list[str]) -> None:
 
 
 def _differences(left: Mapping[str, Promise], right: Mapping[str, Promise]) -> dict[str, float]:
-    """Largest absolute difference by name; infinite between shapes that differ."""
+    """Computes the largest absolute difference of each common tensor by name.
+
+    The difference is infinite between shapes that differ.
+    """
     common = [name for name in left if name in right]
     common.sort(key=lambda name: (left[name].order, right[name].order))  # as they are read fastest
     progress = count_bytes("comparing", sum(left[name].nbytes for name in common))

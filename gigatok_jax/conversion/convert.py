@@ -1,4 +1,4 @@
-"""Conversion of one checkpoint to another: the commands `from_torch` and `to_torch`."""
+"""Converts one checkpoint to another: the commands `from_torch` and `to_torch`."""
 
 import ast
 import itertools
@@ -50,7 +50,7 @@ def from_torch(
         source: path of a checkpoint of any format.
         out: path that ends in `.safetensors`, or the folder of a run.
         weights: copy to write to a `.safetensors`, see `read.read`.
-        overrides: fields of the model's config, instead of the recognised ones.
+        overrides: values of fields of the model's config, instead of the recognised values.
         config: config file of the run, with its arguments after a colon; for a workdir.
         tokenizer_path: checkpoint of the tokenizer whose codes a prior learned; for a workdir.
 
@@ -72,8 +72,8 @@ def from_torch(
 def to_torch(source: str, out: str, *, weights: str = "auto", **overrides) -> None:
     """Converts a checkpoint to a `.pt` or a `.safetensors` under the original's names.
 
-    From a `.pt` of a run of ours the trainer of the original resumes. Arguments and exceptions are
-    those of `from_torch`.
+    The trainer of the original resumes from a `.pt` of a whole run of ours. Arguments and
+    exceptions are those of `from_torch`.
     """
     target = epath.Path(out).expanduser().absolute()  # Orbax wants it so
     _check_free(target)
@@ -99,12 +99,12 @@ def _weights_only(opened: read.Weights, target: epath.Path) -> None:
 
 
 def nbytes(arrays: Iterable) -> int:
-    """Bytes of arrays and promises together."""
+    """Returns the number of bytes of all arrays and promises together."""
     return sum(array.nbytes for array in arrays)
 
 
 def describe(model: ml_collections.ConfigDict) -> str:
-    """Description of a model in a few words: its name or kind, and its size."""
+    """Describes a model in a few words: its published name or kind, and its number of values."""
     name = recognise.published_name(model)
     count = sum(
         Promise(shape, None, None).size for shape in recognise.tensor_shapes(model).values()
@@ -149,7 +149,7 @@ def _to_workdir(opened, target: epath.Path, overrides, config_path: str, tokeniz
 
 
 def _check_same(opened, run, path: str) -> None:
-    """Raises CheckpointError if tensors are of another model than the config of a run."""
+    """Raises CheckpointError if a checkpoint's model differs from the model of a run's config."""
     differ = [f"{k} {opened[k]!r} not {run.get(k)!r}" for k in opened if opened[k] != run.get(k)]
     if differ:
         raise CheckpointError(f"{path} is of another model than the config: {', '.join(differ)}")
@@ -167,7 +167,10 @@ def _prior_extras(opened, tokenizer_path: str) -> dict[str, Any]:
 
 
 def _settings(optimizers: Mapping[str, dict]) -> dict[str, list[dict]]:
-    """Plain settings of each optimizer's groups, kept for the way back."""
+    """Picks the settings of each optimizer's parameter groups that are plain JSON values.
+
+    A converted run keeps the settings for a conversion back to the original.
+    """
     plain = (int, float, bool, str, type(None))
     return {
         name: [
@@ -204,7 +207,7 @@ def _to_pt(opened, target: epath.Path, weights: str, overrides) -> None:
 
 
 def _rest(opened, model) -> dict[str, Any]:
-    """Optimizers and discriminator, from which the original resumes."""
+    """Collects the optimizers and the discriminator of a run, from which the original resumes."""
     kind = family(model)
     rates = _rates(opened, kind)
     saved = {}
@@ -221,7 +224,10 @@ def _rest(opened, model) -> dict[str, Any]:
 
 
 def _group(opened, kind: str, rate: float | None, i: int, old: list[dict]) -> dict[str, Any]:
-    """Settings of a parameter group: those of the run, else of the file that it came from."""
+    """Returns the settings that PyTorch's AdamW keeps with a parameter group.
+
+    The run's config decides, else the file that the run came from, else the published values.
+    """
     published, decay = PUBLISHED[kind]
     settings = {"lr": published, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": decay}
     run = opened.extras.get("config", {}).get("optim")
@@ -236,7 +242,10 @@ def _group(opened, kind: str, rate: float | None, i: int, old: list[dict]) -> di
 
 
 def _rates(opened, kind: str) -> dict[str, float]:
-    """Learning rate of the next update of each optimizer, if the config of the run is known."""
+    """Computes the learning rate of the next update of each optimizer, by the optimizer's name.
+
+    The dict is empty if the config of the run is unknown.
+    """
     config = ml_collections.ConfigDict(opened.extras.get("config", {}))
     if "optim" not in config:
         return {}
@@ -257,7 +266,7 @@ def _tensors(saved: Any) -> Iterable:
 
 
 def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
-    """Values by field from texts NAME=VALUE.
+    """Parses texts NAME=VALUE to a dict of Python values by name.
 
     Raises:
         ConfigError: a text has no "=".

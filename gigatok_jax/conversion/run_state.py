@@ -1,8 +1,8 @@
-"""Conversion of the state of a training run: our tree of arrays and the original's, both ways.
+"""Converts the state of a training run, from the original's form to our tree of arrays and back.
 
 The optimizers of the original number the parameters: those of the tokenizer and the discriminator
-in the order of their state dicts, those of a prior with all matrices first. Our moments are trees
-of the same form as the parameters.
+in the order of their state dicts, those of a prior with all matrices first. The moments of our
+optimizers are trees of the same form as the parameters.
 """
 
 from collections.abc import Mapping
@@ -32,13 +32,13 @@ Tensors = dict[str, Promise]
 
 
 def parameter_table(entries: list[Entry]) -> list[Entry]:
-    """Entries of a name table that an optimizer updates."""
+    """Selects the entries of parameters from a name table: no buffers and no statistics."""
     fixed = ("buffers/", "batch_stats/", "spectral/")
     return [entry for entry in entries if not entry.path.startswith(fixed)]
 
 
 def parameter_order(tensors: Mapping[str, Any], entries: list[Entry], kind: str) -> list[str]:
-    """Names of the parameters in the order in which the original's optimizer numbers them."""
+    """Lists the names of parameters in the order in which the original's optimizer numbers them."""
     order = list(dict.fromkeys(entry.name for entry in parameter_table(entries)))
     if kind != "prior":
         return order
@@ -46,7 +46,7 @@ def parameter_order(tensors: Mapping[str, Any], entries: list[Entry], kind: str)
 
 
 def above(prefix: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Arrays by path, with a prefix before each path."""
+    """Puts a prefix before the path of each array."""
     return {f"{prefix}{path}": x for path, x in arrays.items()}
 
 
@@ -63,15 +63,15 @@ def to_ours(
     fallback: str = "patchgan",
     first_moment: str = "float32",
 ) -> dict[str, Promise | np.ndarray]:
-    """Arrays by path of a run of ours that continues a run of the original.
+    """Converts the state of a run of the original to the arrays, by path, of a run of ours.
 
     Missing moments, averages and discriminators start anew, and a line is printed.
 
     Args:
-        parts: "model", "ema", "discriminator"; "model" or "ema" is enough.
-        optimizers: "optimizer", "optimizer_disc" as PyTorch writes them.
-        step: updates done.
-        model: config.
+        parts: tensors of "model", "ema" and "discriminator"; "model" or "ema" is enough.
+        optimizers: states of "optimizer" and "optimizer_disc", as PyTorch writes them.
+        step: number of updates done.
+        model: config of the model.
         seed: seed of all later random draws.
         fallback: discriminator to start when `parts` has none: "patchgan", "dino" or "none".
         first_moment: type of the first moments, `optim.first_moment`.
@@ -106,7 +106,7 @@ def to_ours(
 
 
 def _adam_to_ours(optimizers, name: str, order: list[str], tensors, entries) -> dict[str, Any]:
-    """Count and moments of an optimizer; missing moments are zeros."""
+    """Converts the state of a PyTorch AdamW to our count and moments; missing moments are zeros."""
     states = _numbered(optimizers.get(name), name, order)
     empty = sum(not state for state in states.values())
     if name not in optimizers:
@@ -123,7 +123,7 @@ def _adam_to_ours(optimizers, name: str, order: list[str], tensors, entries) -> 
 
 
 def groups_of(optimizer: Mapping[str, Any], name: str) -> list[dict]:
-    """Parameter groups of the state of an optimizer.
+    """Returns the parameter groups in the state of an optimizer of PyTorch.
 
     Raises:
         CheckpointError: the state has another form than PyTorch's.
@@ -137,7 +137,11 @@ def groups_of(optimizer: Mapping[str, Any], name: str) -> list[dict]:
 
 
 def _numbered(optimizer: dict | None, name: str, order: list[str]) -> dict[str, dict]:
-    """State of each parameter by its name; empty before its first update."""
+    """Looks up the state that an optimizer of PyTorch has for each parameter, by name.
+
+    The state is empty before the first update. Raises CheckpointError if the optimizer has another
+    number of parameters.
+    """
     if optimizer is None:
         return {parameter: {} for parameter in order}
     numbers = [n for group in groups_of(optimizer, name) for n in group["params"]]
@@ -150,7 +154,10 @@ def _numbered(optimizer: dict | None, name: str, order: list[str]) -> dict[str, 
 
 
 def _moment(name: str, state: dict, field: str, shape: tuple[int, ...]):
-    """One moment of a parameter; zeros before its first update."""
+    """Returns one moment of a parameter from its state; zeros before its first update.
+
+    Raises CheckpointError if the state is not of AdamW, or the moment has another shape.
+    """
     if not state:
         return Promise(shape, np.dtype(np.float32), lambda: np.zeros(shape, np.float32))
     moment = state.get(field)
@@ -165,7 +172,10 @@ def _moment(name: str, state: dict, field: str, shape: tuple[int, ...]):
 
 
 def _discriminator_to_ours(part: Tensors | None, optimizers, fallback: str) -> dict[str, Any]:
-    """Parameters, statistics and optimizer of a discriminator."""
+    """Converts a discriminator and its optimizer to arrays by path of a run of ours.
+
+    Without a discriminator a new one starts, or, if `fallback` is "none", only a count of zero.
+    """
     if part is None and fallback == "none":
         return above("discriminator_", {f"{ADAM}count": np.zeros((), np.int32)})
     if part is None:
@@ -194,7 +204,7 @@ def _new_discriminator(kind: str) -> dict:
 
 
 def _typed(array: Promise | np.ndarray, dtype: str) -> Promise | np.ndarray:
-    """Array or promise in another floating type; integers keep theirs."""
+    """Casts an array, or the promise of one, to a floating type; integers keep their type."""
     if array.dtype == dtype or np.issubdtype(array.dtype, np.integer):
         return array
     read = lambda: value_of(array).astype(dtype)  # noqa: E731
@@ -207,7 +217,7 @@ def _typed(array: Promise | np.ndarray, dtype: str) -> Promise | np.ndarray:
 def load(path: epath.PathLike) -> Checkpoint:
     """Opens a checkpoint of any format, with the discriminator and the optimizers of a run.
 
-    The groups of the optimizers of a run of ours have no settings.
+    The parameter groups of the optimizers of a run of ours have no settings, such as `lr`.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or not of GigaTok.
@@ -228,7 +238,10 @@ def load(path: epath.PathLike) -> Checkpoint:
 
 
 def _adam_to_theirs(arrays, order: list[str], entries, kind: str, tensors) -> dict[str, Any]:
-    """State of an optimizer of PyTorch; the matrices of a prior are a group of their own."""
+    """Converts our count and moments to the state of an optimizer of PyTorch.
+
+    The matrices of a prior are a parameter group of their own.
+    """
     table, state = parameter_table(entries), {}
     count = arrays[f"{ADAM}count"]
     if int(value_of(count)):
@@ -245,7 +258,7 @@ def _adam_to_theirs(arrays, order: list[str], entries, kind: str, tensors) -> di
 
 
 def _widened(moments: Mapping[str, Promise]) -> Tensors:
-    """Moments in float32, the type of the parameters, which PyTorch demands; the cast is exact."""
+    """Casts moments exactly to float32, the type of the parameters, which PyTorch demands."""
     return {path: _typed(moment, "float32") for path, moment in moments.items()}
 
 
@@ -260,6 +273,6 @@ def _discriminator_to_theirs(arrays, variables: Tensors, kind: str) -> tuple[Ten
 
 
 def _counter(promise: Promise) -> Promise:
-    """Count of batches in 64 bits, as PyTorch has it."""
+    """Casts the promise of a count of batches to 64-bit integers, as PyTorch has it."""
     read = lambda: np.asarray(promise.read(), np.int64)  # noqa: E731
     return promise._replace(dtype=np.dtype(np.int64), read=read)

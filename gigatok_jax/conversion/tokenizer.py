@@ -1,4 +1,4 @@
-"""Tokenizer parameters to and from the original's state dict, in the original's order."""
+"""Converts a tokenizer's parameters to and from the original's state dict."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,9 @@ from gigatok_jax.weights import names, recognise, tokenizer_names
 
 
 def from_torch(state_dict: Mapping, model: ml_collections.ConfigDict) -> dict:
-    """Converts a state dict of the original to our parameters; counters are under "buffers".
+    """Converts a tokenizer's state dict of the original to our parameters, a nested dict.
+
+    The record of latest codes is under "buffers".
 
     Args:
         state_dict: any mapping from name to array; each array is read once.
@@ -22,10 +24,10 @@ def from_torch(state_dict: Mapping, model: ml_collections.ConfigDict) -> dict:
 
 
 def to_torch(params: Mapping, model: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
-    """Converts our parameters to the state dict of the original: every name, bit for bit.
+    """Converts our parameters of a tokenizer to the original's state dict, bit for bit.
 
-    Without an entry "buffers", as in parameters of training code, the counters are zeros, from
-    which the original starts.
+    Without an entry "buffers", as in parameters of training code, the record of latest codes is
+    zeros, from which the original starts.
     """
     if "buffers" not in params:
         params = {
@@ -38,8 +40,8 @@ def to_torch(params: Mapping, model: ml_collections.ConfigDict) -> dict[str, np.
 def infer_config(state_dict: Mapping, **overrides) -> ml_collections.ConfigDict:
     """Recognises the config of a tokenizer from the names and shapes of its state dict.
 
-    Fields that they do not show take the published values, which are printed: l2_norm, rotation,
-    align_block and, of pooled queries, query_init.
+    Fields that names and shapes do not show take the published values, which are printed: l2_norm,
+    rotation, align_block and, of pooled queries, query_init.
 
     Args:
         state_dict: any mapping from name to array; only shapes are read.

@@ -1,1 +1,1 @@
-"""Metrics as pure functions, and the tasks that evaluate models and generate images."""
+"""Package of metrics as pure functions, and of tasks that evaluate models or generate images."""

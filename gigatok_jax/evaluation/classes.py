@@ -1,4 +1,4 @@
-"""Names of classes, and class ids from text such as "207", "0-9", "all" or "panda"."""
+"""Functions for the names of classes, and for class ids from text like "207", "0-9" or "panda"."""
 
 import difflib
 import functools
@@ -16,7 +16,7 @@ Names = Sequence[Sequence[str]]  # the names of each class, most common first
 
 @functools.cache
 def imagenet() -> tuple[tuple[str, ...], ...]:
-    """Names of each of the 1000 ImageNet classes, in the order of their ids; the synset id is last.
+    """Returns names of the 1000 ImageNet classes in the order of ids; a class's synset id is last.
 
     Source: WordNet 3.0, as in `imagenet_classes.txt`.
     """
@@ -26,12 +26,12 @@ def imagenet() -> tuple[tuple[str, ...], ...]:
 
 
 def names_of(count: int, own: Sequence[str] = ()) -> Names:
-    """Names of a prior's classes: those of its dataset, ImageNet's, or else their numbers.
+    """Returns names of a prior's classes: from its dataset, from ImageNet, or else the numbers.
 
     Args:
         count: number of classes.
         own: names in the dataset that the prior was trained on, empty if unknown. A thousand
-            classes without names, or named by synset ids, are those of ImageNet.
+            classes without names, or named by synset ids, are the classes of ImageNet.
     """
     if count == len(imagenet()) and (not own or own[0] == imagenet()[0][-1]):
         return imagenet()
@@ -41,7 +41,7 @@ def names_of(count: int, own: Sequence[str] = ()) -> Names:
 
 
 def parse(text: str, names: Names) -> list[int]:
-    """Class ids that a text names, in the order of the text.
+    """Returns the class ids that a text names, in the order of the text.
 
     Args:
         text: words between commas. A word is a number, a range such as "0-9" with both ends, "all",
@@ -60,7 +60,7 @@ def parse(text: str, names: Names) -> list[int]:
 
 
 def numbers(text: str) -> Iterator[int]:
-    """Integers of a text like "5, 9, 20-30"; both ends of a range are in it.
+    """Yields the integers of a text like "5, 9, 20-30"; a range includes both ends.
 
     Raises:
         ConfigError: a word is neither a number in [0, 2^31) nor a rising range of such numbers.
@@ -89,7 +89,7 @@ def _ids(word: str, names: Names) -> Sequence[int]:
 
 
 def _span(word: str) -> range | None:
-    """Range that a number or a range of numbers means; None for other text."""
+    """Parses a number or a range of numbers like "0-9" into a range; None for other text."""
     match = re.fullmatch(r"(-?\d+)(?:\s*-\s*(\d+))?", word)
     if not match:
         return None
@@ -100,7 +100,11 @@ def _span(word: str) -> range | None:
 
 
 def _named(wanted: str, names: Names) -> int:
-    """Id of the only class with a name, or with a name that contains `wanted`."""
+    """Returns the id of the one class with the name `wanted`, or with a name that contains it.
+
+    Raises:
+        ConfigError: no class or several classes have such a name.
+    """
     ids = _bearers(wanted, names)
     if not ids:
         ids = [i for i, own in enumerate(names) if any(wanted in name.lower() for name in own)]
@@ -112,7 +116,7 @@ def _named(wanted: str, names: Names) -> int:
 
 
 def _bearers(wanted: str, names: Names) -> list[int]:
-    """Ids of the classes with a name, limited to those that list it earliest."""
+    """Returns the ids of the classes that have a name and list that name earliest."""
     ranks = {}
     for i, own in enumerate(names):
         lower = [name.lower() for name in own]
@@ -122,7 +126,7 @@ def _bearers(wanted: str, names: Names) -> list[int]:
 
 
 def _near(wanted: str, names: Names) -> str:
-    """Hint with the classes of similar names, or else the range of ids."""
+    """Returns a hint for an error message: the classes of similar names, or the range of ids."""
     known = {name.lower() for own in names for name in own}
     similar = difflib.get_close_matches(wanted, sorted(known), SHOWN)
     ids = list(dict.fromkeys(i for name in similar for i in _bearers(name, names)))

@@ -1,4 +1,4 @@
-"""The task `generate`: images of classes, as files. A run that was cut off goes on.
+"""The task `generate`: writes images of classes as files. A run that was cut off goes on.
 
 An image is named by its id. Its class and its draws follow from the id and the settings alone, so
 any image can be generated again. Axes: b batch, h w pixels.
@@ -34,7 +34,7 @@ WRITERS = 8  # threads that encode and write
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Images to generate, with the models and settings that determine them."""
+    """Record of the images to generate, and of models and settings that determine the images."""
 
     config: ConfigDict
     workdir: epath.Path
@@ -45,17 +45,17 @@ class Job:
     image_ids: Sequence[int]  # ascending
 
     def class_of(self, image_id: int) -> int:
-        """Class id of an image."""
+        """Returns the class id of an image."""
         return self.class_ids[image_id % len(self.class_ids)]
 
     def path(self, image_id: int) -> epath.Path:
-        """Path of an image's PNG."""
+        """Returns the path of a generated image's PNG file."""
         class_id = self.class_of(image_id)
         name = f"{image_id:06d}_{class_id:03d}_{_slug(self.names[class_id][0])}.png"
         return self.workdir / "images" / name
 
     def by_class(self) -> dict[int, list[int]]:
-        """Image ids of each class, in the order of class ids."""
+        """Groups the image ids by class id, in the order of class ids."""
         ids: dict[int, list[int]] = {}
         for image_id in self.image_ids:
             ids.setdefault(self.class_of(image_id), []).append(image_id)
@@ -63,9 +63,9 @@ class Job:
 
 
 def generate(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Runs the task: generates those images of a config that its workdir lacks.
+    """Runs the task `generate`: generates the images of a config that its workdir lacks.
 
-    Leaves `images/<image id>_<class id>_<name>.png`, a grid per class under `pictures/`,
+    Writes `images/<image id>_<class id>_<name>.png`, a grid per class under `pictures/`,
     `samples.npz` (arr_0 uint8[b h w 3], arr_1 i64[b] classes, in the order of image ids),
     `generation.json` with all settings, `results.json` and a page.
 
@@ -101,7 +101,7 @@ def generate(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def check(config: ConfigDict) -> None:
-    """Raises ConfigError for settings outside their range, before checkpoints are loaded."""
+    """Raises ConfigError for a wrong setting of image generation, or for more than one process."""
     for name in ("prior", "tokenizer"):
         if not config[name]:
             raise ConfigError(f"{name} is empty: name its workdir with --config.{name}=DIR")
@@ -118,7 +118,7 @@ def check(config: ConfigDict) -> None:
 
 
 def open_job(config: ConfigDict, workdir: epath.Path) -> Job:
-    """Loads both models and resolves classes and image ids; writes nothing."""
+    """Makes a generation job: loads prior and tokenizer, and resolves class and image ids."""
     placement = pair.placement(config)
     prior = library.load_prior(config.prior, weights=config.weights_kind, **placement)
     tokenizer = library.load_tokenizer(config.tokenizer, **placement)
@@ -155,12 +155,12 @@ def _image_ids(config, default: int) -> Sequence[int]:
 
 
 def _slug(name: str) -> str:
-    """Name of a class, shortened to letters that any file name can hold."""
+    """Returns a class's name cut to 40 characters and to letters, digits and underscores."""
     return re.sub(r"\W+", "_", name).strip("_")[:40] or "class"
 
 
 def weights_of(job: Job) -> dict[str, Any]:
-    """Steps and fingerprints of both models, and the classes: they determine the images."""
+    """Returns step and fingerprints of prior and tokenizer, and the class ids, for the record."""
     prior, tokenizer = job.prior, job.tokenizer
     return {
         "prior": {
@@ -178,7 +178,11 @@ def weights_of(job: Job) -> dict[str, Any]:
 
 
 def claim(job: Job) -> None:
-    """Writes the record of the settings, or refuses a folder of images from other weights."""
+    """Writes `generation.json`, the record of a job's settings and models.
+
+    Raises:
+        ConfigError: the workdir holds images of another prior, tokenizer or list of classes.
+    """
     path, weights = job.workdir / RECORD, weights_of(job)
     before = files.read_json(path) if path.exists() else {}
     for name in ("prior", "tokenizer", "class_ids"):
@@ -202,7 +206,7 @@ def claim(job: Job) -> None:
 
 
 def find_missing(job: Job) -> set[int]:
-    """Ids of the images whose file does not exist or is damaged."""
+    """Returns the ids of a job's images whose file does not exist or is damaged."""
     size = job.tokenizer.image_size
 
     def is_whole(image_id):
@@ -215,14 +219,14 @@ def find_missing(job: Job) -> set[int]:
 
 
 def make(job: Job, missing: set[int], interrupts: Interrupts) -> tuple[int, float]:
-    """Generates and writes the missing images.
+    """Generates and writes the missing images of a job.
 
     A batch always holds the same ids, including images that exist already, so that an image that
     is generated again is the same to the last bit.
 
     Returns:
-        Number of images that are left after a signal; images per second, without the first batch,
-        which compiles, if there are more.
+        Number of images that are left after a signal, and images per second; with several batches
+        the rate leaves out the first batch, which compiles.
     """
     size = min(job.config.batch, len(job.image_ids))
     starts = range(0, len(job.image_ids), job.config.batch)
@@ -252,7 +256,7 @@ def _wait(writing: Sequence[futures.Future]) -> None:
 
 
 def draw(job: Job, image_ids: Sequence[int]) -> np.ndarray:
-    """Generated images uint8[b h w 3]; all batches of a job are computed in one shape."""
+    """Generates images uint8[b h w 3] by id; all batches of a job are computed in one shape."""
     config, count = job.config, len(image_ids)
     if len(job.image_ids) > config.batch:
         image_ids = [*image_ids, *[image_ids[-1]] * (config.batch - count)]
@@ -274,7 +278,7 @@ def write_image(path: epath.Path, image: np.ndarray) -> None:
 
 
 def is_finished(job: Job) -> bool:
-    """Whether results and samples exist and describe exactly the images of the job."""
+    """Whether a job's `results.json` and `samples.npz` exist and name exactly the job's images."""
     results, samples = job.workdir / "results.json", job.workdir / SAMPLES
     if not (results.exists() and samples.exists()):
         return False
@@ -282,7 +286,7 @@ def is_finished(job: Job) -> bool:
 
 
 def finish(job: Job, figures: dict[str, Any]) -> None:
-    """Writes grids, samples and at last the results, all from the files of the images."""
+    """Writes a grid per class, `samples.npz` and last `results.json` from the images' files."""
     by_class = job.by_class()
     for class_id, ids in by_class.items():
         tiles = np.stack([transforms.decode(job.path(i)) for i in ids[:SHOWN]])
@@ -299,14 +303,14 @@ def finish(job: Job, figures: dict[str, Any]) -> None:
 
 
 def _described(ids: Sequence[int]) -> str:
-    """Text "0-63,100" of ascending ids, which `classes.numbers` reads."""
+    """Formats ascending ids as a text like "0-63,100", which `classes.numbers` reads."""
     ids = np.asarray(ids)
     runs = np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1)
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def write_npz(job: Job) -> None:
-    """Writes `samples.npz` with one image at a time in memory."""
+    """Writes all images and classes of a job to `samples.npz`, one image at a time in memory."""
     size = job.tokenizer.image_size
     shape = (len(job.image_ids), size, size, 3)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}

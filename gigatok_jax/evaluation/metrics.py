@@ -1,4 +1,4 @@
-"""Metrics of images, codes and features as pure functions, on the host unless noted.
+"""Metrics of images, codes and features as pure functions, computed on the host unless noted.
 
 Axes: b images, h w position, k codebook rows, m and n feature vectors, c their width.
 """
@@ -14,7 +14,7 @@ PUBLISHED_SSIM_RANGE = 2.0  # range that the published numbers assume for pixels
 
 
 class CodebookUse(NamedTuple):
-    """Use of a codebook in a set of tokens."""
+    """Record of how much of a codebook a set of codes uses."""
 
     usage: float  # fraction of rows that are used, in [0, 1]
     perplexity: float  # exp of the entropy of the codes' frequencies, in [1, k]
@@ -22,7 +22,7 @@ class CodebookUse(NamedTuple):
 
 
 class Gaussian(NamedTuple):
-    """Normal distribution of features."""
+    """Record of a normal distribution of features: mean and covariance."""
 
     mean: np.ndarray  # f64[c]
     covariance: np.ndarray  # f64[c c], unbiased
@@ -43,7 +43,7 @@ def to_uint8(images: np.ndarray | jax.Array) -> np.ndarray:
 
 
 def psnr(images: np.ndarray, reconstructed: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio of each image, over all pixels and channels.
+    """Computes the peak signal-to-noise ratio of each image, over all pixels and channels.
 
     The published numbers compare the images that the model sees with `to_uint8(reconstructed)`.
 
@@ -66,7 +66,7 @@ def psnr(images: np.ndarray, reconstructed: np.ndarray) -> np.ndarray:
 def ssim(
     images: np.ndarray, reconstructed: np.ndarray, data_range: float = PUBLISHED_SSIM_RANGE
 ) -> np.ndarray:
-    """Structural similarity of each image, with a uniform 7 x 7 window, mean over channels.
+    """Computes the structural similarity (SSIM) of each image, in a uniform 7 x 7 window.
 
     The published numbers assume a range of 2 for pixels in [0, 1], which raises them; other work
     reports `data_range=1`.
@@ -77,7 +77,7 @@ def ssim(
         data_range: distance between the largest and the smallest possible pixel in [0, 1].
 
     Returns:
-        f64[b], in [-1, 1].
+        f64[b], in [-1, 1]; the mean over windows and channels.
 
     Raises:
         ValueError: the shapes differ, or a side is shorter than the window.
@@ -91,7 +91,7 @@ def ssim(
 
 
 def codebook_use(counts: np.ndarray) -> CodebookUse:
-    """Use of a codebook, from the number of times int[k] that each code occurs.
+    """Computes the use of a codebook from the number of times int[k] that each code occurs.
 
     Raises:
         ValueError: all counts are zero.
@@ -106,13 +106,13 @@ def codebook_use(counts: np.ndarray) -> CodebookUse:
 
 
 def gaussian(features: np.ndarray) -> Gaussian:
-    """Mean and covariance of float[n c] features, n >= 2, in float64."""
+    """Computes mean and covariance of features float[n c], n >= 2, in float64."""
     features = np.asarray(features, np.float64)
     return Gaussian(features.mean(axis=0), np.cov(features, rowvar=False))
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """Squared Frechet distance of two Gaussians; the FID if they are of Inception features.
+    """Computes the squared Frechet distance of two Gaussians: the FID if of Inception features.
 
     The trace of sqrt(A B) is computed as the sum of the singular values of sqrt(A) sqrt(B), which
     stays real for the singular covariances of few samples.
@@ -125,11 +125,11 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def inception_score(probabilities: np.ndarray, split: int = 5000) -> float:
-    """Inception score: exp of the mean divergence from the marginal, averaged over splits.
+    """Computes the Inception score: exp of mean divergence from the marginal, averaged over splits.
 
     Args:
         probabilities: float[n classes], rows that sum to one and hold no zero.
-        split: rows of a split; the last may be shorter.
+        split: number of rows of a split; the last split may be shorter.
 
     Returns:
         A number in [1, classes].
@@ -148,10 +148,12 @@ def inception_score(probabilities: np.ndarray, split: int = 5000) -> float:
 def precision_recall(
     reference: np.ndarray, samples: np.ndarray, neighbours: int = 3, block: int = 1024
 ) -> tuple[float, float]:
-    """Share of samples inside the manifold of the reference, and of the reference inside theirs.
+    """Computes precision and recall of generated images' features against features of real images.
 
-    A manifold is the union of balls around its points; the radius of a ball is the distance to the
-    point's k-th neighbour. Computed on jax's default device in float32, `block` points at a time.
+    Precision is the share of samples inside the manifold of the reference, recall the share of the
+    reference inside the manifold of the samples. A manifold is the union of balls around its
+    points; the radius of a ball is the distance to the point's k-th neighbour. Distances are
+    computed on jax's default device in float32, `block` points at a time.
 
     Args:
         reference: float[m c], features of real images.
@@ -171,7 +173,7 @@ def precision_recall(
 
 
 def _pairs(images, reconstructed):
-    """Each image with its reconstruction, float64 in [0, 1], lazily to save memory."""
+    """Pairs each image with its reconstruction, as float64 in [0, 1], lazily to save memory."""
     images, reconstructed = np.asarray(images), np.asarray(reconstructed)
     if images.shape != reconstructed.shape:
         raise ValueError(f"images {images.shape} and {reconstructed.shape} must agree in shape")
@@ -179,7 +181,7 @@ def _pairs(images, reconstructed):
 
 
 def _unit_range(image):
-    """Pixels as float64 in [0, 1]."""
+    """Converts an image of uint8, or of floats in [-1, 1], to float64 in [0, 1]."""
     if image.dtype == np.uint8:
         return image / 255.0
     return (image.astype(np.float64) + 1) / 2
@@ -196,7 +198,7 @@ def _ssim(x, y, data_range):
 
 
 def _window_mean(x):
-    """Means over every whole window of an image [h w c], by differences of running sums."""
+    """Averages an image [h w c] over every whole SSIM window, by differences of running sums."""
     for axis in (0, 1):
         sums = np.insert(np.cumsum(x, axis=axis), 0, 0, axis=axis)
         size = sums.shape[axis]
@@ -206,7 +208,7 @@ def _window_mean(x):
 
 
 def _root(covariance):
-    """Symmetric square root; eigenvalues that are negative by rounding count as zero."""
+    """Computes the symmetric square root of a covariance; negative eigenvalues count as zero."""
     values, vectors = np.linalg.eigh(covariance)
     return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
 
@@ -219,7 +221,7 @@ def _square_distances(a, b):
 
 
 def _radii(points, neighbours, block):
-    """Squared distance of each point to its k-th neighbour; the 0-th is the point itself."""
+    """Computes each point's squared distance to its k-th neighbour; the 0-th is itself."""
     radii = []
     for start in range(0, len(points), block):
         distances = _square_distances(points[start : start + block], points)
@@ -228,7 +230,7 @@ def _radii(points, neighbours, block):
 
 
 def _share_inside(points, centres, radii, block):
-    """Share of points inside any of the balls, whose `radii` are squared."""
+    """Computes the share of points inside at least one ball; `radii` are squared."""
     inside = 0
     for start in range(0, len(points), block):
         distances = _square_distances(points[start : start + block], centres)

@@ -1,4 +1,4 @@
-"""Loading of a prior and its tokenizer alike, and the check that they belong together."""
+"""Settings to load a prior and a tokenizer alike, and checks that the two belong together."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from gigatok_jax.errors import ConfigError, one_of
 
 
 def placement(config: ConfigDict) -> dict[str, Any]:
-    """Arguments `dtype` and `sharding` for `library.load_*`, from `config.dtype` and `config.mesh`.
+    """Makes `dtype` and `sharding`, arguments of `library.load_*`, from a config's dtype and mesh.
 
     Raises:
         ConfigError: the dtype is unknown, or the mesh does not fit the devices.
@@ -21,7 +21,11 @@ def placement(config: ConfigDict) -> dict[str, Any]:
 
 
 def compute_type(name: str) -> jnp.dtype:
-    """Dtype of computation by name; "auto" is bfloat16 on accelerators and float32 on a CPU."""
+    """Returns a dtype of computation by name; "auto" is float32 on a CPU, else bfloat16.
+
+    Raises:
+        ConfigError: the name is not "auto", "float32" or "bfloat16".
+    """
     one_of("dtype", name, ("auto", "float32", "bfloat16"))
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -29,12 +33,12 @@ def compute_type(name: str) -> jnp.dtype:
 
 
 def check(prior: library.Prior, tokens: int, vocab: int, fingerprint: str) -> None:
-    """Refuses a tokenizer, or its codes, that the prior was not trained with.
+    """Checks that a prior was trained with a tokenizer, by number of codes and by fingerprint.
 
     Args:
         prior: the prior.
-        tokens: codes of an image.
-        vocab: rows of the codebook.
+        tokens: number of codes of an image.
+        vocab: number of rows of the codebook.
         fingerprint: fingerprint of the tokenizer.
 
     Raises:
@@ -56,6 +60,6 @@ def check(prior: library.Prior, tokens: int, vocab: int, fingerprint: str) -> No
 
 
 def check_tokenizer(prior: library.Prior, tokenizer: library.Tokenizer) -> None:
-    """Refuses a loaded tokenizer as `check` does."""
+    """Raises ConfigError if a prior was trained with another tokenizer than a loaded tokenizer."""
     model = tokenizer.config
     check(prior, tokenizer.num_tokens, model.codebook_size, tokenizer.fingerprint)

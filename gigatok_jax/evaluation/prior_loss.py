@@ -1,4 +1,4 @@
-"""Mean loss of a prior over held-out codes, and the task `evaluate`.
+"""Mean loss of a prior over held-out codes, and the task `evaluate` that computes the loss.
 
 Axes: b batch, n codes of an image.
 """
@@ -25,9 +25,10 @@ from gigatok_jax.run import processes
 
 
 def make_losses(prior: ar.Prior) -> Callable[..., jax.Array]:
-    """Makes a jitted function of parameters, class ids i32[b] and codes int[b n].
+    """Makes a jitted function that computes a prior's loss on the codes of each image.
 
-    Its result is the mean cross-entropy of each image's codes, f32[b], in nats. Class id -1, for an
+    The function takes parameters, class ids i32[b] and codes int[b n], and returns the mean
+    cross-entropy of each image's codes, f32[b], in nats. Class id -1, for an
     image without a class, counts as the null class.
     """
 
@@ -41,7 +42,7 @@ def make_losses(prior: ar.Prior) -> Callable[..., jax.Array]:
 
 
 def mean_loss(losses: Callable, params: Any, batches: Iterable[dict]) -> dict[str, float]:
-    """Mean cross-entropy over all images, in which each image counts once.
+    """Computes a prior's mean cross-entropy over all images of batches; each image counts once.
 
     Args:
         losses: function from `make_losses`.
@@ -66,9 +67,9 @@ def mean_loss(losses: Callable, params: Any, batches: Iterable[dict]) -> dict[st
 
 
 def evaluate(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Runs the task: loss and perplexity of a prior over held-out codes or images.
+    """Runs the task `evaluate`: measures a prior on held-out codes or images.
 
-    Writes `results.json`.
+    Writes loss and perplexity to `results.json`.
 
     Args:
         config: see `configs/evaluate.py`.
@@ -96,7 +97,7 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def place(batches: Iterable[dict], mesh: Mesh) -> Iterator[dict]:
-    """Batches for `mean_loss` with codes and labels divided over a mesh; masks stay on the host."""
+    """Yields batches with codes and labels divided over a mesh; masks stay on the host."""
     split = parallel.split_batch(mesh)
     for batch in batches:
         arrays = {name: batch[name] for name in ("codes", "label")}
@@ -106,7 +107,7 @@ def place(batches: Iterable[dict], mesh: Mesh) -> Iterator[dict]:
 def image_codes(
     source: Any, tokenizer: library.Tokenizer, batch: int, max_unreadable: int
 ) -> Iterator[dict]:
-    """Batches as from `pipeline.eval_batches`, with the "codes" of their images added."""
+    """Yields batches of every image of a source, with the "codes" that a tokenizer makes added."""
     size = tokenizer.image_size
     with pipeline.eval_batches(source, size, batch, max_unreadable=max_unreadable) as batches:
         for images in batches:
@@ -114,14 +115,14 @@ def image_codes(
 
 
 def check_batch(batch: int, mesh: Mesh) -> None:
-    """Raises ConfigError for a batch that the devices do not divide."""
+    """Raises ConfigError unless the batch is a positive multiple of the devices that share it."""
     shards = parallel.batch_shards(mesh)
     if batch < 1 or batch % shards:
         raise ConfigError(f"eval.batch is {batch}, expected a multiple of the {shards} devices")
 
 
 def _code_batches(config, prior: library.Prior, placement: dict) -> Iterator[dict]:
-    """Batches of the extracted codes that a config names."""
+    """Yields batches of the extracted codes that a config names, after a check of the prior."""
     del placement
     if config.codes:
         _, source = codes_lib.open_codes(config.codes, config.eval_codes, config.data.eval_images)
@@ -134,7 +135,7 @@ def _code_batches(config, prior: library.Prior, placement: dict) -> Iterator[dic
 
 
 def _image_batches(config, prior: library.Prior, placement: dict) -> Iterator[dict]:
-    """Batches of the codes of the images that a config names."""
+    """Yields batches of images that a config names, with codes by the config's tokenizer."""
     if not config.tokenizer:
         raise ConfigError(
             "tokenizer is empty: name it with --config.tokenizer=DIR, or codes with"
@@ -150,7 +151,7 @@ def _image_batches(config, prior: library.Prior, placement: dict) -> Iterator[di
 
 
 def _check_labels(source, prior: library.Prior) -> None:
-    """Refuses a source with other classes than the prior: by name if both are named, or by id."""
+    """Raises DataError if a source has classes unknown to a prior, by name (if named) or by id."""
     ours, theirs = tuple(source.class_names), tuple(prior.class_names)
     if ours and theirs and ours != theirs:
         raise DataError(

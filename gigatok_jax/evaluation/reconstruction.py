@@ -1,4 +1,4 @@
-"""Metrics of a tokenizer's reconstructions over held-out images, and the task `reconstruct`.
+"""Metrics of a tokenizer's reconstructions of images, and the task `reconstruct`.
 
 Axes: b batch, h w pixels, n codes.
 """
@@ -26,7 +26,7 @@ SHOWN = 16  # images in a comparison picture
 
 
 class Reconstructed(NamedTuple):
-    """Reconstructions of a batch, with their codes and distances."""
+    """Record of a batch's reconstructed images, codes, and LPIPS distances to the originals."""
 
     images: jax.Array  # f32[b h w 3], not clamped
     codes: jax.Array  # i32[b n]
@@ -34,7 +34,7 @@ class Reconstructed(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Metrics of each image, f64[b], of pixels rounded as in the original."""
+    """Record of PSNR, SSIM and LPIPS of each reconstructed image, f64[b]."""
 
     psnr: np.ndarray
     ssim: np.ndarray
@@ -46,13 +46,14 @@ def make_reconstruct(
     lpips: perceptual.LPIPS | None = None,
     sharding: jax.sharding.Sharding | None = None,
 ) -> Callable[..., Reconstructed]:
-    """Makes a jitted function of parameters, images uint8[b h w 3] and LPIPS parameters.
+    """Makes a jitted function that encodes images and decodes their codes again.
 
-    The decoder gets the exact codebook rows, as it does when images are generated.
+    The function takes parameters, images uint8[b h w 3] and LPIPS parameters. The decoder gets the
+    exact codebook rows, as in the generation of images.
 
     Args:
         module: tokenizer, from `models.tokenizer.make`.
-        lpips: distance module; None leaves the distance out.
+        lpips: LPIPS module; None leaves the LPIPS distance out.
         sharding: sharding of the results; None leaves it to the compiler.
     """
 
@@ -71,11 +72,12 @@ def make_reconstruct(
 
 
 def score(images: np.ndarray, reconstructed: Reconstructed) -> Score:
-    """PSNR, SSIM and LPIPS of a batch.
+    """Computes PSNR, SSIM and LPIPS of each reconstructed image of a batch.
 
     Args:
         images: originals, uint8[b h w 3].
-        reconstructed: their reconstructions; LPIPS compares unclamped pixels.
+        reconstructed: reconstructions; PSNR and SSIM compare pixels rounded to uint8, LPIPS
+            compares unclamped pixels.
     """
     rounded = metrics.to_uint8(reconstructed.images)
     lpips = reconstructed.lpips
@@ -86,12 +88,12 @@ def score(images: np.ndarray, reconstructed: Reconstructed) -> Score:
 def evaluate(
     reconstruct: Callable, batches: Iterable[dict], codebook_size: int
 ) -> dict[str, float]:
-    """Mean metrics over batches of `data.pipeline.eval_batches`, over all processes.
+    """Computes mean metrics of a tokenizer's reconstructions over the batches of all processes.
 
     Args:
         reconstruct: function from this process's images uint8[b h w 3] to `Reconstructed`.
         batches: dicts with "image" uint8[b h w 3] and "mask" bool[b], False for padding.
-        codebook_size: rows of the codebook.
+        codebook_size: number of rows of the codebook.
 
     Returns:
         Over all images: "psnr" (dB), "ssim", "lpips" (if it was computed), "images" (their number),
@@ -108,11 +110,11 @@ def evaluate(
 
 
 def _means(scores: list[Score], counts: np.ndarray) -> dict[str, float]:
-    """Mean metrics and use of the codebook over the images of all processes.
+    """Averages metrics, and computes the use of the codebook, over the images of all processes.
 
     Args:
         scores: metrics of the batches of this process.
-        counts: int[k], number of times that each code occurs in them.
+        counts: int[k], number of times that each code occurs in the batches of this process.
     """
     merged = jax.tree.map(lambda *x: processes.gather_rows(np.concatenate(x)), *scores)
     use = metrics.codebook_use(processes.gather_rows(counts[None]).sum(0))
@@ -122,12 +124,12 @@ def _means(scores: list[Score], counts: np.ndarray) -> dict[str, float]:
 
 
 def compare(images: np.ndarray, reconstructed: Reconstructed) -> np.ndarray:
-    """Picture uint8[H W 3] of originals above their reconstructions."""
+    """Draws a picture uint8[H W 3] of original images above their reconstructions."""
     return pictures.comparison(images, metrics.to_uint8(reconstructed.images))
 
 
 def reconstruct(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Runs the task: reconstructions and metrics of an image or a folder of images.
+    """Runs the task `reconstruct` on an image or a folder of images.
 
     Writes every reconstruction to `reconstructions/<name>.png`, a comparison under `pictures/`,
     `figures.json` with PSNR, SSIM and LPIPS of each image, and `results.json` with their means.
@@ -173,7 +175,7 @@ def reconstruct(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def _runner(model: library.Tokenizer, folder: str) -> Callable:
-    """Function from images uint8[b h w 3] to `Reconstructed`; LPIPS needs its weights."""
+    """Makes a function from images uint8[b h w 3] to `Reconstructed`; LPIPS needs its weights."""
     lpips, lpips_params = None, None
     if available("lpips-vgg16", folder):
         lpips, lpips_params = perceptual.LPIPS(), load_frozen("lpips-vgg16", folder)
@@ -187,7 +189,7 @@ def _runner(model: library.Tokenizer, folder: str) -> Callable:
 def _write(
     workdir: epath.Path, names: list[str], reconstructed: Reconstructed, scores: Score
 ) -> dict[str, dict[str, float]]:
-    """Writes a PNG of every image and prints its metrics, which it returns by name."""
+    """Writes a PNG of every reconstruction, prints its metrics, and returns the metrics by name."""
     figures = {}
     for i, name in enumerate(names):
         path = workdir / "reconstructions" / f"{name}.png"  # in sub-folders, as the originals

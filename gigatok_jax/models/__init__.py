@@ -1,1 +1,1 @@
-"""Networks: flax.linen modules with plain fields."""
+"""Package of the networks, which are flax.linen modules with plain fields."""

@@ -25,7 +25,7 @@ HIDDEN_MULTIPLE = 256  # the SwiGLU's hidden width, 8/3 of the width, is rounded
 
 
 class Dropouts(NamedTuple):
-    """Dropout probabilities in training. Where `path` is not 0 it replaces `residual`."""
+    """Record of dropout probabilities in training; a `path` that is not 0 replaces `residual`."""
 
     token: float = 0.1  # of features of the embedded sequence
     residual: float = 0.1  # of features that leave attention and MLP
@@ -34,7 +34,7 @@ class Dropouts(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """Inputs that are the same for all blocks of one pass."""
+    """Record of the inputs that all blocks of the prior share in one pass."""
 
     rotary: tuple[jax.Array, jax.Array] | None  # cosines and sines f32[n d/2], with rope
     condition: jax.Array | None  # f[b 1 c], with adaln="full"
@@ -42,28 +42,31 @@ class Shared(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one block at the positions so far; later positions hold anything."""
+    """Record of one block's cached keys and values; positions not yet written hold anything."""
 
     keys: jax.Array  # f[b g n d]
     values: jax.Array  # f[b g n d]
 
 
 class Place(NamedTuple):
-    """Position of a cached pass, and the length of the cache that it reads."""
+    """Record of the position of a cached pass and the length of the cache that the pass reads."""
 
     position: jax.Array  # i32[]
     read: int  # static; positions 0 .. read - 1 are read, so it has to exceed `position`
 
 
 def rotary_angles(positions: jax.Array, head_width: int) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of position * 10000^(-2i/d), each f32[n d/2] (arXiv:2104.09864)."""
+    """Returns the rotary embedding's cosines and sines of position * 10000^(-2i/d).
+
+    Each of the two tables is f32[n d/2]. Source: arXiv:2104.09864.
+    """
     rates = ROTARY_BASE ** (-jnp.arange(0, head_width, 2) / head_width)
     angles = positions[:, None].astype(jnp.float32) * rates
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns each pair of neighbouring features of f[b n h d] by its angle, in float32."""
+    """Rotates each pair of neighbouring features of f[b n h d] by its rotary angle, in float32."""
     cos, sin = (table[:, None] for table in rotary)
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     a, b = pairs[..., 0], pairs[..., 1]
@@ -73,23 +76,26 @@ def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
 def dense(
     features: int, dtype: DTypeLike, name: str, init: Callable = layers.weight_init
 ) -> nn.Dense:
-    """Linear layer without bias."""
+    """Makes a linear layer with `features` outputs and no bias."""
     return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, name=name)
 
 
 def modulation(count: int, width: int, dtype: DTypeLike, name: str | None) -> nn.Dense:
-    """Layer from the condition to `count` shifts, scales or gates; all are zero before training."""
+    """Makes a linear layer from the condition to `count` shifts, scales or gates.
+
+    All of its outputs are zero before training.
+    """
     zeros = nn.initializers.zeros
     return nn.Dense(count * width, dtype=dtype, kernel_init=zeros, name=name)
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """Scaled and shifted features, x (1 + scale) + shift."""
+    """Scales and shifts features: returns x (1 + scale) + shift."""
     return x * (1 + scale) + shift
 
 
 class Attention(nn.Module):
-    """Causal attention with one projection for queries, keys and values."""
+    """Module of causal self-attention with one projection for queries, keys and values."""
 
     heads: int
     kv_heads: int
@@ -104,7 +110,11 @@ class Attention(nn.Module):
         cache: LayerCache | None = None,
         place: Place | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """f[b n c] -> (f[b n c], cache); with a cache n is 1."""
+        """Attends causally within f[b n c]; returns (f[b n c], None).
+
+        With a cache, n is 1: the new position attends to the cached positions and itself, and the
+        second item returned is the cache with the new position's key and value.
+        """
         q, k, v = self._project(x, rotary)
         if cache is None:
             out = attention.attend(q, k, v, causal=True)  # [b n h d]
@@ -115,7 +125,10 @@ class Attention(nn.Module):
         return dense(x.shape[-1], self.dtype, "out")(out.reshape(x.shape)), cache
 
     def _project(self, x, rotary):
-        """Queries f[b n h d], keys and values f[b n g d]."""
+        """Projects f[b n c] to queries f[b n h d] and to keys and values f[b n g d].
+
+        Queries and keys are normed with `qk_norm`, and rotated unless `rotary` is None.
+        """
         width = x.shape[-1] // self.heads
         joint = dense((self.heads + 2 * self.kv_heads) * width, self.dtype, "qkv")(x)
         joint = joint.reshape(*x.shape[:2], -1, width)
@@ -129,7 +142,7 @@ class Attention(nn.Module):
 
 
 def _write(cache: LayerCache, key: jax.Array, value: jax.Array, position) -> LayerCache:
-    """The cache with the key and value of one position, f[b 1 g d], written into it."""
+    """Writes one position's key and value, each f[b 1 g d], into a cache; returns the new cache."""
 
     def put(into, new):
         new = new.swapaxes(1, 2).astype(into.dtype)  # [b g 1 d]
@@ -139,20 +152,26 @@ def _write(cache: LayerCache, key: jax.Array, value: jax.Array, position) -> Lay
 
 
 class SwiGLU(nn.Module):
-    """Gated MLP, silu(x W1) * (x W3) through W2 (arXiv:2002.05202); W1 and W3 are one parameter."""
+    """Module of a gated MLP, silu(x W1) * (x W3) through W2; W1 and W3 are one parameter.
+
+    Source: arXiv:2002.05202.
+    """
 
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """f[b n c] -> f[b n c]."""
+        """Applies the gated MLP to f[b n c]; returns f[b n c]."""
         hidden = -(-int(8 * x.shape[-1] / 3) // HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE
         both = dense(2 * hidden, self.dtype, "gate_up")(x)
         return dense(x.shape[-1], self.dtype, "down")(activation.gate(both))
 
 
 class Block(nn.Module):
-    """Pre-norm attention and SwiGLU, optionally modulated by the condition."""
+    """Module of one block of the prior: pre-norm attention and SwiGLU.
+
+    The class condition optionally modulates norms and gates branches (`adaln`).
+    """
 
     heads: int
     kv_heads: int
@@ -170,7 +189,10 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
         place: Place | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """f[b n c], rate f32[] of stochastic depth -> (f[b n c], cache), as a scan needs it."""
+        """Applies the block to f[b n c]; returns (f[b n c], cache), the pair that a scan needs.
+
+        `drop_path` f32[] is the rate of stochastic depth. The cache is None if none is passed.
+        """
         x = stream(x)
         steps = self._modulation(x.shape[-1], shared)
         y = self._norm(x, "norm1", steps[:2])
@@ -181,7 +203,10 @@ class Block(nn.Module):
         return x + self._branch(y, drop_path, steps[5]), cache
 
     def _modulation(self, width: int, shared: Shared) -> list[jax.Array | None]:
-        """Shift, scale and gate of attention, then of the MLP; None without adaptive norms."""
+        """Returns shift, scale and gate of attention, then of the MLP, each f[b 1 c].
+
+        All six are None without adaptive norms.
+        """
         if self.adaln == "none":
             return [None] * 6
         if self.adaln == "full":
@@ -196,7 +221,7 @@ class Block(nn.Module):
         return x if steps[0] is None else modulate(x, *steps)
 
     def _branch(self, y, drop_path, gate):
-        """Contribution of a branch to the stream: after its dropout and its gate."""
+        """Applies dropout and gate to a branch's output; returns what is added to the stream."""
         if self.dropouts is not None:
             if self.dropouts.path:
                 y = _drop_examples(y, drop_path, self.make_rng("dropout"))
@@ -206,18 +231,21 @@ class Block(nn.Module):
 
 
 def rms_norm(dtype: DTypeLike, name: str | None) -> nn.RMSNorm:
-    """Root-mean-square norm, computed in float32; the result has type `dtype`."""
+    """Makes a root-mean-square norm that computes in float32 and returns type `dtype`."""
     return nn.RMSNorm(epsilon=1e-5, dtype=dtype, name=name)
 
 
 def _drop_examples(y: jax.Array, rate: jax.Array, rng: jax.Array) -> jax.Array:
-    """Stochastic depth (arXiv:1603.09382): a share `rate` of the examples becomes zero."""
+    """Sets each example to zero with probability `rate`, else divides it by 1 - `rate`.
+
+    Source: stochastic depth, arXiv:1603.09382.
+    """
     keep = jax.random.bernoulli(rng, 1 - rate, (y.shape[0], 1, 1))
     return jnp.where(keep, y / (1 - rate).astype(y.dtype), 0)
 
 
 class Prior(nn.Module):
-    """Autoregressive prior over whole sequences; its `init` creates every parameter."""
+    """Module of the autoregressive prior over whole sequences; `init` creates every parameter."""
 
     layers: int
     heads: int
@@ -256,11 +284,11 @@ class Prior(nn.Module):
         self.head = nn.Dense(self.vocab, False, self.dtype, kernel_init=zeros, dot_general=_exact)
 
     def __call__(self, class_ids: jax.Array, codes: jax.Array) -> jax.Array:
-        """Logits of every code given the class and the codes before it.
+        """Computes logits at every position, given the class and all earlier codes.
 
         Args:
             class_ids: i32[b] in [0, classes]; `classes` is the null class.
-            codes: i32[b n] in [0, vocab), n up to `tokens`; the last one is not read.
+            codes: i32[b n] in [0, vocab), n up to `tokens`; the last code is not read.
 
         Returns:
             f32[b n v]; row t predicts codes[:, t].
@@ -272,7 +300,10 @@ class Prior(nn.Module):
         return self.logits(x, condition)
 
     def embed(self, class_ids: jax.Array, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Class ids i32[b], codes i32[b n-1] -> the stream f[b n c] and the condition f[b 1 c]."""
+        """Embeds class ids i32[b] and codes i32[b n-1] as the stream before the first block.
+
+        Returns the stream f[b n c] and the condition f[b 1 c].
+        """
         condition = self.embed_class(class_ids)
         x = self.code_embedding(codes).astype(self.dtype)
         if not self.rope:
@@ -281,7 +312,10 @@ class Prior(nn.Module):
         return (x if self.dropouts is None else self.token_dropout(x)), condition
 
     def embed_class(self, class_ids: jax.Array) -> jax.Array:
-        """Class ids i32[b] -> the stream at position 0, f[b 1 c]; also the condition."""
+        """Embeds class ids i32[b] as f[b 1 c]: the stream at position 0, also the condition.
+
+        In training the null class replaces a class with probability `dropouts.condition`.
+        """
         if self.dropouts is not None and self.dropouts.condition:
             shape = class_ids.shape
             drop = jax.random.bernoulli(self.make_rng("dropout"), self.dropouts.condition, shape)
@@ -290,18 +324,18 @@ class Prior(nn.Module):
         return x if self.rope else x + self.positions[:1].astype(x.dtype)
 
     def embed_code(self, codes: jax.Array, position: jax.Array) -> jax.Array:
-        """Codes i32[b] -> the stream at a position i32[], f[b 1 c]."""
+        """Embeds one code per image, i32[b], as the stream f[b 1 c] at a position i32[]."""
         x = self.code_embedding(codes)[:, None].astype(self.dtype)
         return x if self.rope else x + self.positions[position].astype(x.dtype)
 
     def shared(self, condition: jax.Array, positions: jax.Array) -> Shared:
-        """Inputs that all blocks share, for a condition f[b 1 c] at positions i32[n]."""
+        """Computes the inputs that all blocks share, for condition f[b 1 c], positions i32[n]."""
         rotary = rotary_angles(positions, self.width // self.heads) if self.rope else None
         steps = self.modulation(nn.silu(condition)) if self.adaln == "shared" else None
         return Shared(rotary, condition if self.adaln == "full" else None, steps)
 
     def logits(self, x: jax.Array, condition: jax.Array) -> jax.Array:
-        """Stream after the blocks, f[b n c] -> logits f32[b n v]."""
+        """Computes logits f32[b n v] from the stream after the last block, f[b n c]."""
         x = self.norm(x)
         if self.adaln != "none":
             steps = self.final_modulation(nn.silu(condition))
@@ -311,7 +345,7 @@ class Prior(nn.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _exact(x: jax.Array, kernel: jax.Array, dimensions, precision=None) -> jax.Array:
-    """Product of f[... c] and f[c v] as f32[... v], with a gradient computed in the input's type.
+    """Multiplies f[... c] by f[c v] to f32[... v]; the gradient is multiplied in the type of `x`.
 
     The gradient of `dot_general` would multiply in float32, at half the speed.
     """
@@ -335,7 +369,7 @@ _exact.defvjp(_exact_forward, _exact_backward)
 
 
 def block_fields(prior: Prior) -> dict[str, Any]:
-    """Constructor arguments of one block of a prior."""
+    """Returns the constructor arguments of one block of a prior, by name."""
     names = ("heads", "kv_heads", "qk_norm", "adaln", "dropouts", "dtype")
     return {name: getattr(prior, name) for name in names}
 
@@ -347,7 +381,7 @@ def make(
     loop: layers.Loop = layers.SCANNED,
     dropouts: Dropouts | None = None,
 ) -> Prior:
-    """Makes the module of a prior's config.
+    """Makes the module of the prior that a config describes.
 
     Args:
         model: config of a prior, from `model_config`.

@@ -1,4 +1,4 @@
-"""Decoding with a prior: one position after the other with a cache, and features for probing.
+"""Decoding with an autoregressive prior, position by position with a cache; probing features.
 
 Axes: b batch, n positions, c width, v vocabulary.
 """
@@ -13,14 +13,17 @@ from gigatok_jax.models.ar import Block, LayerCache, Place, Prior, block_fields
 
 
 class Cache(NamedTuple):
-    """Keys and values of the positions so far, and the condition of the adaptive norms."""
+    """Record of all blocks' cached keys and values, and the condition of the adaptive norms."""
 
     layers: tuple[LayerCache, ...]
     condition: jax.Array  # f[b c]
 
 
 def unstack(blocks: Any) -> tuple[Any, ...]:
-    """Parameters of each block, as a tuple, from stacked ones; a tuple is returned as it is."""
+    """Splits stacked parameters of blocks into a tuple of one parameter tree per block.
+
+    A tuple is returned as it is.
+    """
     if isinstance(blocks, tuple):
         return blocks
     count = jax.tree.leaves(blocks)[0].shape[0]
@@ -28,7 +31,7 @@ def unstack(blocks: Any) -> tuple[Any, ...]:
 
 
 def empty_cache(prior: Prior, batch: int) -> Cache:
-    """Cache of a batch before its first position, in the prior's compute type."""
+    """Makes a cache of zeros for a batch before position 0, in the prior's compute type."""
     shape = (batch, prior.kv_heads, prior.tokens, prior.width // prior.heads)
     layer = LayerCache(jnp.zeros(shape, prior.dtype), jnp.zeros(shape, prior.dtype))
     condition = jnp.zeros((batch, prior.width), prior.dtype)
@@ -38,7 +41,7 @@ def empty_cache(prior: Prior, batch: int) -> Cache:
 def prefill(
     prior: Prior, params: Mapping[str, Any], class_ids: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
-    """Runs the prior on the first position, the class.
+    """Runs the prior on position 0, which holds the class.
 
     Args:
         prior: module without dropouts.
@@ -57,12 +60,13 @@ def prefill(
 def decode_step(
     prior: Prior, params: Mapping[str, Any], codes: jax.Array, cache: Cache, place: Place
 ) -> tuple[jax.Array, Cache]:
-    """Runs the prior on one more position.
+    """Runs the prior on one more position, using the cache of all earlier positions.
 
     Args:
-        prior, params: as for `prefill`.
+        prior: module without dropouts.
+        params: parameters of the prior; `blocks` is stacked, or a tuple from `unstack`.
         codes: i32[b], code `position - 1` of each image.
-        cache: cache of the positions before.
+        cache: cache of all earlier positions.
         place: the position, in [1, tokens), and how many positions of the cache are read; reading
             fewer is faster. If `read` does not exceed the position, the newest codes are ignored
             without an error: the position is traced and cannot be checked.
@@ -75,7 +79,7 @@ def decode_step(
 
 
 def _advance(prior, params, x, cache, place):
-    """Logits f32[b v] and the cache after the blocks have read one position x, f[b 1 c]."""
+    """Runs all blocks on one position x, f[b 1 c]; returns logits f32[b v] and the new cache."""
     condition = cache.condition[:, None]
     shared = _apply(prior, params, condition, place.position[None], method="shared")
     block, written = Block(**block_fields(prior)), []
@@ -87,7 +91,7 @@ def _advance(prior, params, x, cache, place):
 
 
 def _apply(prior, params, *arguments, method):
-    """Result of a method of the prior that uses no block."""
+    """Calls a method of the prior that uses no block; returns the method's result."""
     outside = {name: value for name, value in params.items() if name != "blocks"}
     return prior.apply({"params": outside}, *arguments, method=method)
 
@@ -95,10 +99,13 @@ def _apply(prior, params, *arguments, method):
 def features(
     prior: Prior, params: Mapping[str, Any], class_ids: jax.Array, codes: jax.Array, block: int
 ) -> jax.Array:
-    """Features for linear probing: the stream after a block, f[b n c], the class position first.
+    """Computes features for linear probing: the prior's stream f[b n c] after a block.
+
+    Position 0 of the stream is the class.
 
     Args:
-        prior, params: as for `prefill`, with stacked `blocks`.
+        prior: module without dropouts.
+        params: parameters of the prior, with stacked `blocks`.
         class_ids: i32[b] in [0, classes]; probing takes the null class.
         codes: i32[b n] in [0, vocab); the last code is not read.
         block: number of the block, counted from 1; probing takes layers // 2.

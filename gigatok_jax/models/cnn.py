@@ -1,4 +1,7 @@
-"""CNNs between pixels and a feature grid. Axes: b batch, h height, w width, c channel."""
+"""Encoders and decoders between pixels and a feature grid.
+
+Axes: b batch, h height, w width, c channel.
+"""
 
 import math
 from typing import Any
@@ -19,7 +22,10 @@ LEVELS = (1, 1, 2, 2, 4)  # channel multipliers from full resolution down
 def conv(
     features: int, dtype: DTypeLike, name: str, kernel: int = 3, stride: int = 1, padding: Any = 1
 ) -> nn.Conv:
-    """Square convolution with the tokenizer's initialisation; `padding` as flax spells it."""
+    """Makes a square convolution with normal initial weights of deviation 0.02.
+
+    `padding` is any padding that `flax.linen.Conv` accepts.
+    """
     return nn.Conv(
         features,
         (kernel, kernel),
@@ -38,7 +44,7 @@ def _with_whole_kernel(x: jax.Array, kernel: jax.Array, *arguments, **options) -
 
 
 def group_norm(dtype: DTypeLike, name: str | None, affine: bool = True) -> nn.GroupNorm:
-    """Group norm with 32 groups, eps 1e-6 and statistics in float32.
+    """Makes a group norm with 32 groups, epsilon 1e-6 and statistics in float32.
 
     In half precision one pass takes the mean and the mean of squares. In float32, which is for
     exact results, the mean is subtracted before squares are taken.
@@ -55,28 +61,34 @@ def group_norm(dtype: DTypeLike, name: str | None, affine: bool = True) -> nn.Gr
 
 
 def channels(base: int, patch_size: int) -> list[int]:
-    """Channels of each level, full resolution first; the image is halved log2(patch_size) times."""
+    """Returns the number of channels of each level of the CNN, full resolution first.
+
+    The image is halved log2(patch_size) times; each halving adds a level.
+    """
     halvings = int(math.log2(patch_size))
     # The published models halve four times; further levels repeat the last multiplier.
     return [base * LEVELS[min(i, len(LEVELS) - 1)] for i in range(halvings + 1)]
 
 
 def depth_to_space(x: jax.Array, block: int = 2) -> jax.Array:
-    """Channels to pixels: f[b h w block^2*c] -> f[b block*h block*w c], offsets slowest."""
+    """Rearranges channels into pixels: f[b h w block^2*c] -> f[b block*h block*w c].
+
+    Along the input's channels, a pixel's offset in its block varies slower than its channel.
+    """
     b, h, w, c = x.shape
     x = x.reshape(b, h, w, block, block, c // block**2).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, h * block, w * block, c // block**2)
 
 
 class ResnetBlock(nn.Module):
-    """Residual block: twice norm, SiLU and convolution, beside a shortcut."""
+    """Module of a residual block: norm, SiLU and convolution, twice, beside a shortcut."""
 
     features: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """f[b h w c] -> f[b h w features]."""
+        """Applies the residual block to f[b h w c]; returns f[b h w features]."""
         x = constrain(x, BATCH)
         y = nn.silu(group_norm(self.dtype, "norm1")(x))
         y = conv(self.features, self.dtype, "conv1")(y)
@@ -88,13 +100,13 @@ class ResnetBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Single-head self-attention over all positions, with a residual connection."""
+    """Module of single-head self-attention over all positions, with a residual connection."""
 
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """f[b h w c] -> f[b h w c]."""
+        """Adds self-attention over all positions to f[b h w c]; returns f[b h w c]."""
         b, h, w, c = x.shape
         y = group_norm(self.dtype, "norm")(x).reshape(b, h * w, c)
         q, k, v = (dense(c, self.dtype, name)(y)[:, :, None] for name in ("query", "key", "value"))
@@ -103,17 +115,22 @@ class SpatialAttention(nn.Module):
 
 
 class AdaptiveGroupNorm(nn.Module):
-    """Group norm whose scale and shift come from deviation and mean of the decoder's input grid.
+    """Module of a group norm whose scale and shift depend on the decoder's input grid.
+
+    Scale and shift are linear in the grid's deviation and mean over positions.
 
     Source: arXiv:2310.05737 (MAGVIT-v2). As in the original the scale multiplies directly, without
-    an added one, and the variance over positions is the unbiased one.
+    an added 1, and the variance over positions is the unbiased one.
     """
 
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, style: jax.Array) -> jax.Array:
-        """Features f[b h w c], decoder input f[b g g e] -> f[b h w c]."""
+        """Norms features f[b h w c], scaled and shifted by f[b g g e]; returns f[b h w c].
+
+        `style`, f[b g g e], is the input grid of the decoder.
+        """
         style = style.reshape(style.shape[0], -1, style.shape[-1]).astype(jnp.float32)
         deviation = jnp.sqrt(style.var(axis=1, ddof=1) + 1e-6)  # [b e]
         scale = dense(x.shape[-1], self.dtype, "scale")(deviation)[:, None, None]
@@ -122,7 +139,10 @@ class AdaptiveGroupNorm(nn.Module):
 
 
 class CNNEncoder(nn.Module):
-    """Encoder from image to feature grid: levels of residual blocks, resolution halved between."""
+    """Module of the CNN encoder from image to feature grid.
+
+    Its levels are residual blocks; between two levels the resolution is halved.
+    """
 
     base: int = 128  # channels at full resolution
     patch_size: int = 16
@@ -132,7 +152,7 @@ class CNNEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """f[b H W 3] in [-1, 1] -> f[b h w 256]."""
+        """Encodes images f[b H W 3] in [-1, 1] as feature grids f[b h w 256]."""
         block = nn.remat(ResnetBlock) if self.remat else ResnetBlock
         widths = channels(self.base, self.patch_size)
         last = len(widths) - 1
@@ -152,7 +172,10 @@ class CNNEncoder(nn.Module):
 
 
 class CNNDecoder(nn.Module):
-    """Decoder from feature grid to image: mirrors the encoder, with three blocks per level."""
+    """Module of the CNN decoder from feature grid to image.
+
+    It mirrors `CNNEncoder`, with three residual blocks per level instead of two.
+    """
 
     base: int = 128  # channels at full resolution
     patch_size: int = 16
@@ -164,7 +187,7 @@ class CNNDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
-        """f[b h w 256] -> f[b H W 3], nominally in [-1, 1]."""
+        """Decodes feature grids f[b h w 256] to images f[b H W 3], nominally in [-1, 1]."""
         block = nn.remat(ResnetBlock) if self.remat else ResnetBlock
         widths = channels(self.base, self.patch_size)[::-1]
         x = conv(widths[0], self.dtype, "conv_in")(features)
@@ -190,7 +213,7 @@ class CNNDecoder(nn.Module):
 
 
 def middle(x: jax.Array, block: type[nn.Module], attention: bool, dtype: DTypeLike) -> jax.Array:
-    """Two residual blocks at the lowest resolution, with attention between them if set."""
+    """Applies two residual blocks at the lowest resolution, and attention between them if set."""
     x = block(x.shape[-1], dtype, name="mid_block_0")(x)
     if attention:
         x = SpatialAttention(dtype, name="mid_attention")(x)
@@ -198,14 +221,17 @@ def middle(x: jax.Array, block: type[nn.Module], attention: bool, dtype: DTypeLi
 
 
 class PatchEncoder(nn.Module):
-    """Encoder by one linear map per patch: fast on a CPU, for the demo, not in the paper."""
+    """Module of an encoder from image to feature grid that maps each patch linearly.
+
+    It is fast on a CPU and serves the demo; it is not in the paper.
+    """
 
     patch_size: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """f[b H W 3] in [-1, 1] -> f[b h w 256]."""
+        """Encodes images f[b H W 3] in [-1, 1] as feature grids f[b h w 256]."""
         p = self.patch_size
         b, h, w, c = x.shape
         x = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
@@ -214,13 +240,16 @@ class PatchEncoder(nn.Module):
 
 
 class PatchDecoder(nn.Module):
-    """Decoder from feature grid to image by one linear map per patch, see `PatchEncoder`."""
+    """Module of a decoder from feature grid to image: norm, SiLU, a linear map for each patch.
+
+    It is fast on a CPU and serves the demo, with `PatchEncoder`; it is not in the paper.
+    """
 
     patch_size: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
-        """f[b h w 256] -> f[b H W 3]."""
+        """Decodes feature grids f[b h w 256] to images f[b H W 3]."""
         x = nn.silu(nn.LayerNorm(dtype=self.dtype, name="norm_out")(features))
         return depth_to_space(dense(self.patch_size**2 * 3, self.dtype, "out")(x), self.patch_size)

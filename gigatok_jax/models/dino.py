@@ -18,7 +18,10 @@ NAMES = (*SIZES, *(f"{name}-reg" for name in SIZES))  # "reg": with four registe
 
 
 class Block(nn.Module):
-    """Pre-norm self-attention and MLP, each optionally scaled per channel (LayerScale)."""
+    """Module of one ViT block: pre-norm self-attention and MLP, each optionally with LayerScale.
+
+    LayerScale multiplies a branch's output by a learned factor per channel.
+    """
 
     heads: int
     layer_scale: bool
@@ -28,7 +31,10 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """f[b n c] -> (f[b n c], the same or None), as a scan needs it."""
+        """Applies the block to f[b n c]; returns (f[b n c], None), the pair that a scan needs.
+
+        With `keep` the result is also the second item.
+        """
         x = x + self._scale("scale_1", self._attention(layer_norm(self.dtype, "norm_1")(x)))
         x = x + self._scale("scale_2", self._mlp(layer_norm(self.dtype, "norm_2")(x)))
         return x, x if self.keep else None
@@ -54,18 +60,21 @@ class Block(nn.Module):
 
 
 def layer_norm(dtype: DTypeLike, name: str) -> nn.LayerNorm:
-    """Layer norm with the epsilon of these models; statistics in float32."""
+    """Makes a layer norm with epsilon 1e-6, as these models have, and statistics in float32."""
     return nn.LayerNorm(epsilon=1e-6, dtype=dtype, name=name, use_fast_variance=False)
 
 
 def blocks(depth: int, **fields) -> nn.Module:
-    """Stack of `depth` blocks as one scan, with parameters stacked on a leading axis."""
+    """Makes a stack of `depth` ViT blocks as one scan, parameters stacked on a leading axis."""
     scan = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth)
     return scan(name="blocks", **fields)
 
 
 def embed(module: nn.Module, x: jax.Array, patch: int) -> jax.Array:
-    """Tokens of images f32[b h w 3]: class token and patches plus positions, f[b 1+n c]."""
+    """Embeds square images f32[b h w 3] as ViT tokens f[b 1+n c], with positions added.
+
+    The class token is the first token, then patches follow. The parameters belong to `module`.
+    """
     b, side, c = x.shape[0], x.shape[1] // patch, module.width
     size, stride = (patch, patch), (patch, patch)
     x = nn.Conv(c, size, stride, padding="VALID", dtype=module.dtype, name="patches")(x)
@@ -78,7 +87,7 @@ def embed(module: nn.Module, x: jax.Array, patch: int) -> jax.Array:
 
 
 class DINOv2(nn.Module):
-    """Teacher of the alignment loss: patch tokens of a frozen ViT with patches of 14 pixels.
+    """Module of a frozen DINOv2, the alignment loss's teacher: a ViT with patches of 14 pixels.
 
     Source: arXiv:2304.07193; registers arXiv:2309.16588.
     """
@@ -90,12 +99,18 @@ class DINOv2(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Images from `ops.image.teacher_input`, f32[b h w 3] -> patch tokens f32[b (h/14)^2 c]."""
+        """Computes patch tokens f32[b (h/14)^2 c] of images f32[b h w 3].
+
+        The images come from `ops.image.teacher_input`.
+        """
         return self.tokens(x)[:, 1 + self.registers :]
 
     @nn.compact
     def tokens(self, x: jax.Array) -> jax.Array:
-        """All tokens after the last norm, f32[b 1+registers+n c]; the class token is the first."""
+        """Computes all tokens of images f32[b h w 3], after the last norm.
+
+        Returns f32[b 1+registers+n c]: the class token, the register tokens, the patch tokens.
+        """
         x = embed(self, x, 14)
         if self.registers:
             shape = (self.registers, self.width)
@@ -108,7 +123,7 @@ class DINOv2(nn.Module):
 
 
 def teacher(name: str, dtype: DTypeLike = jnp.float32) -> DINOv2:
-    """Makes the published DINOv2 with a name in `NAMES`.
+    """Makes the module of the published DINOv2 with a name in `NAMES`.
 
     Raises:
         ConfigError: the name is unknown.
@@ -119,7 +134,9 @@ def teacher(name: str, dtype: DTypeLike = jnp.float32) -> DINOv2:
 
 
 class DINO(nn.Module):
-    """Trunk of the DINO discriminator: a frozen ViT-S/16, read at its input and at four depths.
+    """Module of the DINO discriminator's trunk: a frozen ViT-S/16, read at five depths.
+
+    The depths are the embedded input and the four blocks in `taps`.
 
     Source: arXiv:2104.14294; the depths are those of StyleGAN-T (arXiv:2301.09515).
     """
@@ -132,7 +149,9 @@ class DINO(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> list[jax.Array]:
-        """Feature maps f32[b n c] of each depth, the class token added to every patch.
+        """Computes the trunk's feature maps of images, one f32[b n c] for each depth.
+
+        The class token is added to every patch token.
 
         Args:
             x: images f32[b h w 3] normalised by ImageNet's statistics, sides a multiple of 16;

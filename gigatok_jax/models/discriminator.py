@@ -13,7 +13,7 @@ GROUP = 8  # largest number of examples in one group of `LocalNorm`
 
 
 def leaky_relu(x: jax.Array) -> jax.Array:
-    """Activation: `x` where positive, 0.2 `x` elsewhere."""
+    """Applies the leaky ReLU: returns `x` where positive, 0.2 `x` elsewhere."""
     return nn.leaky_relu(x, 0.2)
 
 
@@ -22,7 +22,7 @@ def _near_one(key: jax.Array, shape, dtype=jnp.float32) -> jax.Array:
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation over groups of consecutive examples, in float32.
+    """Module of batch normalisation over groups of consecutive examples, in float32.
 
     `groups=1` takes statistics over the global batch. With k groups, every b/k consecutive
     examples have their own statistics, as the original has on k devices without synchronisation;
@@ -37,7 +37,11 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """f[b ... c] -> f32[b ... c], by the statistics of the batch or, else, the running ones."""
+        """Normalises f[b ... c] to f32[b ... c].
+
+        With `train` the batch's statistics are used, and the running statistics are updated;
+        without `train`, and at initialisation, the running statistics are used.
+        """
         c = x.shape[-1]
         scale = self.param("scale", _near_one, (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
@@ -62,10 +66,11 @@ def grouped_norm(
     Args:
         x: float[b ... c].
         groups: divides b; example i belongs to group i // (b / groups).
+        eps: added to the variance before the division.
 
     Returns:
         The normalised values f32[b ... c]; mean and biased variance of group 0, f32[c] each; the
-        number of values that each of them is taken over.
+        number of values that each mean is taken over.
 
     Raises:
         ConfigError: `groups` does not divide the batch.
@@ -86,7 +91,7 @@ def grouped_norm(
 
 
 class PatchGAN(nn.Module):
-    """Discriminator of overlapping patches, of 70 x 70 pixels with three layers.
+    """Module of a discriminator of overlapping patches, of 70 x 70 pixels with three layers.
 
     Source: arXiv:1611.07004 (pix2pix), as configured by VQGAN (arXiv:2012.09841).
     """
@@ -98,10 +103,10 @@ class PatchGAN(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Images float[b h w 3] in [-1, 1] -> logits f32[b h/8-2 w/8-2 1]; positive means real.
+        """Computes logits of patches of images float[b h w 3] in [-1, 1]; positive means real.
 
-        `train=True` normalises by batch statistics and updates the collection `batch_stats`,
-        which must then be mutable.
+        Returns f32[b h/8-2 w/8-2 1] with three layers. `train=True` normalises by batch statistics
+        and updates the collection `batch_stats`, which must then be mutable.
         """
         x = leaky_relu(self._conv("conv_0", x, self.num_filters, stride=2, use_bias=True))
         for i in range(1, self.num_layers + 1):
@@ -127,18 +132,25 @@ class PatchGAN(nn.Module):
 
 
 def whole_view(images: jax.Array, size: int) -> jax.Array:
-    """Whole images for the trunk: float[b h w 3] in [-1, 1] -> f32[b size size 3], normalised."""
+    """Resizes and normalises whole images for the DINO discriminator's trunk.
+
+    The images float[b h w 3] in [-1, 1] become f32[b size size 3].
+    """
     method = image.area if images.shape[1] > size else image.bicubic
     return image.resize(image.normalise(images, *image.IMAGENET), size, method)
 
 
 def random_view(images: jax.Array, draws: jax.Array, size: int) -> jax.Array:
-    """Images for the trunk, f32[b size size 3]: with probability 1/2 a crop, else the whole.
+    """Crops images for the DINO discriminator's trunk, or resizes whole images, as `draws` say.
 
     Args:
         images: float[b h w 3] in [-1, 1]; always whole if a side is not larger than `size`.
-        draws: float[3] in [0, 1), for the whole batch: a crop if at most 1/2; its row; its column.
+        draws: float[3] in [0, 1), for the whole batch: the first chooses a crop if at most 1/2; the
+            second and third choose the crop's row and column.
         size: side of the trunk's input in pixels.
+
+    Returns:
+        f32[b size size 3], normalised by ImageNet's statistics.
     """
     room = jnp.array([images.shape[1] - size, images.shape[2] - size])
     if images.shape[1] <= size or images.shape[2] <= size:
@@ -154,7 +166,7 @@ def random_view(images: jax.Array, draws: jax.Array, size: int) -> jax.Array:
 
 
 class SpectralConv(nn.Module):
-    """Circular convolution over tokens with spectral normalisation.
+    """Module of a circular convolution over tokens with spectral normalisation.
 
     The kernel, as a matrix, is divided by its largest singular value. One step of power iteration
     per training call estimates that value; its vectors `u` and `v` are the collection `spectral`.
@@ -169,7 +181,7 @@ class SpectralConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """f[b n c] -> f[b n features]."""
+        """Convolves f[b n c] with the spectrally normalised kernel; returns f[b n features]."""
         fan_in = self.size * x.shape[-1]
         init, shape = fan_in_uniform(fan_in), (self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", init, shape)  # [size c features]
@@ -199,19 +211,25 @@ def _unit(x: jax.Array) -> jax.Array:
 
 
 def _product(form: str, *arrays: jax.Array) -> jax.Array:
-    """Einsum with full float32 products: an estimated norm must not carry half-precision error."""
+    """Computes an einsum with full float32 products.
+
+    Default precision may be lower, and an estimated norm must not carry half-precision error.
+    """
     return jnp.einsum(form, *arrays, precision=jax.lax.Precision.HIGHEST)
 
 
 class LocalNorm(nn.Module):
-    """Batch norm over groups of at most 8 examples, without running statistics.
+    """Module of batch norm over groups of at most 8 examples, without running statistics.
 
     Evaluation uses the statistics of its batch too, as in StyleGAN-T (arXiv:2301.09515).
     """
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """f[b n c] -> f32[b n c]; a batch above 8 is a multiple of its number of groups."""
+        """Normalises f[b n c] over groups of at most 8 examples; returns f32[b n c].
+
+        The number of groups, b / 8 rounded up, has to divide b.
+        """
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
         groups = -(-x.shape[0] // GROUP)
@@ -219,14 +237,17 @@ class LocalNorm(nn.Module):
 
 
 class DinoHead(nn.Module):
-    """Head of the DINO discriminator on one depth: three convolutions to one logit per token."""
+    """Module of the DINO discriminator's head for one depth of the trunk.
+
+    Three convolutions compute one logit per token.
+    """
 
     kernel: int = 9
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """f[b n c] -> logits f32[b n]."""
+        """Computes a logit per token: tokens f[b n c] -> logits f32[b n]."""
         x = self._layer(0, x, 1, train)
         x = (self._layer(1, x, self.kernel, train) + x) * 0.5**0.5
         return SpectralConv(1, 1, self.dtype, name="conv_2")(x, train)[..., 0].astype(jnp.float32)
@@ -237,11 +258,11 @@ class DinoHead(nn.Module):
 
 
 class DinoDiscriminator(nn.Module):
-    """Discriminator on the features of a frozen DINO ViT-S/16 at five depths.
+    """Module of a discriminator on the features of a frozen DINO ViT-S/16 at five depths.
 
     The parameters are those of the heads; the trunk's are the collection `trunk`, which never
     changes. With an rng named `augment` the images go through DiffAug and `random_view`; without
-    it the trunk sees them whole.
+    that rng the trunk sees whole images.
 
     Source: arXiv:2301.09515 (StyleGAN-T, projected discriminator).
     """
@@ -255,7 +276,7 @@ class DinoDiscriminator(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Images float[b h w 3] in [-1, 1] -> logits f32[b 5*n]; positive means real.
+        """Computes logits f32[b 5*n] of images float[b h w 3] in [-1, 1]; positive means real.
 
         `train=True` takes a step of the power iteration: `spectral` must then be mutable.
         """
@@ -267,7 +288,7 @@ class DinoDiscriminator(nn.Module):
 
     @nn.compact
     def logits(self, view: jax.Array, train: bool) -> jax.Array:
-        """Trunk input from `whole_view` or `random_view` -> logits f32[b 5*n]."""
+        """Computes logits f32[b 5*n] of images that `whole_view` or `random_view` prepared."""
         maps = self._maps(view)
         heads = [DinoHead(self.kernel, self.dtype, name=f"head_{i}") for i in range(len(maps))]
         return jnp.concatenate([h(x, train) for h, x in zip(heads, maps, strict=True)], axis=1)

@@ -1,10 +1,11 @@
-"""First weights of a 1D tokenizer that know where things are. Axes: n positions, c width.
+"""Initial weights of a 1D tokenizer that encode places in the image. Axes: n positions, c width.
 
 The published start draws position tables at random, so faint beside the content and so unrelated
-that attention has to learn which latent token belongs to which part of the image: with own pictures
-it does not within thousands of updates. Here tables hold the place and size of what they stand
-for, and keys start with the queries' weights, so that a query and a key of near places have a
-large product from the first update on. Shapes and paths of parameters stay as they are.
+that attention has to learn which latent token belongs to which part of the image; with a user's
+own pictures attention does not learn this within thousands of updates. Here each row of a table
+encodes the place and size of the image region of its token, and keys start with the queries'
+weights, so that a query and a key of near places have a large product from the first update on.
+Shapes and paths of parameters stay as they are.
 """
 
 from typing import Any
@@ -20,11 +21,14 @@ FINEST = 8.0  # half-waves over the image of the fastest feature
 
 
 def first_weights(params: Any, model: ml_collections.ConfigDict) -> Any:
-    """Parameters of a new 1D tokenizer with position tables and keys as above.
+    """Returns a new 1D tokenizer's parameters with tables of places and keys tied to queries.
+
+    The position tables become `features` of image regions; every key kernel becomes a copy of the
+    query kernel.
 
     Args:
-        params: of `models.tokenizer.Tokenizer`, as initialised.
-        model: its config from `model_config`.
+        params: parameters of `models.tokenizer.Tokenizer`, as initialised.
+        model: the tokenizer's config from `model_config`.
 
     Returns:
         The same tree with other values in the position tables and key kernels of both transformers.
@@ -45,7 +49,7 @@ def first_weights(params: Any, model: ml_collections.ConfigDict) -> Any:
 
 
 def places(levels: list[tuple[int, int]]) -> np.ndarray:
-    """Centre x, centre y, width and height of each tile, as shares of the image: f64[n 4].
+    """Computes centre x, centre y, width and height of each tile, as shares of the image: f64[n 4].
 
     Args:
         levels: (columns, rows) of grids of equal tiles, each read row by row.
@@ -60,7 +64,9 @@ def places(levels: list[tuple[int, int]]) -> np.ndarray:
 
 
 def features(where: np.ndarray, width: int) -> np.ndarray:
-    """Sines and cosines of centres, each the mean over its tile: f32[n width].
+    """Computes position features f32[n width] of tiles: sines and cosines of the position.
+
+    Each sine and cosine is averaged over the tile and scaled by sqrt(2) * `DEVIATION`.
 
     Args:
         where: f64[n 4], see `places`.
@@ -78,7 +84,7 @@ def features(where: np.ndarray, width: int) -> np.ndarray:
 
 
 def _with_tied_keys(tree: Any) -> Any:
-    """The same parameters, every `key/kernel` a copy of the `query/kernel` beside it."""
+    """Returns the parameters with each `key/kernel` a copy of the `query/kernel` beside it."""
     if not isinstance(tree, dict):
         return tree
     tree = {name: _with_tied_keys(value) for name, value in tree.items()}

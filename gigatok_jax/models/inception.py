@@ -18,7 +18,7 @@ SPATIAL = 7  # channels of the spatial features
 
 
 class Features(NamedTuple):
-    """Outputs of the network that metrics read."""
+    """Record of the outputs of Inception V3 that metrics of generated images read."""
 
     pool: jax.Array  # f32[b 2048], for FID, precision and recall
     spatial: jax.Array  # f32[b 17 17 7], for sFID
@@ -27,10 +27,11 @@ class Features(NamedTuple):
 
 
 def resize(images: jax.Array, size: int = SIZE) -> jax.Array:
-    """Bilinear resize as in TensorFlow 1, without antialiasing: float[b h w c] -> f32[b s s c].
+    """Resizes images bilinearly as TensorFlow 1 does, without antialiasing.
 
-    Pixel i of the result lies at i * h / size in the image, without an offset of half a pixel;
-    beyond the last pixel the image repeats it.
+    The images float[b h w c] become f32[b s s c], s = `size`. Pixel i of the result lies at
+    i * h / size in the image, without an offset of half a pixel; beyond the image's last pixel that
+    pixel is repeated.
     """
     images = images.astype(jnp.float32)
     for axis in (1, 2):
@@ -47,7 +48,7 @@ def resize(images: jax.Array, size: int = SIZE) -> jax.Array:
 
 
 class ConvNorm(nn.Module):
-    """Convolution, batch norm with stored statistics, ReLU."""
+    """Module of a convolution, a batch norm with stored statistics, and a ReLU."""
 
     width: int
     kernel: tuple[int, int] = (1, 1)
@@ -56,7 +57,7 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """f32[b h w c] -> f32[b h w width]."""
+        """Applies convolution, norm and ReLU to f32[b h w c]; returns f32[b h w width]."""
         shape = (*self.kernel, x.shape[-1], self.width)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         scale = self.param("scale", nn.initializers.ones, (self.width,))
@@ -87,7 +88,10 @@ def _join(*branches: jax.Array) -> jax.Array:
 
 
 class BlockA(nn.Module):
-    """Block at 35 x 35: kernels of 1, of 5, and of 3 twice."""
+    """Module of an Inception block on 35 x 35 positions.
+
+    Its branches have a kernel of 1, a kernel of 5, two kernels of 3, and a mean pool.
+    """
 
     pool_width: int
 
@@ -104,7 +108,7 @@ class BlockA(nn.Module):
 
 
 class BlockB(nn.Module):
-    """Block from 35 x 35 to 17 x 17."""
+    """Module of an Inception block that shrinks 35 x 35 positions to 17 x 17."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -116,7 +120,10 @@ class BlockB(nn.Module):
 
 
 class BlockC(nn.Module):
-    """Block at 17 x 17: kernels of 1, and 7 x 7 as rows and columns, once and twice."""
+    """Module of an Inception block on 17 x 17 positions.
+
+    Its branches have a kernel of 1, 7 x 7 as a row and a column, that pair twice, and a mean pool.
+    """
 
     width: int
 
@@ -137,7 +144,7 @@ class BlockC(nn.Module):
 
 
 class BlockD(nn.Module):
-    """Block from 17 x 17 to 8 x 8."""
+    """Module of an Inception block that shrinks 17 x 17 positions to 8 x 8."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -151,7 +158,11 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
-    """Block at 8 x 8: kernels of 1, and 3 x 3 as a row beside a column."""
+    """Module of an Inception block on 8 x 8 positions.
+
+    Its branches have a kernel of 1, 3 x 3 as a row beside a column, the same after a whole 3 x 3,
+    and a pool, of the maximum if `max_pool`, else of the mean.
+    """
 
     max_pool: bool
 
@@ -172,14 +183,16 @@ class BlockE(nn.Module):
 
 
 class Inception(nn.Module):
-    """Network whose features FID, sFID, Inception score, precision and recall compare.
+    """Module of the Inception V3 whose features metrics of generated images compare.
+
+    The metrics are FID, sFID, Inception score, precision and recall.
 
     Source: arXiv:1512.00567; weights of 2015-12-05, layers as in arXiv:1706.08500.
     """
 
     @nn.compact
     def __call__(self, images: jax.Array) -> Features:
-        """Features of images of any size, uint8[b h w 3] or float[b h w 3] in [0, 255]."""
+        """Computes features of images of any size, uint8 or float[b h w 3] in [0, 255]."""
         x = (resize(images) - 128) / 128  # [b 299 299 3]
         x = ConvNorm(32, (3, 3), 2, "VALID", name="Conv2d_1a_3x3")(x)
         x = ConvNorm(32, (3, 3), 1, "VALID", name="Conv2d_2a_3x3")(x)

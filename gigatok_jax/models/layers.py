@@ -23,7 +23,7 @@ REMAT = {
 
 
 class Loop(NamedTuple):
-    """Settings that decide how a stack of blocks is compiled; they do not change its values."""
+    """Record of settings for how a stack of blocks is compiled; its results stay the same."""
 
     remat: str = "none"  # what the backward pass recomputes, a key of `REMAT`
     unroll: tuple[str, ...] = ()  # platforms that compile one body per block instead of one for all
@@ -40,14 +40,20 @@ SCANNED = Loop()
 def in_proj_init(
     key: jax.Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32
 ) -> jax.Array:
-    """Xavier-uniform draw for one of query, key and value: the bound is of all three stacked."""
+    """Draws Xavier-uniform weights of a query, key or value projection.
+
+    The bound is that of the three projections stacked as one matrix.
+    """
     fan_in, fan_out = shape
     bound = (6 / (fan_in + 3 * fan_out)) ** 0.5
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def fan_in_uniform(fan_in: int) -> Callable:
-    """Initializer uniform in +-fan_in^-0.5: PyTorch's default, which some layers keep."""
+    """Returns an initializer that draws uniformly from +-fan_in^-0.5, PyTorch's default.
+
+    Some layers keep this default.
+    """
     bound = fan_in**-0.5
 
     def init(key: jax.Array, shape, dtype=jnp.float32) -> jax.Array:
@@ -59,27 +65,30 @@ def fan_in_uniform(fan_in: int) -> Callable:
 def position_init(
     key: jax.Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32
 ) -> jax.Array:
-    """Normal draw of position embeddings [length, width], with deviation width^-0.5."""
+    """Draws position embeddings [length, width] from a normal with deviation width^-0.5."""
     return jax.random.normal(key, shape, dtype) * shape[-1] ** -0.5
 
 
 def position_embedding(module: nn.Module, name: str, length: int) -> jax.Array:
-    """Learned vectors f[length width] of a module with the fields width and dtype."""
+    """Declares and returns learned vectors f[length width], a parameter of `module`.
+
+    `module` has the fields width and dtype.
+    """
     return module.param(name, position_init, (length, module.width)).astype(module.dtype)
 
 
 def dense(features: int, dtype: DTypeLike, name: str, init: Callable = weight_init) -> nn.Dense:
-    """Linear layer with the tokenizer's initialisation."""
+    """Makes a linear layer with bias; by default its initial weights have deviation 0.02."""
     return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)
 
 
 def layer_norm(dtype: DTypeLike, name: str) -> nn.LayerNorm:
-    """Layer norm, computed in float32; the result has type `dtype`."""
+    """Makes a layer norm that computes in float32 and returns type `dtype`."""
     return nn.LayerNorm(epsilon=1e-5, dtype=dtype, name=name, use_fast_variance=False)
 
 
 class Attention(nn.Module):
-    """Multi-head attention whose keys and values may differ in position embedding."""
+    """Module of multi-head attention whose keys and values may differ in position embedding."""
 
     heads: int
     qk_norm: bool = False  # layer norm over each head's query and key, shared by the heads
@@ -87,7 +96,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        """f[b n c], f[b m c], f[b m c] -> f[b n c]."""
+        """Attends with queries f[b n c] over keys and values f[b m c]; returns f[b n c]."""
         width = query.shape[-1]
         init = weight_init if self.qk_norm else in_proj_init
         split = (self.heads, width // self.heads)
@@ -105,21 +114,22 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers around the exact (erf) GELU."""
+    """Module of two linear layers around the exact (erf) GELU."""
 
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """f[b n c] -> f[b n c]."""
+        """Applies the two linear layers and the GELU to f[b n c]; returns f[b n c]."""
         hidden = constrain(dense(4 * x.shape[-1], self.dtype, "up")(x), BATCH, None, SPLIT)
         return dense(x.shape[-1], self.dtype, "down")(activation.gelu(hidden))
 
 
 class QFormerBlock(nn.Module):
-    """Pre-norm self-attention of the queries, cross-attention to the memory, MLP.
+    """Module of one Q-Former block: self-attention of queries, cross-attention to a memory, MLP.
 
-    Positions are added to queries and keys, never to values; the memory is not normed here.
+    Each of the three norms its input first. Positions are added to queries and keys, never to
+    values; the memory is not normed here.
     """
 
     heads: int
@@ -135,7 +145,11 @@ class QFormerBlock(nn.Module):
         positions: jax.Array,
         memory_positions: jax.Array,
     ) -> tuple[jax.Array, None]:
-        """f[b n c], f[b m c], f[n c], f[m c] -> (f[b n c], None), as a scan needs it."""
+        """Applies the block to queries f[b n c] and a memory f[b m c].
+
+        Positions of the queries are f[n c], of the memory f[m c]. Returns (f[b n c], None), the
+        pair that a scan needs.
+        """
         x = stream(x)
         memory = x if self.own_memory else memory
         fields = {"heads": self.heads, "qk_norm": self.qk_norm, "dtype": self.dtype}
@@ -150,14 +164,17 @@ class QFormerBlock(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm self-attention and MLP; positions are already in the residual stream."""
+    """Module of one transformer block: pre-norm self-attention and MLP.
+
+    The block adds no positions: the residual stream already contains position embeddings.
+    """
 
     heads: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
-        """f[b n c] -> (f[b n c], None), as a scan needs it."""
+        """Applies the block to f[b n c]; returns (f[b n c], None), the pair that a scan needs."""
         x = stream(x)
         y = layer_norm(self.dtype, "norm1")(x)
         x = x + Attention(self.heads, dtype=self.dtype, name="self_attention")(y, y, y)
@@ -168,17 +185,18 @@ class TransformerBlock(nn.Module):
 def scan(
     block: type[nn.Module], layers: int, loop: Loop, in_axes: Any = nn.broadcast, **fields
 ) -> nn.Module:
-    """Stack of blocks as one module, with parameters stacked on a leading axis.
+    """Makes a stack of blocks as one module, with parameters stacked on a leading axis.
 
-    One body is compiled for all blocks. On the platforms of `loop.unroll` each block has its own:
-    compilation takes longer, but values for the backward pass are not copied into stacks and out
-    of them again.
+    One body is compiled for all blocks. On the platforms of `loop.unroll` each block has its own
+    body: compilation takes longer, but values for the backward pass are not copied into stacks and
+    out of stacks again.
 
     Args:
         block: class of the block; a call takes the stream first, then the inputs of `in_axes`.
         layers: number of blocks.
         loop: rematerialisation and unrolling.
-        in_axes: as for `nn.scan`; by default all blocks get the same inputs.
+        in_axes: the argument of `nn.scan`, which says what inputs are split over blocks; by default
+            all blocks get the same inputs.
         **fields: constructor arguments of the block.
     """
     if loop.remat != "none":
@@ -196,14 +214,17 @@ def scan(
 
 
 class AlignmentMLP(nn.Module):
-    """Three linear layers from the decoder's width to the teacher's (arXiv:2504.08736)."""
+    """Module of three linear layers from the decoder's width to the teacher's.
+
+    Source: arXiv:2504.08736.
+    """
 
     out: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """f[b n c] -> f[b n out]."""
+        """Applies three linear layers, SiLU between, to f[b n c]; returns f[b n out]."""
         hidden = 4 * x.shape[-1]
         x = constrain(dense(hidden, self.dtype, "dense_0")(x), BATCH, None, SPLIT)
         x = constrain(dense(hidden, self.dtype, "dense_1")(nn.silu(x)), BATCH)

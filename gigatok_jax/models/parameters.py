@@ -1,4 +1,7 @@
-"""Parameters of a config's model, from shapes alone: seconds for any size."""
+"""Shapes, number and table of the parameters of a config's model, without computing values.
+
+This takes seconds for a model of any size.
+"""
 
 import math
 from typing import Any
@@ -17,7 +20,7 @@ ALIGNMENT = "align"  # module that only training uses; published counts leave it
 
 
 def abstract_params(model: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Shapes of a model's parameters, as nested dicts of `jax.ShapeDtypeStruct`.
+    """Returns the shapes of a model's parameters, as nested dicts of `jax.ShapeDtypeStruct`.
 
     Args:
         model: config of a tokenizer or a prior.
@@ -32,20 +35,20 @@ def abstract_params(model: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def count(params: Any) -> int:
-    """Number of parameters in a tree of arrays or shapes."""
+    """Counts the parameters, each a single number, in a tree of arrays or shapes."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
 
 
 def count_alignment(params: Any) -> int:
-    """Number of parameters of the alignment MLP."""
+    """Counts the parameters of the alignment MLP in a model's tree of arrays or shapes."""
     return count([x for path, x in flatten(params).items() if ALIGNMENT in path.split("/")])
 
 
 def report(config: ml_collections.ConfigDict) -> str:
-    """Table of the parameters of a config's model, and totals of its modules, as text.
+    """Returns a table of the parameters of a config's model and totals of its modules, as text.
 
     Raises:
-        ConfigError: the config has no model (its task reads a checkpoint) or a wrong one.
+        ConfigError: the config has no model (its task reads a checkpoint) or an invalid model.
     """
     if "model" not in config:
         raise ConfigError(f"{config.name} takes its model from a checkpoint: nothing to plan")

@@ -1,4 +1,4 @@
-"""LPIPS on VGG16. Axes: b batch, h w position, c channel."""
+"""LPIPS, a perceptual distance of images, on VGG16. Axes: b batch, h w position, c channel."""
 
 import flax.linen as nn
 import jax
@@ -13,14 +13,17 @@ _SCALE = np.array([0.458, 0.448, 0.450], np.float32)
 
 
 class VGG16(nn.Module):
-    """Convolutions of VGG16 (arXiv:1409.1556), with the output of each of the five stages."""
+    """Module of VGG16's convolutions (arXiv:1409.1556), which returns all five stages' outputs."""
 
     widths: tuple[int, ...] = WIDTHS
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> list[jax.Array]:
-        """Scaled images f[b h w 3] -> five maps after ReLU, f[b h w c], f[b h/2 w/2 c], ..."""
+        """Computes the outputs of VGG16's five stages, after ReLU, for scaled images f[b h w 3].
+
+        Returns f[b h w c], f[b h/2 w/2 c], ..., each with the stage's number of channels.
+        """
         stages = []
         for i, (width, depth) in enumerate(zip(self.widths, DEPTHS, strict=True), start=1):
             if i > 1:
@@ -33,7 +36,7 @@ class VGG16(nn.Module):
 
 
 def unit_channels(x: jax.Array) -> jax.Array:
-    """Features f[b h w c] divided by their length over channels plus 1e-10, f32[b h w c].
+    """Divides features f[b h w c] by their length over channels plus 1e-10; returns f32[b h w c].
 
     Where every channel is zero, value and gradient are zero; the gradient of the original is not
     finite there (the root of zero).
@@ -46,9 +49,9 @@ def unit_channels(x: jax.Array) -> jax.Array:
 
 
 class LPIPS(nn.Module):
-    """Learned perceptual distance of two images, version 0.1 with VGG16.
+    """Module of LPIPS, the learned perceptual distance of two images, version 0.1 with VGG16.
 
-    Unlike the training code of the original it has no dropout before the heads.
+    Unlike the training code of the original the module has no dropout before the heads.
 
     Source: arXiv:1801.03924.
     """
@@ -64,13 +67,16 @@ class LPIPS(nn.Module):
         ]
 
     def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
-        """Distances f32[b], >= 0, of images float[b h w 3] in [-1, 1], h and w at least 16."""
+        """Computes the distances f32[b] between two batches of images float[b h w 3] in [-1, 1].
+
+        With the published heads distances are >= 0. The sides h and w are at least 16.
+        """
         # Two passes, so that images without a gradient keep no activations.
         pairs = zip(self.features(a), self.features(b), self.heads, strict=True)
         return sum(_stage_distance(x, y, head) for x, y, head in pairs)
 
     def features(self, images: jax.Array) -> list[jax.Array]:
-        """Outputs of the five VGG16 stages for images float[b h w 3] in [-1, 1]."""
+        """Computes the outputs of five VGG16 stages for images float[b h w 3] in [-1, 1]."""
         return self.vgg((images.astype(jnp.float32) - _SHIFT) / _SCALE)
 
 

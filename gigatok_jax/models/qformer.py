@@ -1,4 +1,4 @@
-"""Q-Formers between a 2D grid and 1D latent tokens.
+"""Q-Former encoder and decoder between a 2D grid and 1D latent tokens.
 
 Axes: b batch, h w image grid, n latent tokens, c width, t width of the teacher.
 """
@@ -16,14 +16,14 @@ from gigatok_jax.models.layers import dense, layer_norm, position_embedding
 
 
 class Encoded(NamedTuple):
-    """Output of an encoder's transformer."""
+    """Record of an encoder transformer's output: tokens f[b n c], their projection f[b n 256]."""
 
     tokens: jax.Array  # f[b n c], after the last norm, for probing the encoder
     projected: jax.Array  # f[b n 256]
 
 
 class Decoded(NamedTuple):
-    """Output of a decoder's transformer."""
+    """Record of a decoder transformer's output: features for the CNN decoder, alignment outputs."""
 
     tapped: jax.Array | None  # f[b hw c], output of the alignment block
     aligned: jax.Array | None  # f[b hw t], output of the alignment MLP for it
@@ -31,11 +31,11 @@ class Decoded(NamedTuple):
 
 
 def pooled_queries(grid: jax.Array, latent_tokens: int) -> jax.Array:
-    """Tokens average-pooled from a grid, from coarse to fine.
+    """Average-pools a grid into tokens at several levels, from coarse to fine.
 
     Args:
         grid: f[b h w c].
-        latent_tokens: a power of two, the sum of levels with 1, 1, 2, 4, ... tokens.
+        latent_tokens: number of tokens, a power of two; the levels have 1, 1, 2, 4, ... tokens.
 
     Returns:
         f[b latent_tokens c]; tokens 0 and 1 are both the mean of the grid.
@@ -49,13 +49,14 @@ def pooled_queries(grid: jax.Array, latent_tokens: int) -> jax.Array:
 
 
 def region_queries(latents: jax.Array, grid: int, levels: str) -> jax.Array:
-    """Latent tokens spread over the cells of the regions that their queries were pooled from.
+    """Spreads latent tokens over the grid cells of the regions that their queries were pooled from.
 
     Args:
         latents: f[b n c], n a power of two from 2 on, in the order of `pooled_queries`.
         grid: cells along one side of the image grid, a multiple of the finest level's sides.
         levels: "last_level" spreads the finest level alone; "multi_level" is the mean over all
-            levels, where level l reads tokens 0 to 2^l and not its own, as the original does.
+            levels, where a level of k > 1 tokens reads tokens 0 to k - 1 instead of its own tokens,
+            k to 2k - 1, as the original does.
 
     Returns:
         f[b grid*grid c]. The coarsest level is the mean of tokens 0 and 1.
@@ -78,7 +79,10 @@ def region_queries(latents: jax.Array, grid: int, levels: str) -> jax.Array:
 
 
 class QFormerEncoder(nn.Module):
-    """Encoder to latent tokens: queries, by default pooled features, attend to the feature grid."""
+    """Module of the encoder to latent tokens: queries attend to the feature grid.
+
+    By default the queries start as pooled features of the grid.
+    """
 
     layers: int
     heads: int
@@ -91,7 +95,7 @@ class QFormerEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, features: jax.Array) -> Encoded:
-        """Features f[b h w 256] -> tokens f[b n c] and their projection f[b n 256]."""
+        """Encodes features f[b h w 256] as tokens f[b n c] and their projection f[b n 256]."""
         b, h, w, _ = features.shape
         memory = dense(self.width, self.dtype, "embed")(layer_norm(self.dtype, "norm_in")(features))
         x = self.queries(memory)  # [b n c]
@@ -107,7 +111,7 @@ class QFormerEncoder(nn.Module):
         return Encoded(tokens, dense(TOKEN_WIDTH, self.dtype, "proj_out")(tokens))
 
     def queries(self, grid: jax.Array) -> jax.Array:
-        """Start of the queries, f[b n c], for a grid f[b h w c]."""
+        """Computes the queries f[b n c] before the first block, from a grid f[b h w c]."""
         shape = (grid.shape[0], self.latent_tokens, self.width)
         if self.query_init == "learnable":
             return jnp.broadcast_to(position_embedding(self, "queries", self.latent_tokens), shape)
@@ -120,7 +124,10 @@ class QFormerEncoder(nn.Module):
 
 
 class QFormerDecoder(nn.Module):
-    """Decoder from latent tokens: grid queries attend to them; an early block has a tap."""
+    """Module of the decoder from latent tokens to a grid: grid queries attend to latent tokens.
+
+    The output of block `align_block` is also returned, and mapped to the teacher's width.
+    """
 
     layers: int
     heads: int
@@ -137,7 +144,10 @@ class QFormerDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, latents: jax.Array) -> Decoded:
-        """Latents f[b n 256] -> features f[b h w 256], and the tapped ones for the alignment."""
+        """Decodes latents f[b n 256] to features f[b h w 256] for the CNN decoder.
+
+        Also returns the outputs of the alignment block and of the alignment MLP.
+        """
         b, n, _ = latents.shape
         memory = dense(self.width, self.dtype, "embed")(layer_norm(self.dtype, "norm_in")(latents))
         x = self.queries(memory)
@@ -150,7 +160,7 @@ class QFormerDecoder(nn.Module):
         return Decoded(tapped, aligned, grid_out(self, x, (b, self.grid, self.grid)))
 
     def queries(self, memory: jax.Array) -> jax.Array:
-        """Start of the queries, f[b hw c], for a memory f[b n c]."""
+        """Computes the queries f[b hw c] before the first block, from a memory f[b n c]."""
         shape = (memory.shape[0], self.grid**2, self.width)
         if self.query_init == "learnable":
             return jnp.broadcast_to(position_embedding(self, "queries", self.grid**2), shape)
@@ -162,7 +172,7 @@ class QFormerDecoder(nn.Module):
 def run_tapped(
     decoder: nn.Module, block: type[nn.Module], fields: dict, x: jax.Array, context: tuple
 ) -> tuple[jax.Array | None, jax.Array | None, jax.Array]:
-    """Runs all blocks of a decoder, as two scans with the alignment tap between them.
+    """Runs all blocks of a decoder, as two scans with the alignment tap between the scans.
 
     Args:
         decoder: module with the fields layers, align_block, align_width, loop and dtype.
@@ -190,6 +200,9 @@ def run_tapped(
 
 
 def grid_out(decoder: nn.Module, x: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
-    """Features for the CNN decoder by a norm and a 3x3 convolution: f[b hw c] -> f[b h w 256]."""
+    """Computes the CNN decoder's input f[b h w 256] from tokens f[b hw c].
+
+    A layer norm is followed by a 3x3 convolution.
+    """
     x = layer_norm(decoder.dtype, "norm_out")(x).reshape(*shape, x.shape[-1])
     return conv(TOKEN_WIDTH, decoder.dtype, "conv_out")(x)

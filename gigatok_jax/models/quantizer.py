@@ -10,7 +10,7 @@ from gigatok_jax.ops import codebook_search, quantize
 
 
 class Quantized(NamedTuple):
-    """Result of quantization, with a row for every gradient path."""
+    """Record of a quantization: codes, and the latents and codebook rows that losses compare."""
 
     inputs: jax.Array  # f32[b n e], latents before quantization (unit if l2_norm), for the losses
     latents: jax.Array  # f32[b n e], value of the chosen rows, gradient to the encoder
@@ -19,7 +19,7 @@ class Quantized(NamedTuple):
 
 
 class VectorQuantizer(nn.Module):
-    """Maps each latent token to its nearest row of a learned codebook."""
+    """Module that maps each latent token to the nearest row of a learned codebook."""
 
     codebook_size: int = 16384
     codebook_width: int = 8
@@ -32,11 +32,11 @@ class VectorQuantizer(nn.Module):
         self.codebook = self.param("codebook", init, (self.codebook_size, self.codebook_width))
 
     def table(self) -> jax.Array:
-        """Codebook f32[k e] as codes refer to it: unit rows if `l2_norm`."""
+        """Returns the codebook f32[k e], row by code; the rows are unit vectors if `l2_norm`."""
         return quantize.unit(self.codebook) if self.l2_norm else self.codebook
 
     def __call__(self, z: jax.Array) -> Quantized:
-        """Latents f[b n e] -> codes, quantized latents, and the inputs of the losses."""
+        """Quantizes latents f[b n e]; returns codes, quantized latents and inputs of the losses."""
         if z.shape[-1] != self.codebook_width:
             raise ValueError(f"latents are {z.shape[-1]} wide, expected {self.codebook_width}")
         table = self.table()
@@ -48,5 +48,5 @@ class VectorQuantizer(nn.Module):
         return Quantized(inputs=z, latents=join(z, rows), rows=rows, codes=codes)
 
     def lookup(self, codes: jax.Array) -> jax.Array:
-        """Codes i32[b n] -> their exact rows f32[b n e]."""
+        """Looks up codes i32[b n]; returns the codes' exact codebook rows f32[b n e]."""
         return self.table()[codes]

@@ -1,4 +1,4 @@
-"""The tokenizer: images to codes and back.
+"""Image tokenizer, from images to codes and back.
 
 Axes: b batch, H W pixels, h w image grid, n latent tokens, c width, e codebook width, t teacher's
 width.
@@ -21,7 +21,7 @@ from gigatok_jax.ops.image import to_pixels
 
 
 class Encoding(NamedTuple):
-    """Every stage from an image to its codes."""
+    """Record of the tokenizer's values at every stage from an image to its codes."""
 
     features: jax.Array  # f[b h w 256], from the CNN
     tokens: jax.Array  # f[b n c], from the transformer after its last norm
@@ -31,7 +31,7 @@ class Encoding(NamedTuple):
 
 
 class Decoding(NamedTuple):
-    """Every stage from quantized latents to an image."""
+    """Record of the tokenizer's values at every stage from quantized latents to an image."""
 
     tapped: jax.Array | None  # f[b hw c], output of the alignment block
     aligned: jax.Array | None  # f[b hw t], output of the alignment MLP for it
@@ -40,7 +40,10 @@ class Decoding(NamedTuple):
 
 
 class Tokenizer(nn.Module):
-    """Encoder, quantizer and decoder of one image tokenizer (arXiv:2504.08736, figure 2)."""
+    """Module of a whole image tokenizer: encoder, quantizer and decoder.
+
+    Source: arXiv:2504.08736, figure 2.
+    """
 
     cnn_encoder: nn.Module
     encoder: nn.Module
@@ -56,23 +59,23 @@ class Tokenizer(nn.Module):
         self.post_quant = nn.Dense(TOKEN_WIDTH, dtype=self.dtype, kernel_init=out, bias_init=out)
 
     def encode(self, images: jax.Array) -> Encoding:
-        """Images f[b H W 3] in [-1, 1] -> every stage from features to codes."""
+        """Encodes images f[b H W 3] in [-1, 1]; returns every stage from features to codes."""
         features = self.cnn_encoder(images.astype(self.dtype))
         encoded = self.encoder(features)
         latents = self.pre_quant(encoded.projected)
         return Encoding(features, *encoded, latents, self.quantizer(latents))
 
     def decode(self, latents: jax.Array) -> Decoding:
-        """Quantized latents f[b n e] -> images, and the features before them."""
+        """Decodes quantized latents f[b n e]; returns images and all stages before the images."""
         decoded = self.decoder(self.post_quant(latents.astype(self.dtype)))
         return Decoding(*decoded, self.decode_features(decoded.features))
 
     def decode_features(self, features: jax.Array) -> jax.Array:
-        """Features f[b h w 256] -> images f32[b H W 3], by the CNN decoder alone."""
+        """Decodes features f[b h w 256] to images f32[b H W 3], by the CNN decoder alone."""
         return self.cnn_decoder(features).astype(jnp.float32)
 
     def decode_codes(self, codes: jax.Array) -> Decoding:
-        """Codes i32[b n] -> images, and the features before them."""
+        """Decodes codes i32[b n]; returns images and all stages before the images."""
         return self.decode(self.quantizer.lookup(codes))
 
     def __call__(self, images: jax.Array) -> tuple[Encoding, Decoding]:
@@ -86,7 +89,7 @@ def make(
     dtype: DTypeLike = jnp.float32,
     loop: layers.Loop = layers.SCANNED,
 ) -> Tokenizer:
-    """Makes the module of a tokenizer's config.
+    """Makes the module of the tokenizer that a config describes.
 
     Args:
         model: config of a tokenizer, from `model_config`.
@@ -118,7 +121,7 @@ def make(
 
 
 def _stems(model, dtype, remat: bool) -> tuple[nn.Module, nn.Module]:
-    """Modules between pixels and the feature grid: encoder and decoder."""
+    """Makes the modules between pixels and the feature grid; returns (encoder, decoder)."""
     if model.stem == "patch":
         return cnn.PatchEncoder(model.patch_size, dtype), cnn.PatchDecoder(model.patch_size, dtype)
     fields = {
@@ -135,7 +138,7 @@ def _stems(model, dtype, remat: bool) -> tuple[nn.Module, nn.Module]:
 def encode(
     params: Mapping[str, Any], images: jax.Array, config: ml_collections.ConfigDict
 ) -> jax.Array:
-    """Codes of images; pure, for use inside jit, grad and shard_map.
+    """Encodes images as codes; pure, for use inside jit, grad and shard_map.
 
     Args:
         params: nested dict of a tokenizer's parameters; their dtype is the compute type.
@@ -153,11 +156,12 @@ def encode(
 def decode(
     params: Mapping[str, Any], codes: jax.Array, config: ml_collections.ConfigDict
 ) -> jax.Array:
-    """Images of codes; pure, for use inside jit, grad and shard_map.
+    """Decodes codes to images; pure, for use inside jit, grad and shard_map.
 
     Args:
-        params, config: as for `encode`.
+        params: nested dict of a tokenizer's parameters; their dtype is the compute type.
         codes: i32[b n] in [0, codebook_size).
+        config: model config of the tokenizer.
 
     Returns:
         f32[b h w 3], nominally in [-1, 1], not clamped; `to_uint8` clamps.

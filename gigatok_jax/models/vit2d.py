@@ -11,7 +11,11 @@ from gigatok_jax.models.qformer import Decoded, Encoded, grid_out, run_tapped
 
 
 def _start(module: nn.Module, x: jax.Array):
-    """Embedded tokens, class of the block, its constructor arguments, and its shared inputs."""
+    """Embeds a 2D tokenizer's tokens and chooses the blocks that `module.layer` names.
+
+    Returns embedded tokens, the block's class, the block's constructor arguments, and the inputs
+    that all blocks share.
+    """
     x = dense(module.width, module.dtype, "embed")(layer_norm(module.dtype, "norm_in")(x))
     positions = position_embedding(module, "positions", x.shape[1])
     fields = {"heads": module.heads, "dtype": module.dtype}
@@ -22,7 +26,7 @@ def _start(module: nn.Module, x: jax.Array):
 
 
 class Encoder2D(nn.Module):
-    """Encoder from grid features to one token per patch."""
+    """Module of a 2D tokenizer's encoder: grid features to one token per patch."""
 
     layers: int
     heads: int
@@ -33,7 +37,7 @@ class Encoder2D(nn.Module):
 
     @nn.compact
     def __call__(self, features: jax.Array) -> Encoded:
-        """Features f[b h w 256] -> tokens f[b hw c] and their projection f[b hw 256]."""
+        """Encodes features f[b h w 256] as tokens f[b hw c] and their projection f[b hw 256]."""
         b, h, w, c = features.shape
         x, block, fields, context = _start(self, features.reshape(b, h * w, c))
         x, _ = layers.scan(block, self.layers, self.loop, name="blocks", **fields)(x, *context)
@@ -42,7 +46,7 @@ class Encoder2D(nn.Module):
 
 
 class Decoder2D(nn.Module):
-    """Decoder from one token per patch to grid features."""
+    """Module of a 2D tokenizer's decoder: one token per patch to grid features."""
 
     layers: int
     heads: int
@@ -56,7 +60,10 @@ class Decoder2D(nn.Module):
 
     @nn.compact
     def __call__(self, latents: jax.Array) -> Decoded:
-        """Latents f[b hw 256] -> features f[b h w 256], and the tapped ones for the alignment."""
+        """Decodes latents f[b hw 256] to features f[b h w 256] for the CNN decoder.
+
+        Also returns the outputs of the alignment block and of the alignment MLP.
+        """
         x, block, fields, context = _start(self, latents)
         tapped, aligned, x = run_tapped(self, block, fields, x, context)
         return Decoded(tapped, aligned, grid_out(self, x, (x.shape[0], self.grid, self.grid)))

@@ -1,7 +1,7 @@
 """Activations with derivatives of their own, which read and write less memory than XLA's.
 
-They stand between the two largest matrix products of a block. Their backward passes keep the
-input alone; inside, values are float32 or wider.
+An activation stands between the two largest matrix products of a block. Its backward pass keeps
+the input alone; inside, values are float32 or wider.
 """
 
 import flax.linen as nn
@@ -13,9 +13,10 @@ from gigatok_jax.ops.constrain import BATCH, SPLIT, constrain
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU, x Phi(x) with the normal distribution's Phi (arXiv:1606.08415), in x's dtype.
+    """Computes the exact GELU, x Phi(x) with the normal distribution's Phi (arXiv:1606.08415).
 
-    Left to XLA, both passes also write Phi to memory: the size of x is moved 14 times, not 6.
+    The result has the dtype of x. Left to XLA, both the forward and the backward pass also write
+    Phi to memory: the size of x is moved 14 times, not 6.
     """
     return (_wide(x) * _normal_cdf(_wide(x))).astype(x.dtype)
 
@@ -36,9 +37,10 @@ gelu.defvjp(_gelu_forward, _gelu_backward)
 
 @jax.custom_vjp
 def gate(both: jax.Array) -> jax.Array:
-    """Gated activation f[b n 2h] -> f[b n h]: silu of the first half times the second half.
+    """Computes a gated activation, silu of the first half of features times the second half.
 
-    Left to XLA, the backward pass writes the gradients of both halves and copies them together.
+    Takes f[b n 2h] and returns f[b n h]. Left to XLA, the backward pass writes the gradients of
+    both halves and copies the two together.
     """
     first, second = _halves(both)
     return (nn.silu(first) * second).astype(both.dtype)
@@ -61,7 +63,7 @@ gate.defvjp(_gate_forward, _gate_backward)
 
 
 def _between(before: int, x: jax.Array, after: int, dtype) -> jax.Array:
-    """Features of x with zeros before and after; adding two such arrays is one pass, no copy."""
+    """Pads the last axis of x with zeros; adding two padded arrays joins them without a copy."""
     sides = [(0, 0, 0)] * (x.ndim - 1) + [(before, after, 0)]
     return jax.lax.pad(x.astype(dtype), jnp.zeros((), dtype), sides)
 

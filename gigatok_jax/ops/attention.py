@@ -21,9 +21,10 @@ def attend(
     causal: bool = False,
     gradient: bool = True,
 ) -> jax.Array:
-    """Softmax attention with scores and softmax in float32.
+    """Computes scaled dot-product attention with scores and softmax in float32.
 
-    In half precision on a GPU the fused cuDNN kernel runs; otherwise XLA.
+    In half precision on a GPU the fused cuDNN kernel runs, if it takes the head width and the
+    lengths; otherwise XLA.
 
     Args:
         query: f[b n h d].
@@ -52,7 +53,9 @@ def attend(
 def attend_cached(
     query: jax.Array, keys: jax.Array, values: jax.Array, position: jax.Array
 ) -> jax.Array:
-    """Attention of one query to the cached positions up to its own; scores and softmax float32.
+    """Computes attention of one query per sequence over cached keys and values up to its position.
+
+    Scores and softmax are in float32.
 
     Args:
         query: f[b h d].

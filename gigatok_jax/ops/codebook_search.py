@@ -1,4 +1,4 @@
-"""Nearest codebook row of every token. Axes: m tokens, e width, k rows."""
+"""Search of the nearest codebook row of every token. Axes: m tokens, e width, k rows."""
 
 import functools
 import importlib
@@ -19,7 +19,7 @@ WIDTHS = range(1, 65)  # widths that the kernels are tested with
 def nearest(
     z: jax.Array, codebook: jax.Array, *, impl: str | None = None, interpret: bool = False
 ) -> jax.Array:
-    """Index of the codebook row nearest to each token in squared euclidean distance.
+    """Returns the index of the codebook row nearest to each token in squared euclidean distance.
 
     Accurate to float32 for any input dtype: the distance to the chosen row exceeds the smallest
     distance by at most 1e-6 (|z|^2 + |e|^2), and of equal rows the lowest is chosen. A token with a
@@ -73,7 +73,10 @@ def _per_shard(z, codebook, impl, interpret):
 
 
 def _shardings(mesh, arg_shapes):
-    """Shardings of tokens and codebook, and of the codes: vectors are whole, tokens stay put."""
+    """Returns the shardings of a search's arguments, tokens and codebook, and of its codes.
+
+    Tokens stay on the devices that hold them; token vectors and the codebook are whole.
+    """
     spec = arg_shapes[0].sharding.spec
     spec = (*spec, *[None] * (arg_shapes[0].ndim - len(spec)))[:-1]
     tokens, rows = PartitionSpec(*spec, None), PartitionSpec(None, None)
@@ -100,7 +103,7 @@ _per_shard.def_partition(
 
 
 def _moderate(tokens, table):
-    """Tokens and codebook, scaled by a power of two if squares would leave float32's range."""
+    """Scales tokens and codebook by one power of two if squares could leave float32's range."""
     largest = jnp.max(jnp.where(jnp.isfinite(table), jnp.abs(table), 0))
     _, exponent = jnp.frexp(largest)
     scale = jnp.ldexp(jnp.float32(1), jnp.clip(-exponent, -126, 126))
@@ -109,7 +112,7 @@ def _moderate(tokens, table):
 
 
 def _search(tokens, table):
-    """Codes i32[m] of tokens f32[m e] in a codebook f32[k e], with XLA."""
+    """Finds with XLA the nearest row i32[m] of a codebook f32[k e] for tokens f32[m e]."""
     offset = 0.5 * jnp.sum(jnp.square(table), axis=-1)  # |z|^2 is the same for all rows
     finite = jnp.isfinite(offset)
     table, offset = jnp.where(finite[:, None], table, 0), jnp.where(finite, offset, jnp.inf)

@@ -1,4 +1,4 @@
-"""Nearest codebook row on a GPU, in the Triton dialect of Pallas.
+"""Search of the nearest codebook row on a GPU, in the Triton dialect of Pallas.
 
 Axes: m tokens, k rows, e width, c packed width, w column classes, s splits, a tokens that are
 compared with all rows at once.
@@ -7,8 +7,8 @@ Scores z.e - |e|^2 / 2 come from tensor cores, accurate to a few 1e-7. For each 
 (the columns that one thread holds) a program keeps the best score and the group of rows behind it.
 The rows of the best group are then compared by their float32 distances. If a second group is as
 near as the first, its rows are compared as well. If a third group is as near, two rows of a group
-are, or norms are outside the range in which scores are accurate, all rows are compared. So the
-chosen row is the nearest up to rounding, and the lowest of equal rows.
+are equally near, or norms are outside the range in which scores are accurate, all rows are
+compared. So the chosen row is the nearest up to rounding, and the lowest of equal rows.
 """
 
 import functools
@@ -35,7 +35,7 @@ _EXACT_TOKENS, _EXACT_ELEMENTS = 8, 2048  # tokens, and loaded floats, of a sear
 
 
 class Tiling(NamedTuple):
-    """Sizes that a kernel is compiled for."""
+    """Record of the block sizes and counts that the search kernel is compiled for."""
 
     tokens: int = 128  # tokens of one program
     rows: int = 128  # rows of one matrix product
@@ -46,12 +46,15 @@ class Tiling(NamedTuple):
 
     @property
     def span(self) -> int:
-        """Number of rows in one step of a program."""
+        """Number of codebook rows that a program compares in one step."""
         return self.rows * self.unroll
 
 
 def choose_tiling(tokens: int, rows: int, width: int) -> Tiling:
-    """Fastest tiling on an H200 (132 multiprocessors), of about 30 that were tried."""
+    """Returns the tiling of the search kernel for these numbers of tokens and rows and this width.
+
+    It is the fastest on an H200 (132 multiprocessors) of about 30 tilings that were tried.
+    """
     if width > 16:  # as much as fits into shared memory
         tiling = Tiling(tokens=64, rows=64)
     elif tokens > 2**15:
@@ -66,7 +69,7 @@ def choose_tiling(tokens: int, rows: int, width: int) -> Tiling:
 def search(
     z: jax.Array, codebook: jax.Array, *, tiling: Tiling | None = None, interpret: bool = False
 ) -> jax.Array:
-    """Codes i32[m] of tokens f32[m e] in a codebook f32[k e]."""
+    """Finds on a GPU the nearest row i32[m] of a codebook f32[k e] for tokens f32[m e]."""
     m, (k, e) = z.shape[0], codebook.shape
     tiling = tiling or choose_tiling(m, k, e)
     wide = ((0, 0), (0, pl.next_power_of_2(e) - e))
@@ -94,7 +97,7 @@ def search(
 
 
 def _pack_rows(codebook, groups, tiling):
-    """Second operand of the products, f32[k e] -> f16[c k].
+    """Packs a codebook f32[k e] into f16[c k], the second operand of the products for scores.
 
     The columns of a product are dealt out to the classes, so that the rows of a group are
     neighbours.
@@ -162,7 +165,7 @@ def _store(distance_ref, code_ref, split, token, distance, code, mask):
 
 
 def _rows_at(ref, row, lane=None):
-    """Rows ref[row] f32[.. lanes]; infinity past the end of `ref`."""
+    """Loads the rows `row` of `ref`, f32[.. lanes]; a row past the end of `ref` is infinite."""
     if lane is None:
         lane = lax.iota(jnp.int32, ref.shape[1])
     row, lane = jnp.broadcast_arrays(row[:, None], lane[None])
@@ -170,7 +173,11 @@ def _rows_at(ref, row, lane=None):
 
 
 def _best_groups(tokens_ref, packed_ref, tiling, start, groups):
-    """Bits i32[m w] of the best score of each class, and the group i32[m w] of that score."""
+    """Finds each token's best score in each class of columns, among the groups of one split.
+
+    Returns:
+        Bits i32[m w] of the best score, a float32; the group of rows i32[m w] with this score.
+    """
     z = tokens_ref[:, :]
 
     def step(i, carry):
@@ -190,7 +197,11 @@ def _best_groups(tokens_ref, packed_ref, tiling, start, groups):
 
 
 def _pick(best, group, members):
-    """Best score f32[m] of all classes, first row i32[m] of its group, and the bits without it."""
+    """Picks each token's best score over all classes of columns.
+
+    Returns:
+        Score f32[m]; first row i32[m] of its group; the bits of all scores, this score being -1.
+    """
     bits = jnp.max(best, axis=1)
     column = lax.broadcasted_iota(jnp.int32, best.shape, 1)
     chosen = jnp.min(jnp.where(best == bits[:, None], column, _CLASSES), axis=1)
@@ -201,7 +212,7 @@ def _pick(best, group, members):
 
 
 def _nearest_of(e_ref, z, first, count, warps):
-    """Nearest of the `count` rows from `first` i32[m] on, which differ from token to token.
+    """Finds the nearest of `count` codebook rows; each token has its own first row `first` i32[m].
 
     Returns:
         Squared distances f32[m] to the nearest and to the second nearest row; nearest row i32[m].
@@ -223,17 +234,20 @@ def _nearest_of(e_ref, z, first, count, warps):
 
 
 def _nearer(x, y):
-    """The nearer of two results of `_nearest_of`, and the lower row of equally near ones.
+    """Returns per token the nearer of two results of `_nearest_of`, on a tie that of the lower row.
 
-    The runner-up stays that of its own group: a tie between groups is decided here, while a tie
-    within a group may hide a lower row.
+    The distance of the second nearest row stays that of the same result: a tie between groups is
+    decided here, while a tie within a group may hide a lower row.
     """
     closer = (y[0] < x[0]) | ((y[0] == x[0]) & (y[2] < x[2]))
     return tuple(jnp.where(closer, b, a) for a, b in zip(x, y, strict=True))
 
 
 def _scale(e_ref):
-    """Power of two, f32[], that brings a codebook of extreme values near 1."""
+    """Returns a power of two f32[] that brings the largest value of an extreme codebook near 1.
+
+    It is 1 for a codebook whose largest value is between 2^-40 and 2^40.
+    """
     size = _EXACT_ELEMENTS // e_ref.shape[1]
 
     def step(i, largest):
@@ -247,7 +261,11 @@ def _scale(e_ref):
 
 
 def _nearest_of_all(z_ref, e_ref, token, scale, begin, count):
-    """Nearest of the `count` rows from `begin` on: squared distance f32[a] and row i32[a]."""
+    """Finds for a few tokens the nearest of the `count` codebook rows from `begin` on.
+
+    Returns:
+        Squared distances f32[a]; rows i32[a], the lowest of equally near rows.
+    """
     size = _EXACT_ELEMENTS // _EXACT_TOKENS
     shape = _EXACT_TOKENS, size
     unroll = min(8, z_ref.shape[1])

@@ -1,4 +1,7 @@
-"""Nearest codebook row on a TPU. Axes: m tokens (on lanes), k rows (on sublanes), e width."""
+"""Search of the nearest codebook row on a TPU.
+
+Axes: m tokens (on lanes), k rows (on sublanes), e width.
+"""
 
 import functools
 
@@ -14,7 +17,7 @@ _ROWS = 2048  # rows in fast memory at a time
 
 
 def search(z: jax.Array, codebook: jax.Array, *, interpret: bool = False) -> jax.Array:
-    """Codes i32[m] of tokens f32[m e] in a codebook f32[k e].
+    """Finds on a TPU the nearest row i32[m] of a codebook f32[k e] for tokens f32[m e].
 
     The vector unit adds up squared differences: for narrow vectors this is no slower than the six
     passes of a float32 product on the matrix unit, and as exact as float32 can be.
@@ -42,7 +45,7 @@ def search(z: jax.Array, codebook: jax.Array, *, interpret: bool = False) -> jax
 
 
 def _kernel(z_ref, e_ref, code_ref, distance_ref, row_ref, *, steps):
-    """Keeps the nearest row on each of the eight sublanes and compares those eight at the end."""
+    """Pallas kernel: keeps the nearest codebook row of each sublane, then compares these eight."""
     block = pl.program_id(1)
     sublane = lax.broadcasted_iota(jnp.int32, distance_ref.shape, 0)
 

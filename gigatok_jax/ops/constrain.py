@@ -1,4 +1,4 @@
-"""Placement of activations: models name mesh axes, and the mesh in force decides."""
+"""Placement of activations on the mesh in force, by the mesh axes that models name."""
 
 import math
 from collections.abc import Callable
@@ -15,9 +15,9 @@ LAYOUTS_DIVIDE = jax.__version_info__ >= (0, 11, 2)
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """Activation with a sharding constraint; its value stays the same.
+    """Constrains the sharding of an activation and returns it; its value stays the same.
 
-    Without a mesh in force (`jax.set_mesh`) and inside `shard_map` there is no constraint. A
+    Does nothing without a mesh in force (`jax.set_mesh`) and inside `shard_map`. A
     dimension that its mesh axis does not divide stays whole.
 
     Args:
@@ -35,7 +35,10 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
 
 
 def stream(x: jax.Array) -> jax.Array:
-    """Residual stream f[b n c], constrained to be divided by examples and row-major in memory.
+    """Constrains a residual stream f[b n c] to be divided by examples and row-major in memory.
+
+    Returns the stream, with its value unchanged. The order in memory is constrained under `jit`
+    alone, and on several devices only from jax 0.11.2 on.
 
     Left alone, XLA for GPUs picks the order in memory that suits the stream's first value, such as
     a broadcast over examples or looked-up rows. If the examples come last, every norm and matrix
@@ -50,16 +53,16 @@ def stream(x: jax.Array) -> jax.Array:
 
 
 def batch_axes(size: int) -> tuple[str, ...]:
-    """Mesh axes that divide a dimension of examples or tokens with this size; () for none."""
+    """Returns the mesh axes that divide a dimension of `size` examples or tokens; () for none."""
     mesh = _in_force()
     return BATCH if mesh is not None and _divides(mesh, BATCH, size) else ()
 
 
 def per_device(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-    """The function under `shard_map` if a mesh is in force, else the function itself.
+    """Returns the function under `shard_map` if a mesh is in force, else the function itself.
 
-    For kernels on TPUs: the compiler cannot divide them, and `custom_partitioning`, which needs no
-    specs, does not work on TPUs (jax-ml/jax#38196).
+    Kernels on TPUs need this: the compiler cannot divide kernels, and `custom_partitioning`, which
+    needs no specs, does not work on TPUs (jax-ml/jax#38196).
     """
     if _in_force() is None:
         return function
@@ -67,7 +70,10 @@ def per_device(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
 
 
 def reaches_devices() -> bool:
-    """Whether a kernel sees the arrays of one device: one device, `per_device`, or `shard_map`."""
+    """Returns whether a kernel called here sees only the arrays of one device.
+
+    That is so with one device, with a mesh in force (by `per_device`), and inside `shard_map`.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return jax.device_count() == 1
@@ -75,7 +81,7 @@ def reaches_devices() -> bool:
 
 
 def _in_force():
-    """Mesh of `jax.set_mesh` if it has our axes, all of type Auto; else None."""
+    """Returns the mesh of `jax.set_mesh` if it has our axes and all axes are Auto, else None."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
         return None

@@ -1,4 +1,4 @@
-"""Differentiable augmentation. Axes: b batch, h w position, c channel.
+"""Differentiable augmentation of images. Axes: b batch, h w position, c channel.
 
 Source: arXiv:2006.10738; strengths as in StyleGAN-T (arXiv:2301.09515).
 """
@@ -15,12 +15,12 @@ CUTOUT = 0.2  # side of the blanked square, as a share of the image's
 
 
 def random_augment(key: jax.Array, images: jax.Array, blur: float = 0.0) -> jax.Array:
-    """Augmented images as from `augment`, with draws from a key."""
+    """Blurs, shifts, recolours and partly blanks images, with each image's draws from a key."""
     return augment(images, jax.random.uniform(key, (7, images.shape[0])), blur)
 
 
 def augment(images: jax.Array, draws: jax.Array, blur: float = 0.0) -> jax.Array:
-    """Augmented images: blurred, shifted, recoloured and with a blanked square, in this order.
+    """Blurs, shifts and recolours images and blanks a square in each, in this order.
 
     Args:
         images: float[b h w c].
@@ -40,7 +40,7 @@ def augment(images: jax.Array, draws: jax.Array, blur: float = 0.0) -> jax.Array
 
 
 def _shift(image: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
-    """One image moved by whole pixels; pixels from outside are zero."""
+    """Shifts one image by whole pixels; pixels from outside are zero."""
     reach = [round(size * TRANSLATION) for size in image.shape[:2]]
     start = [
         jnp.floor(draw * (2 * r + 1)).astype(jnp.int32)
@@ -51,7 +51,7 @@ def _shift(image: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
 
 
 def _recolour(x: jax.Array, brightness, saturation, contrast) -> jax.Array:
-    """Images f32[b h w c] with changed brightness, saturation and contrast, draws f32[b]."""
+    """Changes brightness, saturation and contrast of images f32[b h w c] by draws f32[b]."""
     brightness, saturation, contrast = (
         draw[:, None, None, None] for draw in (brightness, saturation, contrast)
     )
@@ -63,13 +63,16 @@ def _recolour(x: jax.Array, brightness, saturation, contrast) -> jax.Array:
 
 
 def _outside_square(size: tuple[int, int], row: jax.Array, column: jax.Array) -> jax.Array:
-    """Mask f32[b h w 1]: 0 inside a square around the drawn centre, 1 elsewhere."""
+    """Returns a mask f32[b h w 1]: 0 inside a square around the drawn centre, 1 elsewhere."""
     inside = [_interval(n, draw) for n, draw in zip(size, (row, column), strict=True)]
     return 1.0 - (inside[0][:, :, None] & inside[1][:, None, :])[..., None]
 
 
 def _interval(size: int, draw: jax.Array) -> jax.Array:
-    """Positions bool[b size] inside an interval of the cutout's length, cut at the edges."""
+    """Returns bool[b size], which positions of a side lie in the blanked interval of each image.
+
+    The interval's centre is drawn, and its part beyond the edges is cut off.
+    """
     length = round(size * CUTOUT)
     first = jnp.floor(draw * (size + 1 - length % 2)) - length // 2  # [b]
     at = np.arange(size)
@@ -84,7 +87,10 @@ def _blur(x: jax.Array, strength: float) -> jax.Array:
 
 @functools.cache
 def _blur_matrix(size: int, height: int, strength: float) -> np.ndarray:
-    """Blur matrix f32[size size]: 2^-(t/s)^2, s = strength * sqrt(height / 2), edges mirrored."""
+    """Returns the matrix f32[size size] that blurs along one side of an image, with mirrored edges.
+
+    The weight at distance t is proportional to 2^-(t/s)^2, with s = strength * sqrt(height / 2).
+    """
     width = strength * math.sqrt(height / 2)
     radius = math.floor(3 * width)
     if radius < 1:

@@ -31,12 +31,13 @@ def entropy_loss(
     interpret: bool = False,
     block_elements: int = BLOCK_ELEMENTS,
 ) -> jax.Array:
-    """Mean entropy of the tokens' soft assignments minus the entropy of their mean, in nats.
+    """Computes the mean entropy of the tokens' soft assignments minus the entropy of their mean.
 
-    A token's assignment is the softmax over rows of -|z - e|^2 / temperature. The loss is low if
-    every token is sure of its row and all rows are used alike. Probabilities are not stored but
-    computed again for the gradient, whose error is within 1e-4 of its norm. On a mesh the kernels
-    run on the tokens of each device, and only means and gradients of rows are communicated.
+    A token's assignment is the softmax over rows of -|z - e|^2 / temperature; entropies are in
+    nats. The loss is low if every token is sure of its row and all rows are used alike.
+    Probabilities are not stored but computed again for the gradient, whose error is within 1e-4 of
+    its norm. On a mesh the kernels run on the tokens of each device, and only means and gradients
+    of rows are communicated.
 
     Args:
         z: float[b n e], latents before quantization; computed in float32.
@@ -102,7 +103,7 @@ def _forward(z, codebook, temperature, groups, block_elements):
 
 
 def _backward(temperature, groups, block_elements, residuals, cotangent):
-    """Gradients to latents and codebook.
+    """Returns the gradients of the entropy loss to latents and codebook.
 
     With s the logits and m the mean distribution, the gradient of the loss to s is q / tokens,
     q = p (f - log p - h - sum_k p f), where f = log(m + eps) + m / (m + eps) is the derivative of
@@ -135,14 +136,14 @@ _entropy_loss.defvjp(_forward, _backward)
 
 
 class _Kernels(NamedTuple):
-    """Forward and backward pass of a Pallas implementation, with its static settings."""
+    """Record of a Pallas implementation of the entropy loss and its settings; runs both passes."""
 
     impl: str
     temperature: float
     interpret: bool
 
     def _run(self, run, *arguments):
-        """Results [g ...] of a pass over the groups of [g ...] arguments, one after the other."""
+        """Runs a pass on each group of the arguments [g ...] in turn; returns results [g ...]."""
         if len(arguments[0]) > 1:
             return jax.lax.map(lambda group: run(*group), arguments)
         return jax.tree.map(lambda x: x[None], run(*(x[0] for x in arguments)))
@@ -151,12 +152,17 @@ class _Kernels(NamedTuple):
         return importlib.import_module(f"{__name__}_{implementation.PLATFORMS[self.impl]}")
 
     def forward(self, z, codebook):
-        """Log sums as two summands and entropies, [g t] each, and sums of probabilities [g k]."""
+        """Runs the forward pass of the entropy loss on every group.
+
+        Returns:
+            Logarithms of each token's sum of exponentials, as two summands [g t]; entropies of the
+            tokens [g t]; probabilities summed over the tokens of a group [g k].
+        """
         forward, same = self._module().forward, {"interpret": self.interpret}
         return self._run(lambda z: forward(z, codebook, self.temperature, **same), z)
 
     def backward(self, z, codebook, log_sum, rest, entropy, slope):
-        """Sums of q = p (slope - log p - entropy - sum_k p slope) over rows and over tokens.
+        """Sums q = p (slope - log p - entropy - sum_k p slope) over rows and over tokens.
 
         Returns:
             q @ codebook [g t e]; q.T @ z, summed over groups, [k e]; q summed over all tokens [k].
@@ -207,18 +213,18 @@ def _backward_per_shard(kernels, *arguments):
 
 
 def _axes(arg_shapes) -> tuple:
-    """Mesh axes of groups and of tokens."""
+    """Returns the mesh axes that divide the first argument, f[g t e], by groups and by tokens."""
     spec = arg_shapes[0].sharding.spec
     return (*spec, None, None)[:2]
 
 
 def _names(*axes) -> tuple[str, ...]:
-    """Flat tuple of mesh axes, each of them a name, a tuple of names or None."""
+    """Returns mesh axes, each a name, a tuple of names or None, as a flat tuple of names."""
     return tuple(jax.tree.leaves(axes))
 
 
 def _spread(kernels, partitioned, make_pass, *arguments):
-    """Results of a pass over the tokens of each device."""
+    """Runs a pass of the entropy loss on the tokens of each device and returns its results."""
     if kernels.impl == "pallas_gpu":
         return partitioned(kernels, *arguments)
     count, size = arguments[0].shape[:2]
@@ -228,7 +234,7 @@ def _spread(kernels, partitioned, make_pass, *arguments):
 
 
 def _forward_pass(kernels, groups, tokens):
-    """The forward pass on one device, and the specs of its results and arguments."""
+    """Returns the forward pass for one device, and the specs of its results and arguments."""
 
     def forward(z, codebook):
         *per_token, total = kernels.forward(z, codebook)
@@ -240,7 +246,7 @@ def _forward_pass(kernels, groups, tokens):
 
 
 def _backward_pass(kernels, groups, tokens):
-    """The backward pass on one device, and the specs of its results and arguments."""
+    """Returns the backward pass for one device, and the specs of its results and arguments."""
 
     def backward(*arguments):
         from_rows, *sums = kernels.backward(*arguments)
@@ -271,7 +277,11 @@ _backward_per_shard.def_partition(
 
 
 def _assign(block, codebook, temperature):
-    """Probabilities and their logarithms [g b/g t k], and entropies [g b/g t 1]."""
+    """Computes the soft assignment of every token of a block to codebook rows.
+
+    Returns:
+        Probabilities and their logarithms, each f[g b/g t k]; entropies f[g b/g t 1].
+    """
     half_square = 0.5 * jnp.sum(jnp.square(codebook), axis=-1)
     logits = _einsum("gbte,ke->gbtk", block, codebook) - half_square
     log_p = jax.nn.log_softmax(logits * (2.0 / temperature), axis=-1)
@@ -280,7 +290,7 @@ def _assign(block, codebook, temperature):
 
 
 def _blocks(z, rows, groups, block_elements):
-    """Latents [b n e] cut into [blocks g b/g t e], with t the largest divisor of n in the bound.
+    """Cuts latents [b n e] into blocks [blocks g b/g t e]; t is the largest divisor of n that fits.
 
     The cut is along positions, because the batch is divided over devices.
     """

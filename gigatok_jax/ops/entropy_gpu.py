@@ -27,7 +27,7 @@ _LN2 = math.log(2)
 
 
 class Tiling(NamedTuple):
-    """Sizes that a kernel is compiled for."""
+    """Record of the block sizes and counts that the entropy loss's kernels are compiled for."""
 
     owners: int = 128  # owners of one program
     members: int = 64  # members of one matrix product
@@ -40,7 +40,7 @@ TILING = Tiling(owners=64, members=128)  # the fastest on an H200 of ten that we
 
 
 class _Side(NamedTuple):
-    """Tokens or rows, padded to whole blocks of n vectors."""
+    """Record of the tokens, or of the codebook rows, as operands of products, n after padding."""
 
     count: int  # vectors without the padding
     packed: jax.Array  # f16[n c], operand of the products for logits
@@ -56,7 +56,7 @@ def forward(
     tiling: Tiling = TILING,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Sums that the loss needs over rows and over tokens.
+    """Computes the sums over rows and over tokens that the entropy loss needs.
 
     Args:
         z, codebook: f32[t e] and f32[k e].
@@ -82,7 +82,7 @@ def backward(
     whole: jax.Array, rest: jax.Array, entropy: jax.Array, slope: jax.Array,
     *, tiling: Tiling = TILING, interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """Sums that the gradients need, over rows and over tokens.
+    """Computes the sums over rows and over tokens that the gradients of the entropy loss need.
 
     Args:
         whole, rest, entropy: f32[t] each, from `forward`.
@@ -121,13 +121,17 @@ def _padded(x, size, value):
 
 
 def _joined(sums, side, width):
-    """Sums f32[n e] of the high and the low parts, f32[n 2e], without scale and lift."""
+    """Adds the high and low parts of sums f32[n 2e] and undoes the scaling; returns f32[n e]."""
     half = sums.shape[1] // 2
     return (sums[:, :width] + sums[:, half : half + width]) * (2.0**-_LIFT / side.scale)
 
 
 def _sides(z, codebook, temperature, tiling) -> tuple[_Side, _Side, jax.Array]:
-    """Tokens, rows, and the factor f32[1] from their products to logits."""
+    """Scales and packs tokens and rows for the kernels.
+
+    Returns:
+        Tokens; rows; the factor f32[1] that turns products of tokens and rows into logits.
+    """
     z_scale, e_scale = _power(z), _power(codebook)
     offset = -0.5 * jnp.sum(jnp.square(codebook), axis=1) * e_scale * z_scale
     whole = max(tiling.owners, tiling.members * tiling.splits)
@@ -138,7 +142,7 @@ def _sides(z, codebook, temperature, tiling) -> tuple[_Side, _Side, jax.Array]:
 
 
 def _power(x):
-    """Power of two, f32[], that brings the longest vector to a norm near 1."""
+    """Returns the power of two f32[] that brings the longest vector to a norm near 1."""
     norm = jnp.sqrt(jnp.max(jnp.sum(jnp.square(x), axis=1)))
     _, exponent = jnp.frexp(norm * (1 / 1.02))
     return jnp.where(norm > 0, jnp.ldexp(jnp.float32(1), jnp.clip(-exponent, -60, 60)), 1)
@@ -151,7 +155,7 @@ def _side(x, scale, packed, whole):
 
 
 def _parts(x, size):
-    """High and low parts beside each other, f32[.. e] -> f16[n 2e]."""
+    """Splits f32[.. e] into high and low parts, padded and side by side; returns f16[n 2e]."""
     extra = max(8, pl.next_power_of_2(x.shape[1])) - x.shape[1]
     missing = ((0, size - len(x)), (0, extra))
     return jnp.concatenate([jnp.pad(part, missing) for part in split_product.split(x)], axis=1)
@@ -160,7 +164,7 @@ def _parts(x, size):
 def _call(
     kernel, owners, members, outs, own=(), along=(), *, unit, tiling, interpret, splits=1
 ):  # fmt: skip
-    """Runs one kernel, with outputs f32[s n ...].
+    """Runs one kernel of the entropy loss and returns its outputs, f32[s n ...] each.
 
     Args:
         outs: shape of each output after the axis of the owners.
@@ -189,14 +193,14 @@ def _call(
 
 
 class _Tile(NamedTuple):
-    """Loop of a program over the members."""
+    """Record of the loop of one kernel program over its members."""
 
     members: int  # members of one step
     steps: int
     count: int  # members without the padding
 
     def through(self, step, carry):
-        """Carry after all steps of this program's split."""
+        """Runs `step` for all members of this program's split and returns the last carry."""
         begin = pl.program_id(1) * self.steps
         return lax.fori_loop(0, self.steps, lambda i, x: step(begin + i, x), carry)
 
@@ -204,7 +208,7 @@ class _Tile(NamedTuple):
         return pl.ds(i * self.members, self.members)
 
     def scores(self, owners, members_ref, i):
-        """Logits f32[o m] of one step, before the factor of `_sides`."""
+        """Computes the logits f32[o m] of step i, not yet multiplied by the factor of `_sides`."""
         members = members_ref[:, self.columns(i)]
         scores = jnp.dot(owners, members, preferred_element_type=jnp.float32)
         if self.count == members_ref.shape[1]:
@@ -308,10 +312,10 @@ def _row_kernel(
 
 
 def _sums(weights, vectors):
-    """Weighted sums f32[o m] @ f16[m 2e], with the weights split into a high and a low part.
+    """Computes weighted sums f32[o m] @ f16[m 2e] with weights split into a high and a low part.
 
-    Bits split them, since XLA drops casts in the interpreter. The sum is halved and doubled, so
-    that the sums of the steps are added in float32: tensor cores do not round their sums.
+    Bits split the weights, since XLA drops casts in the interpreter. The sum is halved and doubled,
+    so that the sums of the steps are added in float32: tensor cores do not round their sums.
     """
     bits = lax.bitcast_convert_type(weights, jnp.int32) & -0x2000
     high = lax.bitcast_convert_type(bits, jnp.float32)

@@ -19,7 +19,7 @@ _FAR = 1e30  # larger than any logit
 def forward(
     z: jax.Array, codebook: jax.Array, temperature: float, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Sums that the loss needs over rows and over tokens.
+    """Computes the sums over rows and over tokens that the entropy loss needs.
 
     Args:
         z, codebook: f32[t e] and f32[k e].
@@ -45,7 +45,7 @@ def backward(
     top: jax.Array, rest: jax.Array, entropy: jax.Array, slope: jax.Array,
     *, interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """Sums that the gradients need, over rows and over tokens.
+    """Computes the sums over rows and over tokens that the gradients of the entropy loss need.
 
     Args:
         top, rest, entropy: f32[t] each, from `forward`.
@@ -69,7 +69,7 @@ def backward(
 
 
 def _call(kernel, owners, members, own, along, outs, state, *, unit, interpret):
-    """Runs one kernel, with outputs f32[w o].
+    """Runs one kernel of the entropy loss and returns its outputs, f32[w o] each.
 
     Args:
         own: vectors f32[o] with a value for each owner.
@@ -107,7 +107,7 @@ def _call(kernel, owners, members, own, along, outs, state, *, unit, interpret):
 
 
 def _blocks(x):
-    """Vectors f32[n w] turned to f32[w n] and padded to whole blocks."""
+    """Transposes vectors f32[n w] to f32[w n], with n padded to whole blocks of owners."""
     return jnp.pad(x, ((0, -len(x) % _OWNERS), (0, 0))).T
 
 

@@ -1,7 +1,7 @@
-"""Resizing as two matrix products, and the input of teachers.
+"""Resizing of images as two matrix products, and the input of frozen teachers.
 
-Axes: b batch, h w position, c channel. The matrices depend on sizes alone: numpy makes them once,
-and they are constants of the compiled step.
+Axes: b batch, h w position, c channel. The matrices depend on sizes alone: numpy makes each matrix
+once, and it is a constant of the compiled step.
 """
 
 import functools
@@ -23,7 +23,7 @@ NORMALISATION = {
 
 
 def _cubic(x: np.ndarray, a: float) -> np.ndarray:
-    """Keys' cubic kernel with slope `a` at distance 1, at distances `x`."""
+    """Evaluates Keys' cubic kernel, with slope `a` at distance 1, at distances `x`."""
     x = np.abs(x)
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = a * (((x - 5) * x + 8) * x - 4)
@@ -31,15 +31,16 @@ def _cubic(x: np.ndarray, a: float) -> np.ndarray:
 
 
 def to_pixels(images: jax.Array) -> jax.Array:
-    """Pixels float32 in [-1, 1], as every network here takes them, of uint8 images."""
+    """Converts uint8 images to float32 pixels in [-1, 1]."""
     return (images.astype(jnp.float32) / 255.0 - 0.5) / 0.5
 
 
 @functools.cache
 def bicubic(source: int, target: int) -> np.ndarray:
-    """Matrix f32[target source] of bicubic interpolation without antialiasing, edges repeated.
+    """Returns the matrix f32[target source] of bicubic interpolation without antialiasing.
 
-    Pixel centres at half integers, a = -0.75: `interpolate(mode="bicubic")` of PyTorch.
+    Edge pixels are repeated, pixel centres are at half integers, and a = -0.75, as in PyTorch's
+    `interpolate(mode="bicubic")`.
     Source: Keys 1981, doi:10.1109/TASSP.1981.1163711.
     """
     # Positions in float32 as PyTorch computes them: their rounding shows at 1e-4 in a pixel.
@@ -55,7 +56,7 @@ def bicubic(source: int, target: int) -> np.ndarray:
 
 @functools.cache
 def antialiased_bicubic(source: int, target: int) -> np.ndarray:
-    """Matrix f32[target source] of bicubic interpolation with antialiasing.
+    """Returns the matrix f32[target source] of bicubic interpolation with antialiasing.
 
     The filter, with a = -0.5, is widened by the shrinking factor; rows are cut at the edges and
     sum to one, as in Pillow and with PyTorch's `antialias=True`.
@@ -70,9 +71,9 @@ def antialiased_bicubic(source: int, target: int) -> np.ndarray:
 
 @functools.cache
 def area(source: int, target: int) -> np.ndarray:
-    """Matrix f32[target source] of the mean over the pixels that each output pixel overlaps.
+    """Returns the matrix f32[target source] that averages the pixels each output pixel overlaps.
 
-    As `interpolate(mode="area")` of PyTorch: overlapped pixels count whole, not by their overlap.
+    Overlapped pixels count whole, not by their overlap, as in PyTorch's `interpolate(mode="area")`.
     """
     start = np.arange(target) * source // target
     stop = -(-(np.arange(1, target + 1) * source) // target)
@@ -82,7 +83,7 @@ def area(source: int, target: int) -> np.ndarray:
 
 
 def resize(images: jax.Array, target: int, method: Method = bicubic) -> jax.Array:
-    """Images float[b h w c] resized to squares, float32[b target target c].
+    """Resizes images float[b h w c] to squares, float32[b target target c].
 
     Args:
         images: pixels of any range, square or not.
@@ -97,13 +98,13 @@ def resize(images: jax.Array, target: int, method: Method = bicubic) -> jax.Arra
 
 
 def normalise(images: jax.Array, mean: Sequence[float], deviation: Sequence[float]) -> jax.Array:
-    """Pixels in [-1, 1] less the mean of [0, 1] pixels, in units of their deviation, as float32."""
+    """Moves pixels from [-1, 1] to [0, 1], subtracts `mean`, divides by `deviation`; float32."""
     mean, deviation = np.float32(mean), np.float32(deviation)
     return ((images.astype(jnp.float32) + 1) / 2 - mean) / deviation
 
 
 def teacher_input(images: jax.Array, teacher: str = "dinov2", size: int = 224) -> jax.Array:
-    """Input of a frozen teacher, float32[b size size 3], of images float[b h w 3] in [-1, 1].
+    """Normalises and resizes images float[b h w 3] to a frozen teacher's float32[b size size 3].
 
     Bicubic rows sum to one, so normalising before the resize (as with DINOv2) or after it (CLIP,
     SigLIP) is the same up to rounding; here it is always before.

@@ -16,7 +16,9 @@ _DIALECTS = {"pallas_gpu": "triton", "pallas_tpu": "tpu"}  # modules of jax.expe
 
 
 def choose(operation: str, width: int, widths: Sequence[int]) -> str:
-    """Fastest implementation for the platform being traced for; each choice is logged once.
+    """Chooses the fastest implementation of an operation on the platform being traced for.
+
+    Returns the implementation's name, one of `NAMES`, and logs each choice once.
 
     Args:
         operation: name of the operation in the log.
@@ -37,17 +39,17 @@ def _log(operation, impl, note):
 
 
 def platform() -> str:
-    """Platform being traced for: "cpu", "gpu" or "tpu"."""
+    """Returns the platform being traced for: "cpu", "gpu" or "tpu"."""
     return _device().platform
 
 
 def is_here() -> bool:
-    """Whether the devices being traced for exist, rather than being those of a plan."""
+    """Returns whether the devices being traced for exist, rather than being those of a plan."""
     return _device() is _default()
 
 
 def _device():
-    """The device being traced for: that of the planned mesh if one is in force, else the default.
+    """Returns the device being traced for: that of a planned mesh in force, else the default.
 
     Arguments that lie on another device are not taken into account.
     """
@@ -58,16 +60,19 @@ def _device():
 
 
 def _default():
-    """Default device of jax, which a setting gives as a device, a platform's name or None."""
+    """Returns jax's default device; its setting is a device, a platform's name or None."""
     setting = jax.config.jax_default_device
     return setting if hasattr(setting, "platform") else jax.devices(setting)[0]
 
 
 def check(operation: str, impl: str, width: int, widths: Sequence[int], interpret: bool) -> None:
-    """Refuses an implementation that cannot run here; arguments as for `choose`.
+    """Raises NotImplementedError if an implementation of an operation cannot run here.
 
     Args:
+        operation: name of the operation in the message.
         impl: name of the implementation.
+        width: width of the vectors.
+        widths: widths that the kernels support.
         interpret: whether a Pallas implementation runs in its interpreter, on any platform.
 
     Raises:
@@ -80,7 +85,7 @@ def check(operation: str, impl: str, width: int, widths: Sequence[int], interpre
 
 
 def obstacle(impl: str, width: int, widths: Sequence[int], interpret: bool = False) -> str | None:
-    """Reason why an implementation cannot run here on vectors of this width; None if it can."""
+    """Returns why an implementation cannot run here on vectors of this width; None if it can."""
     one_of("impl", impl, NAMES)
     if impl == "xla":
         return None
@@ -98,7 +103,7 @@ def obstacle(impl: str, width: int, widths: Sequence[int], interpret: bool = Fal
 
 
 def _compute_capability() -> float:
-    """Compute capability of an NVIDIA GPU; 0 for other GPUs."""
+    """Returns the compute capability of an NVIDIA GPU, or 0 for other GPUs."""
     if not is_here():
         return 9.0  # the GPUs in planning/hardware.py have at least this
     try:
@@ -108,7 +113,7 @@ def _compute_capability() -> float:
 
 
 def _has_dialect(impl: str) -> bool:
-    """Whether this jax has the Pallas dialect of the kernels; Triton's is to be removed."""
+    """Returns whether jax has the Pallas dialect of the kernels; Triton's is to be removed."""
     try:
         importlib.import_module(f"jax.experimental.pallas.{_DIALECTS[impl]}")
     except ImportError:

@@ -1,9 +1,10 @@
-"""Products of float32 vectors plus an offset, as one product of float16 on tensor cores.
+"""Products of float32 vectors plus an offset, as one float16 product on tensor cores.
 
 Axes: n vectors, e width, c packed width.
 
-A float32 is the sum of two float16, and three of the four products matter: `left(z) @ right(e,
-offset).T` is z @ e.T + offset with an error near 1e-7, for vectors of norm 1 and float32 sums.
+A float32 number is nearly the sum of two float16 numbers, and three of the four products matter:
+`left(z) @ right(e, offset).T` is z @ e.T + offset with an error near 1e-7, for vectors of norm 1
+and float32 sums.
 """
 
 import jax
@@ -15,20 +16,20 @@ _FINE = 2.0**-12  # unit of the second and third part of the offset
 
 
 def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """High and low part of f32[...], each float16, which add up to it."""
+    """Splits f32[...] into a high and a low part, float16 arrays whose sum is nearly the input."""
     high, low = _split(x)
     return high.astype(jnp.float16), low.astype(jnp.float16)
 
 
 def left(z: jax.Array) -> jax.Array:
-    """First operand of a product: f32[n e] -> f16[n c]."""
+    """Packs vectors f32[n e] into f16[n c], the first operand of a product."""
     high, low = _split(z)
     units = [jnp.full((len(z), n), x, jnp.float32) for n, x in ((1, 1), (2, _FINE))]
     return _packed([high, _SHIFT * low, high / _SHIFT, *units])
 
 
 def right(e: jax.Array, offset: jax.Array) -> jax.Array:
-    """Second operand of a product, with its offset: f32[n e], f32[n] -> f16[n c]."""
+    """Packs vectors f32[n e] and offsets f32[n] into f16[n c], the second operand of a product."""
     high, low = _split(e)
     first, rest = _split(offset)
     second, third = _split(rest / _FINE)

@@ -1,1 +1,1 @@
-"""Training loops, one readable file each, and what they share."""
+"""Package of the training loops of a tokenizer and of a prior, and of the code that both use."""

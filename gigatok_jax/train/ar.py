@@ -1,7 +1,7 @@
 """Training of a prior: from a config and a workdir to a checkpoint and a page.
 
-It learns codes that were extracted before, or makes them of images in the same step, with a frozen
-tokenizer. The same command again resumes.
+The prior learns codes that were extracted before, or codes that a frozen tokenizer makes of images
+in the same step. The same command again resumes the run.
 """
 
 import contextlib
@@ -33,11 +33,11 @@ DRAW = ("temperature", "top_k", "top_p")  # of `config.sample`
 
 
 def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
-    """Trains `config.model` and leaves checkpoints, metrics, pictures, results and a page.
+    """Trains the prior of a config; writes checkpoints, metrics, pictures, results and a page.
 
     Args:
         config: of a run that trains a prior, see `configs/common.py`.
-        workdir: folder of the run; one that holds a checkpoint is resumed.
+        workdir: folder of the run; a run whose folder holds a checkpoint is resumed.
 
     Raises:
         GigatokError: whatever the user can change: config, codes, data, disk, a checkpoint.
@@ -63,11 +63,12 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
 
 
 class Data:
-    """Codes, or images to make codes of: those to learn from and those held out.
+    """Training data and held-out data of a prior's run: codes, or images to make codes of.
 
     Attributes:
-        source, held_out: sources of `data.codes` or `data.sources`.
-        fingerprint: identifies the records that are learned from.
+        source, held_out: records to train on and held-out records; sources of `data.codes` or
+            `data.sources`.
+        fingerprint: identifies the records to train on.
         codes: header of the codes; None for images.
     """
 
@@ -82,7 +83,7 @@ class Data:
         Args:
             config: of the run.
             tokenizer: makes codes of images; None where codes are named.
-            share: of this process among those that feed the mesh.
+            share: share of this process among the processes that feed the mesh.
         """
         self.codes = None
         if config.codes:
@@ -99,7 +100,7 @@ class Data:
         self._config, self._tokenizer, self._share = config, tokenizer, share
 
     def train_batches(self, start: int) -> contextlib.AbstractContextManager:
-        """Batches of numpy arrays, the first for update `start + 1`."""
+        """Opens the stream of training batches, whose first batch is for update `start + 1`."""
         config = self._config
         rest = (config.train.global_batch, config.seed, start, *self._share[:2])
         if self.codes:
@@ -107,7 +108,7 @@ class Data:
         return pipeline.train_batches(config.data, self.source, self._tokenizer.image_size, *rest)
 
     def held_out_codes(self) -> Iterator[dict[str, np.ndarray]]:
-        """Batches "codes" int[b n], "label" and "mask" of every held-out image, once."""
+        """Returns batches with "codes" int[b n], "label", "mask": every held-out image once."""
         batch, most = self._config.eval.batch, self._config.data.max_unreadable
         if self.codes:
             return codes_lib.eval_batches(self.held_out, batch)
@@ -115,10 +116,10 @@ class Data:
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Refuses values that cannot work, before anything is loaded.
+    """Checks the config of a prior's run, before data or models are loaded.
 
     Raises:
-        ConfigError: the first such value, and what could be.
+        ConfigError: a value cannot work; the error names the first such value and what is possible.
     """
     settings.check(config)
     check_sample(config)
@@ -130,7 +131,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def check_sample(config: ml_collections.ConfigDict) -> None:
-    """Refuses settings that no picture can be drawn with, hours before it would be."""
+    """Raises ConfigError for settings that samples cannot be drawn with, before training begins."""
     for name in ("classes", "images"):
         if config.sample[name] < 1:
             raise ConfigError(f"sample.{name} is {config.sample[name]}, expected at least 1")
@@ -141,7 +142,7 @@ def check_sample(config: ml_collections.ConfigDict) -> None:
 def load_tokenizer(
     config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
 ) -> library.Tokenizer | None:
-    """The frozen tokenizer, in float32 as the original runs it; None when only codes are named."""
+    """Loads a prior's frozen tokenizer in float32; returns None if the config names only codes."""
     if config.tokenizer == UNTRAINED:
         return None if config.codes else untrained(config.model, mesh)
     if config.tokenizer:
@@ -151,7 +152,7 @@ def load_tokenizer(
 
 
 def untrained(model: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> library.Tokenizer:
-    """A small tokenizer with random weights whose codes a prior's `model` takes: for smoke runs."""
+    """Makes a small random tokenizer whose codes fit a prior's `model`, for smoke runs."""
     print("the tokenizer is untrained, its codes mean nothing: this run only tries the machinery")
     small = {"image_size": 32, "stem": "patch", "patch_size": 2, "align_block": 0}
     small |= {"encoder": "pico", "decoder": "pico"}
@@ -165,14 +166,15 @@ def untrained(model: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> libr
 def check_data(
     config: ml_collections.ConfigDict, data: Data, tokenizer: library.Tokenizer | None
 ) -> dict[str, Any]:
-    """Refuses codes and images that do not fit the model or the tokenizer.
+    """Checks that codes and images fit a prior and its tokenizer; returns values to save.
 
     Returns:
         JSON values to save beside each state: config, fingerprints, names of the classes.
 
     Raises:
-        ConfigError: numbers in the model to change.
-        DataError: codes of another tokenizer, images without a class, or other held-out classes.
+        ConfigError: a number in the config of the model is not that of the codes or images.
+        DataError: the codes are of another tokenizer, images have no class, or the held-out images
+            have other classes than the training images.
     """
     if tokenizer and data.codes and data.codes.tokenizer != tokenizer.fingerprint:
         raise DataError(
@@ -197,7 +199,12 @@ def check_data(
 
 
 def check_labels(classes: int, data: Data) -> None:
-    """Refuses images whose class is missing, or not one of the model's."""
+    """Checks that all training and held-out images have a class that the prior knows.
+
+    Raises:
+        ConfigError: the prior has another number of classes than the images.
+        DataError: an image has no class, or the held-out images have other classes.
+    """
     for source in (data.source, data.held_out):
         if missing := int((source.labels < 0).sum()):
             raise DataError(
@@ -228,7 +235,7 @@ def make_program(
     tokenizer: library.Tokenizer | None = None,
     decay_from: int | None = None,
 ) -> program_lib.Program:
-    """The training step of a config on a mesh.
+    """Makes the program of a prior's training step on a mesh; nothing is computed yet.
 
     Args:
         config: of the run.
@@ -262,10 +269,10 @@ def make_program(
 
 
 def is_decayed(path: str) -> bool:
-    """Whether weight decay applies to the parameter at `path`: to all but norms and biases.
+    """Whether weight decay applies to a prior's parameter: to all but scales of norms and biases.
 
-    The rule of `optim.decay_mask = "matrices"`. The axes of an array do not tell: the layers'
-    vectors are stacked, and the original decays its own offsets of shared modulation, [1 1 6 c].
+    This is the rule of `optim.decay_mask = "matrices"`. The axes of an array do not tell: vectors
+    of all layers are stacked, and the original decays its offsets of shared modulation, [1 1 6 c].
     """
     return path.rpartition("/")[2] not in ("scale", "bias")
 
@@ -273,7 +280,7 @@ def is_decayed(path: str) -> bool:
 def batch_shapes(
     config: ml_collections.ConfigDict, tokenizer: library.Tokenizer | None
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of the arrays of a global batch: labels, and codes or the images to make them of."""
+    """Returns shapes and types of the arrays in a global batch: labels, and codes or images."""
     n, model = config.train.global_batch, config.model
     label = jax.ShapeDtypeStruct((n,), np.int32)
     if tokenizer is None:
@@ -284,7 +291,7 @@ def batch_shapes(
 
 
 class HeldOut:
-    """Loss over held-out images, each counted once, and samples of a few classes."""
+    """Evaluator of a prior during training: measures its held-out loss and draws samples."""
 
     def __init__(
         self,
@@ -293,7 +300,7 @@ class HeldOut:
         tokenizer: library.Tokenizer | None,
         mesh: jax.sharding.Mesh,
     ):
-        """Prepares the measurements of a run; nothing is computed yet.
+        """Prepares the measurements of a prior's run; nothing is computed yet.
 
         Args:
             config: of the run.
@@ -307,7 +314,11 @@ class HeldOut:
         self._batches: list[dict[str, np.ndarray]] = []
 
     def figures(self, state: ar_step.PriorState, watchdog: signals.Watchdog) -> dict[str, float]:
-        """Nats per code of the trained and the averaged parameters, and the number of images."""
+        """Computes the held-out loss, in nats per code, of a state's trained and EMA parameters.
+
+        Returns:
+            "loss", "loss_ema", and "images", the number of images.
+        """
         self._batches = self._batches or [  # kept: a tokenizer has to make them but once
             {name: batch[name] for name in ("codes", "label", "mask")}
             for batch in watchdog.hears(self._data.held_out_codes())
@@ -321,7 +332,7 @@ class HeldOut:
         return prior_loss.mean_loss(self._losses, params, placed)
 
     def pictures(self, state: ar_step.PriorState) -> dict[str, np.ndarray]:
-        """Samples of a few classes, a row for each; nothing without a tokenizer."""
+        """Draws the picture "samples" of a few classes; returns {} without a tokenizer."""
         if self._tokenizer is None:
             return {}
         return {"samples": sample(self._config, state.params, self._tokenizer)}
@@ -330,7 +341,7 @@ class HeldOut:
 def sample(
     config: ml_collections.ConfigDict, params: Any, tokenizer: library.Tokenizer
 ) -> np.ndarray:
-    """Picture uint8[h w 3] of a few images of a few classes, evenly chosen; a row per class."""
+    """Generates images of a few classes, evenly spaced; returns a picture uint8[h w 3] of them."""
     classes = config.model.classes
     rows, columns = min(config.sample.classes, classes), config.sample.images
     class_ids = np.repeat(np.arange(rows) * classes // rows, columns)

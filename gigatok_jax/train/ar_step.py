@@ -1,4 +1,4 @@
-"""One update of a prior. Axes: b batch, h w pixels, n codes of an image."""
+"""State and training step of a prior. Axes: b batch, h w pixels, n codes of an image."""
 
 import functools
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from gigatok_jax.train import optim, program
 
 @flax.struct.dataclass
 class PriorState:
-    """Everything a prior's run carries from update to update; saved whole, donated to a step."""
+    """Record of all that a prior run carries between updates; checkpoints hold all fields."""
 
     step: jax.Array  # i32[], optimizer updates done
     rng: jax.Array  # key of the run; each step folds its number in
@@ -26,12 +26,12 @@ class PriorState:
 
 
 def create(prior: ar.Prior, optimizer: optax.GradientTransformation, seed: int) -> PriorState:
-    """The state before the first update; jit it with output shardings to create it in place.
+    """Creates the state of a prior before its first update; jit it to create arrays in place.
 
     Args:
         prior: module without dropouts.
         optimizer: of the run.
-        seed: of the parameters and of all dropouts.
+        seed: seed of the parameters and of all dropouts.
     """
     rng = jax.random.key(seed)
     codes = jnp.zeros((1, prior.tokens), jnp.int32)
@@ -54,19 +54,20 @@ def make(
     micro_batches: int = 1,
     sharding: Any = None,
 ) -> Callable:
-    """The jitted training step; it donates its state.
+    """Makes the jitted training step of a prior, which donates its state.
 
     Args:
         prior: module with the dropouts of training.
         optimizer, rate: of the run.
         ema: decay of the averaged parameters per update.
-        encode: frozen parameters and uint8 images [b h w 3] -> codes i32[b n]; None learns codes.
+        encode: function from frozen parameters and images uint8[b h w 3] to codes i32[b n]; None
+            takes codes from the batch.
         micro_batches: pieces of the batch that go through the networks one after the other.
-        sharding: sharding of the new state, one for all or a tree; None leaves it to XLA.
+        sharding: sharding of all arrays of the new state, or tree of shardings; None: XLA decides.
 
     Returns:
-        `step(state, batch, frozen)` to the next state and {name: f32[]}. The batch has "label"
-        i32[b], and "codes" int[b n] or "image" uint8[b h w 3].
+        `step(state, batch, frozen)`, which returns the next state and {name: f32[]}. The batch has
+        "label" i32[b], and "codes" int[b n] or "image" uint8[b h w 3].
     """
     out = {} if sharding is None else {"out_shardings": (sharding, None)}
 
@@ -94,11 +95,12 @@ def gradients(
     encode: Callable | None,
     micro_batches: int = 1,
 ) -> tuple[jax.Array, Any]:
-    """Loss f32[], and gradients of the parameters, averaged over the micro-batches.
+    """Computes loss f32[] and gradients of a prior on a batch, averaged over its micro-batches.
 
     Args:
         state: before the update.
-        batch, frozen: as the step takes them, see `make`.
+        batch: "label" i32[b], and "codes" int[b n] or "image" uint8[b h w 3].
+        frozen: parameters that `encode` takes.
         prior, encode, micro_batches: as for `make`.
     """
 
@@ -115,7 +117,7 @@ def gradients(
 def loss(
     params: Any, prior: ar.Prior, class_ids: jax.Array, codes: jax.Array, rng: jax.Array
 ) -> jax.Array:
-    """Mean cross-entropy f32[] of all codes of a batch, in nats per code.
+    """Computes a prior's mean cross-entropy f32[] over all codes of a batch, in nats per code.
 
     Args:
         params: parameters of the prior.

@@ -1,4 +1,4 @@
-"""The cool-down of a prior: a run that branches off another one, while its rate falls to zero."""
+"""Cool-down of a prior: a run that starts from another run's checkpoint, its rate falling to 0."""
 
 import math
 from typing import Any
@@ -19,19 +19,20 @@ COOLDOWN = "cooldown.json"  # where a cool-down branched off
 def find_branch(
     config: ml_collections.ConfigDict, workdir: epath.Path, tokenizer: str
 ) -> dict[str, Any] | None:
-    """The "checkpoint" and the "step" that a cool-down branches off; None for other runs.
+    """Returns "checkpoint" and "step" that a cool-down starts from; None for other runs.
 
-    A workdir that has begun to cool down keeps both, so the other run may go on or disappear.
+    The workdir of a cool-down that has begun keeps both, so that the run of the checkpoint may go
+    on or disappear.
 
     Args:
         config: of the run.
-        workdir: of the run.
+        workdir: folder of the run.
         tokenizer: fingerprint of the tokenizer whose codes this run learns.
 
     Raises:
-        CheckpointError: the checkpoint is of another model or tokenizer, or its rate has begun to
-            fall already.
-        ConfigError: the run would end before it begins.
+        CheckpointError: the checkpoint is of another model or tokenizer, or its learning rate is
+            not the base rate.
+        ConfigError: `train.steps` is not beyond the checkpoint's step.
     """
     if not config.cooldown_from:
         return None
@@ -44,7 +45,13 @@ def find_branch(
 
 
 def check_branch(config: ml_collections.ConfigDict, extras: dict[str, Any], tokenizer: str) -> None:
-    """Refuses a checkpoint that no cool-down of this config can start from; see `find_branch`."""
+    """Checks that a cool-down of a config can start from a checkpoint, by what is saved beside it.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model or tokenizer, or its learning rate is
+            not the base rate.
+        ConfigError: `train.steps` is not beyond the checkpoint's step.
+    """
     saved, step, name = extras["config"], extras["step"], f"checkpoint {config.cooldown_from}"
     ours, theirs = config.model.to_dict(), saved["model"]
     if theirs != ours:
@@ -71,7 +78,7 @@ def check_branch(config: ml_collections.ConfigDict, extras: dict[str, Any], toke
 
 
 def begin(run: Run, branch: dict[str, Any]) -> tuple[Any, int]:
-    """The state that a new cool-down takes along, saved as its own first one; the updates done."""
+    """Starts a cool-down: copies a checkpoint into its workdir; returns state and updates done."""
     state, _ = checkpoint.restore_from(branch["checkpoint"], run.program.abstract)
     if processes.is_first():
         files.write_json(run.workdir / COOLDOWN, branch)

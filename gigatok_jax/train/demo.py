@@ -1,7 +1,8 @@
 """The task `demo`: the whole method on embedded data, from tokenizer and codes to pictures.
 
-The tokenizer's run is the workdir itself; `codes/`, `prior/` and `samples/` in it are the others.
-Each stage goes on where it was cut off and is passed over once it is finished.
+The workdir is also the workdir of the tokenizer's run; its folders `codes/`, `prior/` and
+`samples/` are the workdirs of the later stages. A stage that was cut off goes on, and a finished
+stage is skipped.
 """
 
 import time
@@ -21,14 +22,14 @@ STAGES = ("codes", "prior", "samples")
 
 
 def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
-    """Runs all stages, then lets a classifier of real digits read the generated ones.
+    """Runs all stages of the demo, then measures how well a classifier reads generated digits.
 
     Args:
         config: a tokenizer run whose `stages` hold the configs of the others.
         workdir: folder of the run.
 
     Raises:
-        GigatokError, SystemExit: as the stages do; the same command then goes on.
+        GigatokError, SystemExit: from a stage; the same command then goes on.
     """
     processes.alone(
         "demo", "start one, or train the tokenizer alone with --config.task=train_tokenizer"
@@ -47,7 +48,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def connect(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_collections.ConfigDict:
-    """Configs of the later stages, which read the folders of the earlier ones."""
+    """Returns configs of the stages after the tokenizer, set to read earlier stages' folders."""
     stages = config.stages.copy_and_resolve_references()
     stages.codes.checkpoint = stages.prior.tokenizer = stages.samples.tokenizer = str(workdir)
     stages.prior.codes = str(workdir / "codes")
@@ -56,12 +57,12 @@ def connect(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_collec
 
 
 def say_stage(line: str) -> None:
-    """Prints the heading of a stage."""
+    """Prints the heading of a stage of the demo."""
     print(f"\n== {line}", flush=True)
 
 
 def summarise(config: ml_collections.ConfigDict, workdir: epath.Path, seconds: float) -> None:
-    """Figures of all stages in one `results.json`, and the page of all of them."""
+    """Writes the results of all stages to one `results.json` and a page, and prints a summary."""
     results = files.read_json(workdir / "results.json")
     for stage in STAGES:
         own = files.read_json(workdir / stage / "results.json")
@@ -78,12 +79,13 @@ def summarise(config: ml_collections.ConfigDict, workdir: epath.Path, seconds: f
 
 
 def recognition(config: ml_collections.ConfigDict, samples: epath.Path) -> dict[str, float]:
-    """Shares of digits that a logistic regression reads as the class that they should be.
+    """Measures which shares of generated and of real digits a logistic regression recognises.
 
-    It learns the same real images as the tokenizer and the prior, reduced to 8 x 8 pixels.
+    The regression is trained on the same real images as the tokenizer and the prior, reduced to
+    8 x 8 pixels. An image is recognised if the regression predicts the class of the image.
 
     Returns:
-        Shares in [0, 1] of the generated images, and of real ones held out from everything.
+        Shares in [0, 1] of the generated images, and of held-out real images.
     """
     images, labels = digits(config, "train")
     reader = linear_model.LogisticRegression(max_iter=2000).fit(grey(images), labels)
@@ -98,13 +100,13 @@ def recognition(config: ml_collections.ConfigDict, samples: epath.Path) -> dict[
 
 
 def digits(config: ml_collections.ConfigDict, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8[b h w 3] and labels i32[b] of a split."""
+    """Loads all images uint8[b h w 3] and labels i32[b] of a split."""
     source = sources.make_source(config.data, split, config.model.image_size)
     return np.stack([source[i]["image"] for i in range(len(source))]), source.labels
 
 
 def grey(images: np.ndarray) -> np.ndarray:
-    """uint8[b h w 3] -> f[b 64] in [0, 1], means over an 8 x 8 grid."""
+    """Reduces images uint8[b h w 3] to means f[b 64] of their first channel over an 8 x 8 grid."""
     side = images.shape[1] // 8
     cells = images[..., 0].reshape(len(images), 8, side, 8, side)
     return cells.mean((2, 4)).reshape(len(images), -1) / 255

@@ -1,7 +1,7 @@
-"""The task `extract_codes`: codes of every image of a data set, by a trained tokenizer.
+"""The task `extract_codes`: writes codes of every image of a data set, by a trained tokenizer.
 
-Axes: b records, a crops of each, h w pixels, n codes. The same command again goes on where it
-stopped, and a finished folder is left as it is.
+Axes: b records, a crops of a record, h w pixels, n codes. The same command again goes on where it
+stopped, and leaves a finished folder as it is.
 """
 
 import functools
@@ -23,7 +23,7 @@ from gigatok_jax.run.workdir import claim
 
 
 def extract(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
-    """Writes the codes of `config.data` under `config.checkpoint` into the workdir.
+    """Writes the codes of a config's images, by its tokenizer, into a workdir.
 
     An unreadable image is named in the log; its record stays, is marked, and is never used.
 
@@ -61,7 +61,7 @@ def extract(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Refuses values that cannot work, before anything is loaded.
+    """Checks the settings of an extraction of codes, before a model or images are loaded.
 
     Raises:
         ConfigError: unknown crops, an empty batch, or more than one process.
@@ -73,7 +73,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def make_header(tokenizer: library.Tokenizer, source, crops: str) -> codes_file.Header:
-    """Header of a folder of codes: the tokenizer, the crops and the images of `source`."""
+    """Makes the header of a folder of codes, which identifies tokenizer, crops and images."""
     return codes_file.Header(
         tokenizer=tokenizer.fingerprint,
         model=json.loads(json.dumps(tokenizer.config.to_dict())),
@@ -94,7 +94,7 @@ def write_rest(
     writer: codes_file.CodesWriter,
     interrupts: Interrupts,
 ) -> float:
-    """Writes the codes of all records that are missing, until a signal; returns the seconds."""
+    """Writes codes of records still without codes, until a signal; returns the seconds taken."""
     encode, split = make_encode(tokenizer, mesh), parallel.split_batch(mesh)
     params = {name: tokenizer.params[name] for name in library.CODE_PARTS}
     progress = metric_writer.Progress("encoded", len(source), "images", done=writer.done)
@@ -116,7 +116,7 @@ def image_batches(
     source: sources.FolderSource | sources.DigitsSource,
     writer: codes_file.CodesWriter,
 ) -> pipeline.Batches:
-    """Batches with "image" uint8[b a h w 3] of the records that are missing."""
+    """Opens batches with "image" uint8[b a h w 3] of the records still without codes."""
     shards = parallel.batch_shards(mesh)
     records = max(config.batch // (codes_file.AUGMENTATIONS[config.crops] * shards), 1) * shards
     unreadable = sum(len(part.unreadable) for part in writer.parts)
@@ -132,7 +132,7 @@ def image_batches(
 
 
 def make_encode(tokenizer: library.Tokenizer, mesh: jax.sharding.Mesh) -> Callable:
-    """Jitted `encode(params, images)`: uint8[b a h w 3] -> i32[b a n], in float32."""
+    """Makes a jitted `encode(params, images)` of images uint8[b a h w 3] to codes i32[b a n]."""
 
     @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
     def encode(params, images):
@@ -144,7 +144,7 @@ def make_encode(tokenizer: library.Tokenizer, mesh: jax.sharding.Mesh) -> Callab
 
 
 def ahead(batches: pipeline.Batches, run: Callable) -> Iterator[tuple[dict, jax.Array]]:
-    """Each batch and the result of `run` on its images, which starts one batch ahead."""
+    """Yields each batch with the result of `run` on its images; runs are started a batch ahead."""
     before = None
     for batch in batches:
         result = run(batch["image"])
@@ -156,12 +156,12 @@ def ahead(batches: pipeline.Batches, run: Callable) -> Iterator[tuple[dict, jax.
 
 
 def figures(workdir: epath.Path, encoded: int, seconds: float) -> dict[str, float]:
-    """Results of a finished folder.
+    """Computes the results of a finished folder of codes: counts, speed and codebook use.
 
     Args:
         workdir: the folder.
-        encoded: records that this call has encoded.
-        seconds: time that it took.
+        encoded: number of records that the current command has encoded.
+        seconds: time that their encoding took.
     """
     source = codes.CodesSource(workdir)
     use = metrics.codebook_use(source.counts())

@@ -1,6 +1,6 @@
-"""What happens between two updates of a training run: numbers, checkpoints, evaluations, signals.
+"""Work between two updates of a training run: metrics, checkpoints, evaluations, signals.
 
-The loops themselves stand in `tokenizer.train` and `ar.train`.
+The loops over updates are in `tokenizer.train` and `ar.train`.
 """
 
 import contextlib
@@ -25,32 +25,33 @@ from gigatok_jax.train.settings import total_steps
 
 
 class HeldOut(Protocol):
-    """Measures a model on data that it is not trained on; all processes call it together."""
+    """Protocol of an evaluator of a model on held-out data; all processes call it together."""
 
     def figures(self, state: Any, watchdog: Watchdog) -> dict[str, float]:
-        """Named figures of a state; the watchdog hears of every batch."""
+        """Computes named held-out figures of a state; tells the watchdog of every batch."""
 
     def pictures(self, state: Any) -> dict[str, np.ndarray]:
-        """Named pictures uint8[h w 3] of what a state makes."""
+        """Draws named pictures uint8[h w 3] of what the model of a training state produces."""
 
 
 @dataclasses.dataclass
 class Run:
-    """A training run from one update to the next; `open_run` makes it.
+    """A training run: its state, its progress and its open files; `open_run` makes it.
 
     Attributes:
         config: of the run.
         workdir: folder of the run.
         program: training step.
-        held_out: what is measured and drawn along the way.
+        held_out: measures the model and draws its pictures during the run.
         extras: JSON values saved beside each state.
         shown: names of the metrics in the progress line.
         interrupts: signals that end the run between two updates.
-        state: after `done` updates.
-        done: updates so far.
+        state: parameters, optimizer state and the like after `done` updates.
+        done: number of updates so far.
         over: whether the run and its results were complete when it was opened.
-        total_steps: updates of the whole run.
-        checkpoints, writer, timer, watchdog: made from the config; `close` closes them.
+        total_steps: number of updates of the whole run.
+        checkpoints, writer, timer, watchdog: helpers made from the config; `close` ends the helpers
+            that hold files or threads.
     """
 
     config: ml_collections.ConfigDict
@@ -78,13 +79,13 @@ class Run:
         self._inside = contextlib.ExitStack()  # closed when the loop ends, whatever ends it
 
     def batches(self, stream: AbstractContextManager[Iterator[Mapping]]) -> Iterator[Any]:
-        """Global batches on the devices, until the last update is done or a signal has come.
+        """Yields global batches on the devices, until the last update is done or a signal has come.
 
         Args:
             stream: batches of numpy arrays by name, the first for update `done + 1`.
 
         Yields:
-            The arrays that `program.batch` names; without names the images.
+            Arrays by name, as in `program.batch`; the images alone if `program.batch` is no dict.
         """
         stream = self._inside.enter_context(stream)  # is closed also if nothing is left to do
         if self.over:
@@ -107,7 +108,7 @@ class Run:
         return {name: parallel.global_array(batch[name], split) for name in self.program.batch}
 
     def after(self, scalars: Mapping[str, jax.Array]) -> None:
-        """Ends update `done`: writes the metrics of the one before, saves, evaluates, draws.
+        """Ends update `done`: writes metrics of the update before it; saves and evaluates if due.
 
         Raises:
             NonFiniteError: a loss is no longer a number.
@@ -125,7 +126,7 @@ class Run:
         self.watchdog.beat()
 
     def close(self) -> None:
-        """Ends the loop's threads and processes, waits for the save in progress, closes files."""
+        """Ends the run's threads and processes, waits for the save in progress, closes files."""
         with contextlib.closing(self.checkpoints), contextlib.closing(self.writer):
             self._inside.close()
 
@@ -141,13 +142,14 @@ def open_run(
     shown: tuple[str, ...],
     begin: Callable[[Run], tuple[Any, int]] | None = None,
 ) -> Iterator[Run]:
-    """A run with its newest state, whose results are written when the block ends.
+    """Context manager: opens a run at its newest state, and writes its results when the block ends.
 
     Args:
         config: of the run.
-        workdir: folder of the run; one that holds a checkpoint is resumed.
+        workdir: folder of the run; a run whose folder holds a checkpoint is resumed.
         program, held_out, extras, shown: see `Run`.
-        begin: makes the first state and the updates it has behind it; None starts from nothing.
+        begin: function of the run that returns a first state and its number of updates done; None
+            starts from a new state.
 
     Raises:
         ConfigError: the workdir belongs to a run of another config, or `profile` is no span.
@@ -166,7 +168,7 @@ def open_run(
 
 
 def tell_placement(run: Run) -> None:
-    """Where the arrays of the state lie: a line on the screen, `placement.txt` for each of them."""
+    """Prints the memory of the state per device, and writes each array's placement to a file."""
     mesh, abstract = run.program.mesh, run.program.abstract
     if mesh.size == 1 or not processes.is_first():
         return
@@ -180,16 +182,17 @@ def tell_placement(run: Run) -> None:
 
 
 def first_state(run: Run) -> tuple[Any, int]:
-    """A new state, with no update behind it."""
+    """Creates the state of a new run; returns the state and 0, its number of updates."""
     run.writer.truncate_after(0)
     return run.program.create(), 0
 
 
 def restore(run: Run, begin: Callable[[Run], tuple[Any, int]]) -> tuple[Any, int]:
-    """The state of the newest whole checkpoint, or a first one from `begin`; the updates done.
+    """Restores the newest whole checkpoint, or calls `begin`; returns state and updates done.
 
     Raises:
-        CheckpointError: all are damaged, or the newest is of another model or tokenizer.
+        CheckpointError: all checkpoints are damaged, or the newest is of another model or
+            tokenizer.
     """
     step = run.checkpoints.latest()
     if step is None:
@@ -208,7 +211,13 @@ def restore(run: Run, begin: Callable[[Run], tuple[Any, int]]) -> tuple[Any, int
 
 
 def check_extras(run: Run, saved: Mapping[str, Any]) -> None:
-    """Refuses to go on with codes of another tokenizer; warns of other images."""
+    """Checks the tokenizer and images of a resumed run against what its checkpoint has saved.
+
+    Warns if the images are others.
+
+    Raises:
+        CheckpointError: the codes are of another tokenizer.
+    """
     before, now = saved.get("tokenizer"), run.extras.get("tokenizer")
     if before and before != now:  # a converted prior may not know
         raise CheckpointError(
@@ -220,19 +229,19 @@ def check_extras(run: Run, saved: Mapping[str, Any]) -> None:
 
 
 def is_due(run: Run) -> bool:
-    """Whether something is kept of this update, which its metrics have to precede."""
+    """Whether a save, an evaluation or pictures are due after the current update."""
     config = run.config
     periods = (config.save.every, config.eval.every, config.log.pictures_every)
     return run.done == run.total_steps or any(is_at(run.done, period) for period in periods)
 
 
 def is_at(step: int, period: int) -> bool:
-    """Whether what is done every `period` steps is done at this one; a period of 0 is never."""
+    """Whether `step` is a multiple of `period`; never for a period of 0."""
     return bool(period) and step % period == 0
 
 
 def report_scalars(run: Run, ready: tuple[int, dict[str, float]] | None) -> None:
-    """Writes the metrics of an update that has been waited for, if its turn has come."""
+    """Writes and prints the metrics of an update if due by `log.every`; None is ignored."""
     if ready is None:
         return
     step, values = ready
@@ -243,10 +252,10 @@ def report_scalars(run: Run, ready: tuple[int, dict[str, float]] | None) -> None
 
 
 def record(run: Run, stopping: bool) -> None:
-    """A checkpoint, then held-out figures and pictures, each at its own steps.
+    """Saves a checkpoint, then writes held-out figures and pictures, each if due at this update.
 
-    The checkpoint comes first: a preemption does not wait for an evaluation. A run that resumes
-    makes up for it, see `catch_up`.
+    The checkpoint comes first, and a run that stops before its end is not evaluated: a preemption
+    does not wait. A run that resumes makes up for the evaluation, see `catch_up`.
     """
     last = run.done == run.total_steps
     if last or stopping or is_at(run.done, run.config.save.every):
@@ -257,7 +266,7 @@ def record(run: Run, stopping: bool) -> None:
 
 
 def catch_up(run: Run) -> None:
-    """Figures and pictures of the update that a run resumes at, if it was stopped before them."""
+    """Writes the due figures and pictures of the update that a run resumes at, unless written."""
 
     def owes() -> bool:
         rows = metric_writer.read(run.workdir)  # none of a run that branches off another one
@@ -269,7 +278,7 @@ def catch_up(run: Run) -> None:
 
 
 def show(run: Run) -> None:
-    """Held-out figures and pictures, each at its own steps."""
+    """Evaluates a run on held-out data and draws its pictures, each if due at this update."""
     config, last = run.config, run.done == run.total_steps
     if last or is_at(run.done, config.eval.every):
         with run.timer.measure("evaluate"):
@@ -291,13 +300,17 @@ def keep_pictures(run: Run, drawn: Mapping[str, np.ndarray]) -> None:
 
 
 def has_results(workdir: epath.Path, step: int) -> bool:
-    """Whether the results of a run of that many steps are there already."""
+    """Whether a workdir has a `results.json` of a run of `step` steps."""
     path = workdir / "results.json"
     return processes.from_first(lambda: path.exists() and files.read_json(path).get("step") == step)
 
 
 def finish(run: Run) -> None:
-    """Waits for the last save; writes the page, and the results of a run that is complete."""
+    """Ends a run: waits for the last save; writes the page, and results if the run is complete.
+
+    Raises:
+        SystemExit: the run was stopped before its last update.
+    """
     with run.timer.measure("save"):
         run.checkpoints.wait()
     if processes.is_first():
@@ -309,7 +322,7 @@ def finish(run: Run) -> None:
 
 
 def write_results(run: Run) -> None:
-    """The page, and the results of a run that is complete."""
+    """Writes a run's page, and `results.json` if the run is complete; prints the time computing."""
     seconds, shares = run.timer.total()
     share = shares.get("compute", 0.0)
     if run.done >= run.total_steps:
@@ -323,7 +336,7 @@ def write_results(run: Run) -> None:
 
 
 class LateScalars:
-    """Metrics of each step, fetched while the next one runs, and refused when not finite."""
+    """Buffer that fetches a step's metrics while the next step runs, and checks the values."""
 
     def __init__(self):
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
@@ -331,15 +344,22 @@ class LateScalars:
     def push(
         self, step: int, scalars: Mapping[str, jax.Array]
     ) -> tuple[int, dict[str, float]] | None:
-        """Takes the arrays of a step that was started; gives the step before it, or None."""
+        """Keeps the metrics of a step that was started; returns the metrics of the step before it.
+
+        Returns:
+            Number and finite values of the step before; None if no metrics were kept.
+
+        Raises:
+            NonFiniteError: a value of the step before is not a number or infinite.
+        """
         ready, self._pending = self.pop(), (step, scalars)
         return ready
 
     def pop(self) -> tuple[int, dict[str, float]] | None:
-        """Waits for the last step: its number and its finite values.
+        """Waits for the last step's metrics; returns its number and values, None without metrics.
 
         Raises:
-            NonFiniteError: a value is not a number or infinite; the error names the first.
+            NonFiniteError: a value is not a number or infinite; the error names the value.
         """
         if self._pending is None:
             return None
@@ -350,7 +370,7 @@ class LateScalars:
 
 
 def check_finite(step: int, values: Mapping[str, float]) -> None:
-    """Raises NonFiniteError for the first value that is not finite, single terms before sums."""
+    """Raises NonFiniteError if a metric is not finite; single terms are named before sums."""
     for name in sorted(values, key=lambda name: name.endswith(("loss", "_norm"))):  # sums last
         if not np.isfinite(values[name]):
             raise NonFiniteError(
@@ -360,7 +380,7 @@ def check_finite(step: int, values: Mapping[str, float]) -> None:
 
 
 class Profile:
-    """A trace of the steps that `config.profile` names as "start:count"."""
+    """Context manager that traces the steps of `config.profile`, "start:count", for a profiler."""
 
     def __init__(self, span: str, workdir: epath.Path):
         self._first, self._last = self._read(span)
@@ -382,7 +402,7 @@ class Profile:
         self._stop()
 
     def at(self, step: int) -> None:
-        """Starts or ends the trace before the step that is about to run."""
+        """Starts or ends the profiler trace, if due, before the step that is about to run."""
         if step == self._first:
             jax.profiler.start_trace(str(self._folder))
             self._running = True

@@ -1,4 +1,4 @@
-"""The networks of a tokenizer run and the weights of those that stay frozen."""
+"""Networks of a tokenizer's training run, and weights of the frozen networks among them."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from gigatok_jax.weights.frozen import available, load_frozen
 
 
 class Networks(NamedTuple):
-    """Modules of a tokenizer run; None for a network whose loss is off."""
+    """Record of the modules of a tokenizer run; None for a network whose loss is off."""
 
     tokenizer: nn.Module
     discriminator: nn.Module | None = None
@@ -25,7 +25,7 @@ class Networks(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Networks of a tokenizer run, and the losses that their weights allow."""
+    """Record of a tokenizer run's networks, frozen parameters, and losses that weights allow."""
 
     networks: Networks
     frozen: dict  # parameters by name: "lpips", "teacher", "dino"
@@ -33,16 +33,16 @@ class Parts(NamedTuple):
 
 
 def build(config: ml_collections.ConfigDict, groups: int, load: Callable = load_frozen) -> Parts:
-    """Modules and frozen weights for a training config.
+    """Makes the modules and loads the frozen weights of a tokenizer run.
 
     Args:
         config: of the run.
-        groups: parts of a batch with batch statistics of their own.
-        load: name and folder of a frozen network to its parameters, or to their shapes.
+        groups: number of parts of a batch that have batch statistics of their own.
+        load: function from name and folder of a frozen network to its parameters or their shapes.
 
     Raises:
-        MissingWeightsError: a loss needs weights that are not here and `loss.missing_weights` is
-            "refuse"; with "skip" the loss is left out and named in the log.
+        MissingWeightsError: a loss needs weights that are not on this machine, and
+            `loss.missing_weights` is "refuse"; with "skip" the loss is left out, which is logged.
         ConfigError: a batch or an image size that a network cannot take.
     """
     _check_groups(config)
@@ -60,7 +60,7 @@ def build(config: ml_collections.ConfigDict, groups: int, load: Callable = load_
 
 
 def _check_groups(config: ml_collections.ConfigDict) -> None:
-    """Refuses a batch that the DINO discriminator cannot take its statistics over."""
+    """Raises ConfigError if the DINO discriminator cannot divide a batch into equal groups."""
     at_once = config.train.global_batch // max(config.train.micro_batches, 1)
     groups = -(-at_once // discriminator.GROUP)
     if config.loss.discriminator == "dino" and groups and at_once % groups:
@@ -71,7 +71,7 @@ def _check_groups(config: ml_collections.ConfigDict) -> None:
 
 
 def _load(config, loss, load) -> dict:
-    """Frozen parameters by name; changes `loss` where some are left out."""
+    """Loads frozen parameters by name; switches losses off in `loss` where weights are left out."""
     wanted = {}
     if loss.perceptual > 0:
         wanted["lpips"] = ("lpips-vgg16", "perceptual", 0.0)
@@ -90,7 +90,13 @@ def _load(config, loss, load) -> dict:
 
 
 def _teacher_fits(model, loss) -> bool:
-    """Whether there is a token of the teacher for each of the grid; leaves it out, or refuses."""
+    """Whether an alignment is possible: the model has a block to align, and teacher and grid agree.
+
+    If the grids differ, sets `loss.teacher` to "none" under `loss.missing_weights` "skip".
+
+    Raises:
+        ConfigError: the grids differ, and `loss.missing_weights` is not "skip".
+    """
     if not model.align_block:
         return False
     if grid_size(model) == dino.GRID:

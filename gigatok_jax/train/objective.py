@@ -15,7 +15,7 @@ from gigatok_jax.train.networks import Networks
 
 
 class Phase(NamedTuple):
-    """Losses and paths that an update uses; each combination is a compiled step of its own."""
+    """Record of which losses and paths an update uses; each combination is compiled on its own."""
 
     shortcut: bool  # decode the CNN features past both transformers as well
     adversarial: bool
@@ -24,14 +24,14 @@ class Phase(NamedTuple):
 
 
 class Fakes(NamedTuple):
-    """Images that the discriminator learns from, made before the generator's update."""
+    """Record of generated images that the discriminator is trained on."""
 
     images: jax.Array  # f32[b h w 3]
     shortcut: jax.Array | None  # f32[b h w 3]
 
 
 class Generated(NamedTuple):
-    """Results of the tokenizer on one batch."""
+    """Record of what the tokenizer's loss computes on one batch, besides the loss itself."""
 
     terms: dict[str, jax.Array]  # weighted; their sum is the loss
     fakes: Fakes
@@ -41,7 +41,7 @@ class Generated(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """Results of the discriminator on one batch."""
+    """Record of what the discriminator's loss computes on one batch, besides the loss itself."""
 
     terms: dict[str, jax.Array]  # weighted; their sum is the loss
     stats: Any  # after all forward passes
@@ -52,10 +52,11 @@ class Judged(NamedTuple):
 def phase_at(
     step: int, loss: ml_collections.ConfigDict, codebook: ml_collections.ConfigDict
 ) -> Phase:
-    """Phase of the update that follows `step` updates; the original counts updates from 1.
+    """Returns the phase of the update that follows `step` updates: the losses that are on.
 
     Args:
-        step: updates done.
+        step: number of updates done; `discriminator_start` and `shortcut_end` count from 1, as in
+            the original.
         loss, codebook: these sections of the config.
     """
     update = step + 1
@@ -71,7 +72,7 @@ def judge(
     networks: Networks, params: Any, stats: Any, frozen: dict[str, Any], images: jax.Array,
     rng: jax.Array,
 ) -> tuple[jax.Array, Any]:  # fmt: skip
-    """Logits of the discriminator in training mode, and its statistics afterwards.
+    """Applies the discriminator to images in training mode; returns logits and new statistics.
 
     Args:
         networks: of the run.
@@ -94,7 +95,7 @@ def generator(
     rng: jax.Array, *, networks: Networks, loss: ml_collections.ConfigDict, phase: Phase,
     groups: int,
 ) -> tuple[jax.Array, Generated]:  # fmt: skip
-    """Loss of the tokenizer on one batch.
+    """Computes the loss of the tokenizer on one batch.
 
     Args:
         params: parameters of the tokenizer, the only argument that gets a gradient.
@@ -138,7 +139,7 @@ def generator(
 
 
 def teacher_features(networks: Networks, frozen, images: jax.Array) -> jax.Array:
-    """f32[b h w 3] in [-1, 1] -> patch tokens f[b t c] of the frozen teacher."""
+    """Computes the frozen teacher's patch tokens f[b t c] of images f32[b h w 3] in [-1, 1]."""
     # One teacher patch of 14 pixels per token of the grid: 256 pixels become 224.
     pixels = image.teacher_input(images, size=14 * networks.tokenizer.decoder.grid)
     return jax.lax.stop_gradient(networks.teacher.apply({"params": frozen["teacher"]}, pixels))
@@ -172,7 +173,7 @@ def _codebook_terms(params, networks, quantized, loss, phase, groups) -> dict[st
 
 
 def _second_fake(fakes: Fakes, loss) -> jax.Array | None:
-    """Images for the shortcut's adversarial terms; None outside the shortcut phase.
+    """Selects the images for the shortcut's adversarial terms; None outside the shortcut phase.
 
     With the DINO discriminator the original judges the ordinary reconstruction a second time,
     under new augmentations, in place of the shortcut's image.
@@ -199,7 +200,7 @@ def discriminator(
     params: Any, stats: Any, frozen: dict[str, Any], images: jax.Array, fakes: Fakes,
     rng: jax.Array, *, networks: Networks, loss: ml_collections.ConfigDict,
 ) -> tuple[jax.Array, Judged]:  # fmt: skip
-    """Loss of the discriminator on real images and on the generator's.
+    """Computes the loss of the discriminator on real and generated images.
 
     In the shortcut phase the real term counts twice, once beside each kind of fake, as in the
     original.
@@ -207,7 +208,7 @@ def discriminator(
     Args:
         params: parameters of the discriminator, the only argument that gets a gradient.
         stats, frozen, images, rng, networks, loss: as for `generator`.
-        fakes: images of the generator before its update.
+        fakes: images that the generator made before its update.
 
     Returns:
         The sum of the weighted terms, and `Judged`.

@@ -1,4 +1,4 @@
-"""Learning-rate schedules, AdamW with clipping, and the parameter average.
+"""Learning-rate schedules, AdamW with clipping, and the average of parameters (EMA).
 
 The schedules take a traced step (float32 arithmetic) or numbers and numpy arrays (float64).
 """
@@ -24,7 +24,7 @@ Schedule = Callable[[Any], Any]  # step or steps -> learning rate, same shape
 
 
 class Updated(NamedTuple):
-    """Result of one update of a network's parameters."""
+    """Record of one update of a network: new parameters, optimizer state, and norms."""
 
     params: Any
     state: optax.OptState
@@ -40,7 +40,7 @@ def learning_rate(
     first_step: int = 0,
     decay_from: int | None = None,
 ) -> Schedule:
-    """A schedule that gives the rate of update `step`, 0 the first, with the original's indexing.
+    """Makes a schedule: the learning rate of each update, counted from 0, as in the original.
 
     The original sets the rate after each update, from the number of updates before it. So the
     first update of a network runs at the full base rate even under warm-up, and update k > 0 at
@@ -54,14 +54,14 @@ def learning_rate(
         steps_per_epoch: turns `warmup_epochs` into steps.
         base: rate before decay; None takes `optim.learning_rate`.
         first_step: global step of the network's first update.
-        decay_from: updates after which the rate falls to 0 at `total_steps`, as 1 -
+        decay_from: number of updates after which the rate falls to 0 at `total_steps`, as 1 -
             sqrt(progress), whatever the schedule: the cool-down of a constant phase.
 
     Returns:
         A function of the global step (integers, numpy or traced) that gives the rate.
 
     Raises:
-        ConfigError: unknown schedule, or warm-up given both in steps and in epochs.
+        ConfigError: the schedule is unknown, or a warm-up is set both in steps and in epochs.
     """
     errors.one_of("optim.schedule", optim.schedule, SCHEDULES)
     if optim.warmup_steps and optim.warmup_epochs:
@@ -87,13 +87,13 @@ def learning_rate(
 
 
 def constant(step, base: float, warmup: int):
-    """`base` after a linear warm-up from a hundredth of it over `warmup` steps."""
+    """Returns a rate at `step`: `base` after a linear rise from `base` / 100 in `warmup` steps."""
     xp, step = _float(step)
     return _after_warmup(xp, step, base, warmup, base)
 
 
 def cosine(step, base: float, warmup: int, total: int, end: float = 0.0):
-    """Warm-up, then half a cosine from `base` to `end`, which holds from step `total` on."""
+    """Returns the rate at `step`: a warm-up, half a cosine from `base` to `end`, then `end`."""
     xp, step = _float(step)
     progress = xp.clip((step - warmup) / max(total - warmup, 1), 0, 1)
     rate = end + 0.5 * (base - end) * (1 + xp.cos(np.pi * progress))
@@ -101,22 +101,22 @@ def cosine(step, base: float, warmup: int, total: int, end: float = 0.0):
 
 
 def wsd(step, base: float, warmup: int, total: int, decay_steps: int, decay="sqrt", final=0.0):
-    """Warm-up, `base`, then a decay to `final * base` over the last `decay_steps` steps.
+    """Returns the rate at `step`: a warm-up, `base`, then a decay to `final * base`.
 
-    Defined up to step `total`; "linear" and "cosine" go on past it as the original's do. "exp"
-    starts from `base`, where the original forgets it and starts from 1 (no recipe uses it).
+    The rate is meant for steps up to `total`; past it "linear" and "cosine" go on as the original's
+    do. "exp" starts from `base`; in the original it starts from 1 (no recipe uses it).
 
     Args:
         step: integer(s), the schedule's own counter.
         base: learning rate between warm-up and decay.
-        warmup: steps of warm-up.
-        total: steps of the whole schedule.
-        decay_steps: steps of decay at its end.
+        warmup: number of steps of the warm-up.
+        total: number of steps of the whole schedule.
+        decay_steps: number of steps of the decay, which ends at step `total`.
         decay: "sqrt" (1 - sqrt(progress)), "linear", "cosine", "square" or "exp".
         final: share of `base` at the end.
 
     Returns:
-        Learning rate(s), float64 for numpy steps and float32 for jax ones.
+        Learning rate(s), float64 for numpy steps and float32 for jax steps.
 
     Source: arXiv:2405.18392.
     """
@@ -130,20 +130,20 @@ def wsd(step, base: float, warmup: int, total: int, decay_steps: int, decay="sqr
 def make_optimizer(
     optim: ml_collections.ConfigDict, decays: Callable[[str], bool] | None = None
 ) -> optax.GradientTransformation:
-    """Clipping, Adam and decoupled weight decay: a step direction that `apply` scales.
+    """Makes the optimizer of clipping, Adam and weight decay; `apply` scales its step direction.
 
     Args:
         optim: `config.optim`: clip (global norm), beta1, beta2, first_moment, weight_decay,
             decay_mask. The first moment is kept in that type; an update computes it in float32
             and rounds it last.
-        decays: path of a parameter, such as "quantizer/codebook", -> whether it is decayed; needed
-            for every `decay_mask` but "all".
+        decays: function that says whether the parameter at a path, such as
+            "quantizer/codebook", is decayed; needed for every `decay_mask` but "all".
 
     Returns:
         A transformation whose output, times minus the learning rate, is the update.
 
     Raises:
-        ConfigError: unknown mask or type, a mask without `decays`, or a clip that is not positive.
+        ConfigError: the mask or type is unknown, a mask lacks `decays`, or clip is not positive.
 
     Source: AdamW arXiv:1711.05101 as PyTorch scales it: the decay is learning rate * weight
         decay, epsilon 1e-8 is added outside the root, clipping divides by (norm + 1e-6).
@@ -167,8 +167,11 @@ def apply(
     params: Any,
     learning_rate: jax.Array | float,
 ) -> Updated:
-    """One update of `params` at a given rate. The rate is an argument, not a counter of the
-    optimizer, because the discriminator's schedule follows the global step."""
+    """Updates `params` by one optimizer step at a given learning rate.
+
+    The rate is an argument, not a counter of the optimizer, because the discriminator's schedule
+    follows the global step.
+    """
     direction, state = optimizer.update(grads, state, params)
     params = jax.tree.map(lambda p, d: p - learning_rate * d, params, direction)
     norms = {
@@ -180,9 +183,10 @@ def apply(
 
 
 def update_ema(ema_params: Any, params: Any, decay: float) -> Any:
-    """decay * ema + (1 - decay) * params, leaf by leaf, from the first step on (no warm-up).
+    """Updates an average of parameters: decay * ema + (1 - decay) * params for each array.
 
-    An average in the memory of the host passes through the device part by part and ends there.
+    An average in the memory of the host passes through the device array by array, and the new
+    average is in the memory of the host again.
     """
     average = lambda e, p: decay * e + (1.0 - decay) * p  # noqa: E731
     if not any(map(_on_host, jax.tree.leaves(ema_params))):
@@ -199,7 +203,7 @@ def update_ema(ema_params: Any, params: Any, decay: float) -> Any:
 
 
 def to_device(x: jax.Array) -> jax.Array:
-    """Inside jit: the array itself, or a copy of one that lies in the memory of the host."""
+    """Returns an array in device memory, inside jit: copies an array that is in host memory."""
     return jax.device_put(x, jax.memory.Space.Device) if _on_host(x) else x
 
 
@@ -208,7 +212,7 @@ def _on_host(x) -> bool:
 
 
 def _float(step):
-    """The array library and the step as a float: float32 under jax, else float64."""
+    """Returns the array library of a step, and the step as float32 (jax) or float64 (numpy)."""
     if isinstance(step, jax.Array):
         return jnp, step.astype(jnp.float32)
     return np, np.asarray(step, np.float64)
@@ -237,7 +241,7 @@ def _clipped(grads, max_norm):
 
 
 def _decay_mask(name, decays):
-    """None (everything), or a function from parameters to their booleans."""
+    """Makes the weight-decay mask of optax: None (all decay), or a function of the parameters."""
     if name == "all":
         return None
     if decays is None:

@@ -1,4 +1,4 @@
-"""A training step on a mesh: shapes, compilation, and micro-batches that fit the memory.
+"""Training step on a mesh: its shapes, its compilation, and micro-batches that fit the memory.
 
 Axes: b examples of a batch, k micro-batches.
 """
@@ -19,19 +19,21 @@ from gigatok_jax.run import processes
 
 @dataclasses.dataclass
 class Program:
-    """The training step of a config on a mesh, for runs, plans and benchmarks.
+    """Training step of a config on a mesh, for runs, plans and benchmarks.
 
-    Calling it runs an update; each phase is compiled when it is first called.
+    Calling a program runs an update; each phase is compiled at its first call.
 
     Attributes:
         mesh: devices of the run, or an abstract mesh.
-        create: jitted function without arguments; makes the first state, every array in place.
+        create: jitted function without arguments that makes the first state, placed on the mesh.
         abstract: shapes and shardings of the state.
-        make_step: number of micro-batches -> jitted `step(state, batch, frozen, *phase)`.
-        frozen: parameters that never change, whole on every device; or their shapes.
+        make_step: function from a number of micro-batches to a jitted `step(state, batch, frozen,
+            *phase)`.
+        frozen: parameters that never change, whole on every device; or shapes of such parameters.
         batch: shapes and shardings of a global batch.
         phase: static arguments of the last updates of a run.
-        micro_batches: number to begin with; doubled while a step needs more memory than there is.
+        micro_batches: number of micro-batches of the first attempt to compile; doubled while the
+            step needs more memory than the devices have.
     """
 
     mesh: jax.sharding.Mesh
@@ -45,7 +47,7 @@ class Program:
     _compiled: dict[tuple, jax.stages.Compiled] = dataclasses.field(default_factory=dict)
 
     def __call__(self, state: Any, batch: Any, *phase: Any) -> tuple[Any, dict[str, jax.Array]]:
-        """The state after one update, and its named scalars f32[]; the old state is donated.
+        """Runs one update; returns the new state and named scalars f32[]; donates the old state.
 
         Raises:
             ConfigError: the step does not fit the memory, and the batch cannot be cut further.
@@ -55,14 +57,14 @@ class Program:
         return self._compiled[phase](state, batch, self.frozen)
 
     def lower(self, micro_batches: int = 1, phase: tuple | None = None) -> jax.stages.Lowered:
-        """The step traced from shapes; without `phase` that of the last updates."""
+        """Traces the training step from shapes; `phase` None is the phase of the last updates."""
         phase = self.phase if phase is None else phase
         with jax.set_mesh(self.mesh):  # the models' constraints refer to it
             step = self.make_step(micro_batches)
             return step.lower(self.abstract, self.batch, self.frozen, *phase)
 
     def _fit(self, phase: tuple) -> jax.stages.Compiled:
-        """The compiled step with the fewest micro-batches that fit."""
+        """Compiles the step, with micro-batches doubled until the step fits the memory."""
         # Each phase begins anew, so that a resumed run cuts as the uninterrupted one did.
         count, limit = self.micro_batches, memory_limit()
         while True:
@@ -86,7 +88,7 @@ class Program:
         return jax.tree.leaves(self.batch)[0].shape[0]
 
     def _check_divisible(self, count: int, needed: int, limit: int) -> None:
-        """Refuses to cut a batch that twice as many micro-batches do not divide."""
+        """Raises ConfigError unless the batch divides into twice as many micro-batches."""
         if self._global_batch % (parallel.batch_shards(self.mesh) * count * 2):
             raise ConfigError(
                 f"a step needs {needed / 2**30:.1f} GiB of {limit / 2**30:.1f} GiB even in"
@@ -104,19 +106,20 @@ def make(
     batch: Any,
     phase: tuple = (),
 ) -> Program:
-    """Puts a training step on a mesh; nothing is computed yet.
+    """Makes the program of a training step on a mesh; nothing is computed yet.
 
     Args:
         config: of the run.
         mesh: devices of the run, or an abstract mesh.
         create: function without arguments that makes the first state.
-        make_step: number of micro-batches and shardings of the state -> jitted step.
-        frozen: arrays or `jax.ShapeDtypeStruct`.
-        batch: tree of `jax.ShapeDtypeStruct`, as the step takes it.
+        make_step: function from a number of micro-batches and shardings of the state to a jitted
+            step.
+        frozen: parameters that never change: arrays or `jax.ShapeDtypeStruct`.
+        batch: shapes of a global batch: tree of `jax.ShapeDtypeStruct`.
         phase: static arguments of the step in the last updates of the run.
 
     Raises:
-        ConfigError: a rule of the mesh does not fit, or a memory is not there; see
+        ConfigError: a sharding rule does not fit, or the devices lack a kind of memory; see
             `parallel.shardings` and `parallel.place_average`.
     """
     shapes = jax.eval_shape(create)
@@ -147,14 +150,16 @@ def accumulate(
     micro_batches: int,
     join: Callable[[Any], Any] = lambda rest: rest,
 ) -> tuple[Any, Any]:
-    """Gradients of a batch whose micro-batches go through the networks one after the other.
+    """Computes gradients of a batch, one micro-batch after the other, and averages them.
 
     Args:
-        gradients: micro-batch and key -> (a tree to be averaged, a tree of other values).
+        gradients: function from a micro-batch and a key to a tree to be averaged and a tree of
+            other values.
         batch: tree of arrays [b ...].
-        rng: key of the update; each micro-batch gets one of its own.
+        rng: key of the update; each micro-batch gets a key of its own.
         micro_batches: k; 1 calls `gradients` on the whole batch with `rng` itself.
-        join: the other values of all micro-batches, stacked [k ...], -> those of the batch.
+        join: function from the other values of all micro-batches, stacked [k ...], to the other
+            values of the batch.
 
     Returns:
         The mean over micro-batches, and the joined other values.
@@ -179,12 +184,12 @@ def accumulate(
 
 
 def memory_needed(compiled: jax.stages.Compiled) -> int | None:
-    """Bytes per device of a compiled program with its arguments; None if the compiler is silent."""
+    """Returns the number of bytes per device that a compiled program needs; None if unknown."""
     return None if compiled.memory_analysis() is None else sum(memory_of(compiled).values())
 
 
 def memory_of(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Bytes of one device by what they hold: arguments, outputs, temporaries, the program."""
+    """Returns the numbers of bytes per device of a compiled program by use, such as "arguments"."""
     stats = compiled.memory_analysis()
     return {
         "arguments": stats.argument_size_in_bytes,
@@ -195,7 +200,7 @@ def memory_of(compiled: jax.stages.Compiled) -> dict[str, int]:
 
 
 def memory_limit() -> int | None:
-    """Bytes that every device offers, the smallest over all processes; None on a CPU."""
+    """Returns the number of bytes of a device's memory, least of all processes; None on a CPU."""
     stats = jax.local_devices()[0].memory_stats() or {}
     limit = processes.smallest(stats.get("bytes_limit", -1))  # all have to choose alike
     return None if limit < 0 else limit

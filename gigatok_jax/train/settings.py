@@ -1,4 +1,4 @@
-"""Values of a training config: their ranges and choices, and the lengths that follow from them."""
+"""Checks of the values of a training config, and the number of steps that follows from them."""
 
 from typing import Any
 
@@ -38,10 +38,10 @@ PLATFORMS = ("cpu", "gpu", "tpu")
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Refuses values that no training run can have, before anything is read or compiled.
+    """Checks the values of a training config, before data are read or steps compiled.
 
     Raises:
-        ConfigError: names the first value that cannot be, and what could.
+        ConfigError: a value is outside its range; the error names the value and the range.
     """
     validate(config.model)
     for name, (low, high) in RANGES.items():
@@ -68,26 +68,26 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def _get(config: ml_collections.ConfigDict, name: str) -> Any:
-    """The value of a key such as "optim.ema"; None in a config without it."""
+    """Returns the value of a config's key such as "optim.ema"; None if the config lacks the key."""
     section, _, key = name.rpartition(".")
     return (config.get(section, {}) if section else config).get(key)
 
 
 def total_steps(config: ml_collections.ConfigDict) -> int:
-    """Updates of the whole run: `train.steps`, or else `train.epochs` worth of them."""
+    """Returns the number of updates of a run, from `train.steps` or else from `train.epochs`."""
     return config.train.steps or round(config.train.epochs * steps_per_epoch(config))
 
 
 def steps_per_epoch(config: ml_collections.ConfigDict) -> float:
-    """Updates of an epoch, which is `train.epoch_images` images whatever the data holds."""
+    """Returns the number of updates of an epoch of `train.epoch_images` images."""
     return config.train.epoch_images / config.train.global_batch
 
 
 def make_loop(train: ml_collections.ConfigDict) -> layers.Loop:
-    """How the stacks of blocks are compiled: `train.remat` and `train.unroll` of a config.
+    """Makes the settings of how stacks of blocks are compiled, of `train.remat` and `train.unroll`.
 
     Raises:
-        ConfigError: a value that is unknown.
+        ConfigError: a value is unknown.
     """
     errors.one_of("train.remat", train.remat, layers.REMAT)
     platforms = tuple(filter(None, train.unroll.split(",")))

@@ -1,6 +1,6 @@
 """Training of a tokenizer: from a config and a workdir to a checkpoint and a page.
 
-The same command again resumes.
+The same command again resumes the run.
 """
 
 import functools
@@ -24,11 +24,11 @@ SHOWN = ("loss", "reconstruction", "perceptual", "alignment", "adversarial", "co
 
 
 def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
-    """Trains `config.model` and leaves checkpoints, metrics, pictures, results and a page.
+    """Trains the tokenizer of a config; writes checkpoints, metrics, pictures, results and a page.
 
     Args:
         config: of a run that trains a tokenizer, see `configs/common.py`.
-        workdir: folder of the run; one that holds a checkpoint is resumed.
+        workdir: folder of the run; a run whose folder holds a checkpoint is resumed.
 
     Raises:
         GigatokError: whatever the user can change: config, data, weights, disk, a checkpoint.
@@ -59,12 +59,12 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
 def make_program(
     config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, parts: networks.Parts
 ) -> program_lib.Program:
-    """The training step of a config on a mesh.
+    """Makes the program of a tokenizer's training step on a mesh; nothing is computed yet.
 
     Args:
         config: of the run, with the losses of `parts`.
         mesh: devices of the run.
-        parts: networks, and the frozen ones' parameters or shapes.
+        parts: networks of the run, and parameters of the frozen networks or their shapes.
     """
     optimizers, size = make_optimizers(config), config.model.image_size
     groups = statistics_groups(config, mesh)
@@ -89,15 +89,16 @@ def make_program(
 
 
 def statistics_groups(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> int:
-    """Number of groups of a batch with batch statistics of their own.
+    """Returns the number of groups of a batch that have batch statistics of their own.
 
-    The original's statistics stay on each device: `train.statistics="local"`.
+    With `train.statistics="local"` each part of the batch on a device is a group, as in the
+    original; otherwise the whole batch is one group.
     """
     return parallel.batch_shards(mesh) if config.train.statistics == "local" else 1
 
 
 def make_optimizers(config: ml_collections.ConfigDict) -> tokenizer_step.Optimizers:
-    """Optimizers and learning rates of both networks."""
+    """Makes the optimizers and learning-rate schedules of tokenizer and discriminator."""
     total, epoch = settings.total_steps(config), settings.steps_per_epoch(config)
     discriminator = config.optim.copy_and_resolve_references()
     discriminator.decay_mask = "all"  # the mask is the generator's
@@ -114,10 +115,11 @@ def make_optimizers(config: ml_collections.ConfigDict) -> tokenizer_step.Optimiz
 
 
 def is_decayed(path: str) -> bool:
-    """Whether weight decay applies under `optim.decay_mask="no_norm"`.
+    """Whether weight decay applies to a tokenizer's parameter, if `optim.decay_mask` is "no_norm".
 
     The original's trainer for the largest model spares parameters whose name contains "norm"; its
-    transformers call the norms at both ends `ln_pre` and `ln_post`, so those decay.
+    transformers call the norms at both ends `ln_pre` and `ln_post`, so weight decay applies to
+    both.
     """
     part, _, rest = path.partition("/")
     ends = part in ("encoder", "decoder") and rest.startswith(("norm_in/", "norm_out/"))
@@ -125,7 +127,7 @@ def is_decayed(path: str) -> bool:
 
 
 class HeldOut:
-    """Reconstructs held-out images with the EMA copy, by the functions of `reconstruct`."""
+    """Evaluator of a tokenizer during training: reconstructs held-out images with the EMA copy."""
 
     def __init__(
         self,
@@ -138,7 +140,7 @@ class HeldOut:
 
         Args:
             config: of the run.
-            parts: its networks.
+            parts: networks of the run.
             frozen: parameters of the frozen networks, on the devices.
             mesh: devices of the run.
         """
@@ -154,14 +156,14 @@ class HeldOut:
     def figures(
         self, state: tokenizer_step.TokenizerState, watchdog: signals.Watchdog
     ) -> dict[str, float]:
-        """PSNR, SSIM, LPIPS, codebook usage and perplexity over all held-out images."""
+        """Computes PSNR, SSIM, LPIPS, codebook usage and perplexity over all held-out images."""
         params, size = parallel.to_device(state.ema_params), self._config.model.codebook_size
         with self._batches() as batches:
             own = (self._counted(batch) for batch in watchdog.hears(batches))
             return reconstruction.evaluate(lambda x: self._reconstruct(params, x), own, size)
 
     def pictures(self, state: tokenizer_step.TokenizerState) -> dict[str, np.ndarray]:
-        """Held-out images over their reconstructions, and the use of each codebook row."""
+        """Draws held-out images above their reconstructions, and the use of each codebook row."""
         codes = processes.whole(state.codebook_used).astype(np.int64)
         counts = np.bincount(codes, minlength=self._config.model.codebook_size)
         return {
@@ -170,7 +172,7 @@ class HeldOut:
         }
 
     def _compare(self, params: Any) -> np.ndarray:
-        """Originals over reconstructions, uint8[h w 3]."""
+        """Draws a picture uint8[h w 3] of a few held-out images above their reconstructions."""
         with self._batches() as batches:
             batch = self._counted(next(batches))
         shown = np.flatnonzero(batch["mask"])[: reconstruction.SHOWN]
@@ -187,7 +189,7 @@ class HeldOut:
         return jax.tree.map(parallel.local_rows, self._program(params, placed, self._lpips))
 
     def _counted(self, batch: dict) -> dict:
-        """The batch without the images that another process counts."""
+        """Returns a batch with its mask False also for images that another process counts."""
         return batch | {"mask": batch["mask"] & self._share.first}
 
     def _batches(self) -> pipeline.Batches:

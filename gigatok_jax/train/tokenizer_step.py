@@ -1,4 +1,4 @@
-"""One update of the tokenizer and of its discriminator. Axes: b batch, k rows of the codebook."""
+"""State and training step of a tokenizer and its discriminator. Axes: b batch, k codebook rows."""
 
 import functools
 from collections.abc import Callable
@@ -20,7 +20,7 @@ HISTORY = 65536  # latest codes kept for the usage statistics, the original's wi
 
 @flax.struct.dataclass
 class TokenizerState:
-    """Everything a tokenizer run carries from update to update; saved whole, donated to a step."""
+    """Record of all that a tokenizer run carries between updates; checkpoints hold all fields."""
 
     step: jax.Array  # i32[], optimizer updates done
     rng: jax.Array  # key of the run; each step folds its number in
@@ -34,7 +34,7 @@ class TokenizerState:
 
 
 class Optimizers(NamedTuple):
-    """Optimizers and learning rates of both networks."""
+    """Record of the optimizers and learning-rate schedules of tokenizer and discriminator."""
 
     generator: optax.GradientTransformation
     discriminator: optax.GradientTransformation
@@ -45,12 +45,12 @@ class Optimizers(NamedTuple):
 def create(
     networks: Networks, optimizers: Optimizers, image_size: int, seed: int
 ) -> TokenizerState:
-    """The state before the first update; jit it with output shardings to create it in place.
+    """Creates the state of a tokenizer run before its first update; jit it to create it in place.
 
     Args:
         networks, optimizers: of the run.
         image_size: side of the images in pixels.
-        seed: of the parameters and of every random draw of the run.
+        seed: seed of the parameters and of every random draw of the run.
     """
     rng = jax.random.key(seed)
     images = jnp.zeros((1, image_size, image_size, 3))
@@ -74,7 +74,7 @@ def create(
 
 
 class Gradients(NamedTuple):
-    """Gradients of both networks on a batch, neither of which sees the other's, and byproducts."""
+    """Record of gradients of tokenizer and discriminator on a batch, and of byproducts."""
 
     generator: Any
     discriminator: Any  # {} while the discriminator is off
@@ -92,18 +92,18 @@ def make(
     micro_batches: int = 1,
     sharding: Any = None,
 ) -> Callable:
-    """The jitted training step; it donates its state.
+    """Makes the jitted training step of a tokenizer, which donates its state.
 
     Args:
         networks, optimizers: of the run.
         config: of the run; the sections loss and codebook and `optim.ema` are read.
-        groups: groups of a micro-batch with batch statistics of their own; 1 is global.
+        groups: number of groups of a micro-batch with batch statistics of their own; 1 is global.
         micro_batches: pieces of the batch that go through the networks one after the other.
-        sharding: sharding of the new state, one for all or a tree; None leaves it to XLA.
+        sharding: sharding of all arrays of the new state, or tree of shardings; None: XLA decides.
 
     Returns:
-        `step(state, images, frozen, phase)` with uint8 images [b h w 3] to the next state and
-        {name: f32[]}; `phase` is static.
+        `step(state, images, frozen, phase)`, which takes images uint8[b h w 3] and returns the next
+        state and {name: f32[]}; `phase` is static.
     """
     out = {} if sharding is None else {"out_shardings": (sharding, None)}
 
@@ -125,10 +125,10 @@ def gradients(
     groups: int,
     micro_batches: int = 1,
 ) -> Gradients:
-    """Gradients of both networks, averaged over the micro-batches.
+    """Computes gradients of tokenizer and discriminator, averaged over a batch's micro-batches.
 
-    Statistics of the discriminator follow the first micro-batch, as the original keeps those of
-    its first device.
+    Statistics of the discriminator follow the first micro-batch, as the original keeps the
+    statistics of its first device.
 
     Args:
         state: before the update.
@@ -146,7 +146,7 @@ def gradients(
 
 
 def _join(seen: tuple[Any, jax.Array, jax.Array]) -> tuple[Any, jax.Array, jax.Array]:
-    """Statistics of the first micro-batch; codes and latents of all of them."""
+    """Joins byproducts of micro-batches: statistics of the first, codes and latents of all."""
     stats, codes, latents = seen
     codes, latents = (x.reshape(-1, *x.shape[2:]) for x in (codes, latents))
     return jax.tree.map(lambda x: x[0], stats), codes, latents
@@ -155,7 +155,7 @@ def _join(seen: tuple[Any, jax.Array, jax.Array]) -> tuple[Any, jax.Array, jax.A
 def _micro_batch(
     state, frozen, images, rng, *, phase, networks, config, groups
 ) -> tuple[tuple, tuple]:  # fmt: skip
-    """Fields of `Gradients`: the three to be averaged over micro-batches, then the others."""
+    """Computes the fields of `Gradients`: three to average over micro-batches, then the others."""
     images = to_pixels(images)
     generator_key, discriminator_key = jax.random.split(rng)
     loss = functools.partial(
@@ -212,19 +212,19 @@ def _update_discriminator(state, grads, optimizers: Optimizers):
 
 
 def _remember(history: jax.Array, codes: jax.Array, phase: Phase) -> jax.Array:
-    """The window of latest codes f32[HISTORY], moved on by the codes of a batch."""
+    """Appends a batch's codes to the window of latest codes f32[HISTORY], and drops the oldest."""
     if not phase.quantize:
         return history
     return jnp.concatenate([history, codes.reshape(-1).astype(history.dtype)])[-HISTORY:]
 
 
 def _row_counts(history: jax.Array, size: int) -> jax.Array:
-    """Counts of each codebook row in the window of latest codes: f32[k]."""
+    """Counts how often each codebook row occurs in the window of latest codes; returns f32[k]."""
     return jnp.zeros(size).at[history.astype(jnp.int32)].add(1.0)
 
 
 def codebook_scalars(history: jax.Array, size: int) -> dict[str, jax.Array]:
-    """Usage (a share of all rows), perplexity and dead rows over the window of latest codes."""
+    """Computes codebook usage (a share), perplexity and dead rows in the window of codes."""
     counts = _row_counts(history, size)
     share = counts / counts.sum()
     entropy = -jnp.sum(share * jnp.log(jnp.where(share > 0, share, 1.0)))
@@ -241,8 +241,8 @@ def _revive_codebook(
 ) -> TokenizerState:
     """Replaces codebook rows by random latents of this batch: a cure for small data.
 
-    `cure.data_init` replaces all rows when quantization begins; `cure.reset_every` replaces the
-    rows that no code of the window chose, every so many updates. Both are off in published recipes.
+    `cure.data_init` replaces all rows when quantization begins; every `cure.reset_every` updates
+    the rows that no code of the window chose are replaced. Both are off in published recipes.
     """
     if not cure.data_init and not cure.reset_every:
         return state

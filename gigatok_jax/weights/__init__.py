@@ -1,1 +1,1 @@
-"""Files of weights to parameters and back; knows no run."""
+"""Reads parameters from files of weights, in our formats and PyTorch's, and writes such files."""

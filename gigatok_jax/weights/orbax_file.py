@@ -20,14 +20,14 @@ GROUP = 1 << 28  # bytes; Orbax takes as long for one small array as for many at
 
 
 class Step(NamedTuple):
-    """Content of one step of a run."""
+    """Record of one saved step of a run: arrays, which are read later, and JSON values."""
 
     arrays: dict[str, Promise]  # by path, as in "params/quantizer/codebook"
     extras: dict[str, Any]  # JSON values beside the arrays: step, config, ...
 
 
 def read(path: epath.PathLike) -> Step:
-    """Opens the newest whole step of a workdir, or a named step; arrays are read later.
+    """Opens the newest whole step of a run's workdir, or a named step; arrays are read later.
 
     Raises:
         CheckpointError: the path has no whole step.
@@ -51,7 +51,7 @@ def read(path: epath.PathLike) -> Step:
 
 
 def _groups(leaves: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Names of the arrays that are read together with an array, by its name."""
+    """Splits arrays into groups to read together; returns the names in a group by each of them."""
     names = list(leaves)
     nbytes = [math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in leaves.values()]
     groups = [tuple(names[i] for i in group) for group in _packed(nbytes)]
@@ -59,7 +59,7 @@ def _groups(leaves: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
 
 
 def _packed(nbytes: Sequence[int]) -> list[list[int]]:
-    """Groups of consecutive indices of arrays: up to GROUP bytes together, or one larger array."""
+    """Splits consecutive indices of arrays into groups of up to GROUP bytes or one larger array."""
     groups, size = [[]], 0
     for i, count in enumerate(nbytes):
         if groups[-1] and size + count > GROUP:
@@ -86,14 +86,14 @@ def write(
     extras: Mapping[str, Any],
     progress: Callable[[int], None],
 ) -> None:
-    """Writes a step as `checkpoint.Checkpoints` does, holding one array at a time.
+    """Writes a step of a run in the format of `checkpoint.Checkpoints`, a few arrays at a time.
 
     Args:
         workdir: folder of a run, created when missing.
-        step: updates done.
-        arrays: by path.
+        step: number of updates done.
+        arrays: arrays or promises of them, by path.
         extras: JSON values; `step` is added.
-        progress: called with the bytes of each array once it is written.
+        progress: called with the number of bytes of each group of arrays once it is written.
     """
     directory = workdir / checkpoint.FOLDER / str(step)
     directory.mkdir(parents=True)
@@ -110,7 +110,7 @@ def write(
 
 
 class _Promised:
-    """Array in a type of its own, so that Orbax asks `_Handler` to write it."""
+    """Wrapper of an array or promise, of a type for which Orbax asks `_Handler` to write it."""
 
     def __init__(self, array: Promise | np.ndarray):
         self.array = array
@@ -119,7 +119,7 @@ class _Promised:
 
 
 class _Handler(type_handlers.NumpyHandler):
-    """Writes promised arrays a few at a time, in the format of all arrays of Orbax."""
+    """Handler of Orbax that reads and writes `_Promised` arrays a few at a time."""
 
     def __init__(self, progress: Callable[[int], None]):
         super().__init__(deepcopy_host_arrays=False)  # no other code holds them

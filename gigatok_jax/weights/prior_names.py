@@ -1,4 +1,4 @@
-"""Names of a prior's parameters, ours and PyTorch's, in the order of the original."""
+"""Table of the names of a prior's parameters, ours and PyTorch's, in the order of the original."""
 
 import ml_collections
 
@@ -26,7 +26,7 @@ _OUTSIDE = {
 
 
 def entries(model: ml_collections.ConfigDict) -> list[Entry]:
-    """Name table of a prior: every parameter with its name in the original."""
+    """Lists our path and the original's name of every parameter of a prior."""
     block = _block(model)
     blocks = [under(block, "blocks/", f"layers.{i}.", layer=i) for i in range(model.layers)]
     return [

@@ -1,4 +1,4 @@
-"""Checkpoints of every format, as state dicts under the original's names, read tensor by tensor.
+"""Opens checkpoints of every format as state dicts of the original, read tensor by tensor.
 
 A path is the original's `.pt`, a `.safetensors`, a folder with `model.safetensors`, or a checkpoint
 of ours: a workdir, its `checkpoints/` or one step.
@@ -38,7 +38,7 @@ COPIES = {"model": "params", "ema": "ema_params"}  # in the state of our runs
 
 
 class Checkpoint(NamedTuple):
-    """Contents of a checkpoint under the original's names; no tensor is read yet."""
+    """Record of an opened checkpoint, under the original's names; no tensor is read yet."""
 
     path: str
     parts: dict[str, dict[str, Promise]]  # "model", "ema", "discriminator"
@@ -50,7 +50,7 @@ class Checkpoint(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """Kind of the model, a key of `recognise.MARKS`."""
+        """Kind of the model in a checkpoint: "tokenizer", "prior", "patchgan" or "dino"."""
         part = next(iter(self.parts.values()))
         try:
             return recognise.kind_of(part)
@@ -59,7 +59,7 @@ class Checkpoint(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """A model on its devices."""
+    """Record of a loaded model: parameters on their devices, config, and facts about training."""
 
     params: dict[str, Any]  # nested
     config: ml_collections.ConfigDict  # of the model
@@ -67,7 +67,7 @@ class Loaded(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """One copy of a model's weights, as promises."""
+    """Record of one copy of a model's weights, which are read when looked up, and of its config."""
 
     state: "Arrays"  # the original's names
     kind: str  # "tokenizer" or "prior"
@@ -77,7 +77,7 @@ class Weights(NamedTuple):
 
 
 class Arrays(Mapping):
-    """Arrays by name, each read when it is looked up; a value that is not finite raises."""
+    """Mapping of arrays by name that reads an array each time its name is looked up."""
 
     def __init__(self, promises: Mapping[str, Promise]):
         self.promises = promises
@@ -105,13 +105,14 @@ def load_model(
         path: the original's `.pt`, a `.safetensors`, a folder with `model.safetensors`, or a
             checkpoint of a run: its workdir, its checkpoints/ or one step.
         kind: "tokenizer" or "prior".
-        weights: "ema", "raw" (the trained copy), or "auto": the average of a tokenizer if it was
-            saved, the trained copy of a prior.
-        dtype: type of a parameter by its path, as in "quantizer/codebook".
-        sharding: where parameters go; None is the default device.
+        weights: "ema", "raw" (the trained copy), or "auto": the average of a tokenizer, the trained
+            copy of a prior, or the other copy if only that was saved.
+        dtype: function from a parameter's path, such as "quantizer/codebook", to its type.
+        sharding: sharding of each parameter; None is the default device.
 
     Raises:
-        ConfigError: the path is empty, the weights are unknown, or the sharding fits no parameter.
+        ConfigError: the path is empty, `weights` is unknown, or a parameter cannot be divided as
+            the sharding says.
         CheckpointError: the checkpoint is missing, damaged, or of another kind.
     """
     if not path:
@@ -127,7 +128,7 @@ def load_model(
 
 
 def _load_run(path: epath.Path, kind: str, weights: str, dtype, sharding) -> Loaded:
-    """Loads a checkpoint of a run; Orbax reads into the sharding and type."""
+    """Loads a model from a checkpoint of a run; Orbax reads each array in its type and sharding."""
     entries = tuple(COPIES[copy] for copy in copies(kind, weights))
 
     def type_of(path: str):
@@ -150,7 +151,7 @@ def _load_run(path: epath.Path, kind: str, weights: str, dtype, sharding) -> Loa
 
 
 def _moved(tree: dict) -> dict:
-    """Moves numpy arrays to the default device and frees each of them at once."""
+    """Moves nested numpy arrays to the default device one by one, and frees each at once."""
     return {
         name: _moved(value) if isinstance(value, dict) else _placed(name, value, value.dtype, None)
         for name, value in ((name, tree.pop(name)) for name in list(tree))
@@ -158,7 +159,7 @@ def _moved(tree: dict) -> dict:
 
 
 def _load_state(path: epath.Path, kind: str, weights: str, dtype, sharding) -> Loaded:
-    """Loads a state dict under the original's names; its file is mapped, tensor by tensor."""
+    """Loads a model from a file under the original's names, and puts its arrays on devices."""
     opened = read(path, weights)
     _check_kind(path, opened.kind, kind)
     leaves = names.leaves(opened.state.promises, tables.entries(opened.config))
@@ -176,7 +177,7 @@ def _check_kind(path: epath.Path, kind: str, expected: str) -> None:
 
 
 def _about(saved: dict[str, Any]) -> dict[str, Any]:
-    """Facts that our files keep beside the config of a model."""
+    """Picks step, training, tokenizer and class names from the JSON values that a file keeps."""
     return {
         "step": saved.get("step"),
         "training": dict(saved.get("training") or {}),
@@ -186,7 +187,7 @@ def _about(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def _placed(name: str, array: np.ndarray, dtype, sharding) -> jax.Array:
-    """Puts one parameter on its devices and waits, so that the host copy can be freed."""
+    """Casts a parameter, puts it on its devices and waits, so that the host copy can be freed."""
     array = array.astype(dtype, copy=False)
     if sharding is None:
         return jax.block_until_ready(jax.device_put(array))
@@ -200,17 +201,18 @@ def _placed(name: str, array: np.ndarray, dtype, sharding) -> jax.Array:
 
 
 def read(path: epath.PathLike, weights: str = "auto", **overrides) -> Weights:
-    """Reads the weights and the config of one model.
+    """Opens the weights and the config of one model; tensors are read when they are looked up.
 
     Args:
-        path: as in the docstring of this module.
-        weights: "ema", "raw" (the trained copy), or "auto": the average of a tokenizer if it was
-            saved, the trained copy of a prior.
+        path: the original's `.pt`, a `.safetensors`, a folder with `model.safetensors`, or a
+            checkpoint of a run: its workdir, its checkpoints/ or one step.
+        weights: "ema", "raw" (the trained copy), or "auto": the average of a tokenizer, the trained
+            copy of a prior, or the other copy if only that was saved.
         **overrides: fields of the config, instead of the recognised ones.
 
     Raises:
-        CheckpointError: the checkpoint is missing or damaged, or no tokenizer or prior that fits
-            its config.
+        CheckpointError: the checkpoint is missing or damaged, or holds no tokenizer or prior that
+            fits its config.
         ConfigError: the checkpoint has no such weights, or an override cannot work.
     """
     opened = load(path)
@@ -231,10 +233,10 @@ def read(path: epath.PathLike, weights: str = "auto", **overrides) -> Weights:
 
 
 def copies(kind: str, weights: str) -> tuple[str, ...]:
-    """Keys of `COPIES` that a choice of weights allows, the best first.
+    """Lists the copies, "ema" or "model", that weights "ema", "raw" or "auto" allow, best first.
 
     Raises:
-        ConfigError: unknown weights.
+        ConfigError: the choice is unknown.
     """
     one_of("weights", weights, WEIGHTS)
     if weights != "auto":
@@ -243,10 +245,10 @@ def copies(kind: str, weights: str) -> tuple[str, ...]:
 
 
 def choose(opened: Checkpoint, weights: str) -> str:
-    """Key of the copy in a checkpoint that a choice of weights stands for.
+    """Chooses the copy of weights in a checkpoint, "ema" or "model", for "ema", "raw" or "auto".
 
     Raises:
-        ConfigError: unknown weights, or the checkpoint has no such copy.
+        ConfigError: the choice is unknown, or the checkpoint has no such copy.
     """
     for copy in copies(opened.kind, weights):
         if copy in opened.parts:
@@ -256,10 +258,10 @@ def choose(opened: Checkpoint, weights: str) -> str:
 
 
 def config_of(opened: Checkpoint, **overrides) -> ml_collections.ConfigDict:
-    """Config of the model: the one saved beside its tensors, else the one that they show.
+    """Returns the config of a checkpoint's model: as saved, else as its tensors show.
 
     Raises:
-        CheckpointError: a discriminator, or no model that can be built here.
+        CheckpointError: the checkpoint holds a discriminator, or no model that can be built here.
     """
     if opened.kind not in INFER:
         raise CheckpointError(f"{opened.path} holds a discriminator, expected a tokenizer or prior")
@@ -276,7 +278,7 @@ def config_of(opened: Checkpoint, **overrides) -> ml_collections.ConfigDict:
 
 
 def checked(opened: Checkpoint, part: str, model: ml_collections.ConfigDict) -> dict[str, Promise]:
-    """Tensors that a config demands, in the original's order; others are left out and counted.
+    """Selects the tensors that a config demands, in the original's order; counts the others.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape.
@@ -292,7 +294,7 @@ def checked(opened: Checkpoint, part: str, model: ml_collections.ConfigDict) -> 
 
 
 def load(path: epath.PathLike) -> Checkpoint:
-    """Opens a checkpoint of any format; tensors are read later.
+    """Opens a checkpoint of any format under the original's names; tensors are read later.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or not of GigaTok.
@@ -363,7 +365,11 @@ def _load_orbax(path: epath.Path) -> Checkpoint:
 
 
 def _history(arrays: Mapping[str, Promise], model, part: str) -> dict[str, Promise]:
-    """The latest codes, which the original keeps in the model; its average never gets any."""
+    """Returns the buffer of latest codes that the original keeps in a tokenizer, by its path.
+
+    The trained copy has the buffer of the run, the average has zeros, as it never gets codes; a
+    prior has no such buffer, so the dict is empty.
+    """
     if model.kind == "prior":
         return {}
     if part == "model" and "codebook_used" in arrays:
@@ -373,7 +379,10 @@ def _history(arrays: Mapping[str, Promise], model, part: str) -> dict[str, Promi
 
 
 def promised(path: epath.PathLike, state: Mapping[str, Any]) -> dict[str, Promise]:
-    """Promises that refuse values that are not finite, by name."""
+    """Wraps tensors or promises in promises by name, which check what they read.
+
+    Reading a promise raises CheckpointError if a value is not finite.
+    """
     try:
         recognise.seen(state)
     except CheckpointError as error:

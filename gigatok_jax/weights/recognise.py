@@ -1,6 +1,7 @@
 """Recognises the model of a state dict from its names and shapes alone.
 
-A field that they do not show takes the published value, is printed, and can be overridden.
+A field that names and shapes do not show takes the published value, is printed, and can be
+overridden.
 """
 
 import functools
@@ -29,12 +30,12 @@ LARGEST = 1 << 37  # numbers in a model: a larger state dict is refused
 
 
 class Seen(NamedTuple):
-    """Names and shapes of a state dict, with questions about them."""
+    """Record of the shapes of a state dict's tensors by name, with methods that look them up."""
 
     shapes: dict[str, tuple[int, ...]]
 
     def size(self, name: str, axis: int = 0) -> int:
-        """Length of one axis of a tensor."""
+        """Returns the length of a tensor's axis; raises CheckpointError without such an axis."""
         shape = self.shapes.get(name, ())
         if axis >= len(shape):
             raise CheckpointError(
@@ -44,7 +45,7 @@ class Seen(NamedTuple):
         return shape[axis]
 
     def layers(self, prefix: str) -> int:
-        """Number of layers "<prefix>0.", "<prefix>1.", ... that names begin with."""
+        """Counts the layers "<prefix>0.", "<prefix>1.", ...; raises CheckpointError at a gap."""
         numbered = re.compile(re.escape(prefix) + r"(\d{1,4})\.")
         numbers = {int(match[1]) for name in self.shapes if (match := numbered.match(name))}
         if numbers != set(range(len(numbers))):
@@ -54,12 +55,12 @@ class Seen(NamedTuple):
         return len(numbers)
 
     def any(self, text: str) -> bool:
-        """Whether a piece of text is in any name."""
+        """Returns whether a piece of text is in the name of any tensor."""
         return any(text in name for name in self.shapes)
 
 
 def seen(state: Mapping[str, Any]) -> Seen:
-    """Names and shapes of arrays or promises.
+    """Collects the names and shapes of a state dict of arrays or promises in a `Seen`.
 
     Raises:
         CheckpointError: a value is not a tensor, or the tensors are larger than any model.
@@ -75,7 +76,7 @@ def seen(state: Mapping[str, Any]) -> Seen:
 
 
 def kind_of(state: Mapping[str, Any]) -> str:
-    """Kind of model that a state dict is of, a key of `MARKS`.
+    """Recognises the kind of a state dict's model: "tokenizer", "prior", "patchgan" or "dino".
 
     Raises:
         CheckpointError: no kind has these names.
@@ -91,7 +92,10 @@ def kind_of(state: Mapping[str, Any]) -> str:
 
 
 def infer_tokenizer(state: Mapping[str, Any], **overrides) -> ml_collections.ConfigDict:
-    """Config of a tokenizer from its state dict; see `conversion.tokenizer.infer_config`."""
+    """Recognises the config of a tokenizer from the names and shapes of its state dict.
+
+    See `conversion.tokenizer.infer_config`.
+    """
     names = seen(state)
     one_d = names.any("s2to1encoder.")
     encoder, decoder = (
@@ -121,7 +125,10 @@ def infer_tokenizer(state: Mapping[str, Any], **overrides) -> ml_collections.Con
 
 
 def infer_prior(state: Mapping[str, Any], **overrides) -> ml_collections.ConfigDict:
-    """Config of a prior from its state dict; see `conversion.ar.infer_config`."""
+    """Recognises the config of a prior from the names and shapes of its state dict.
+
+    See `conversion.ar.infer_config`.
+    """
     names = seen(state)
     width, layers = names.size(MARKS["prior"], 1), names.layers("layers.")
     fields = {"layers": layers, "width": width, "vocab": names.size(MARKS["prior"])}
@@ -146,14 +153,14 @@ def infer_prior(state: Mapping[str, Any], **overrides) -> ml_collections.ConfigD
 
 
 def published_name(model: ml_collections.ConfigDict) -> str | None:
-    """Name of the published model whose config this is, such as B-L, if any."""
+    """Returns the name of the published model with a config, such as B-L, or None."""
     names = PRIORS if model.kind == "prior" else TOKENIZERS
     same = (name for name in names if model_config(name) == model)
     return next(same, None)
 
 
 def _size(names: Seen, embed: str, prefix: str) -> str:
-    """Name of a transformer's size from its depth and width."""
+    """Finds the name of a transformer's size, such as "base", by its depth and width."""
     width, layers = names.size(embed), names.layers(f"{prefix}transformer.")
     for name, (depth, _, wide) in SIZES.items():
         if (depth, wide) == (layers, width):
@@ -165,7 +172,7 @@ def _size(names: Seen, embed: str, prefix: str) -> str:
 
 
 def _stem(names: Seen) -> dict[str, Any]:
-    """Fields of the layers before and after the transformers."""
+    """Recognises the config fields of the layers before and after a tokenizer's transformers."""
     if "encoder.embed.weight" in names.shapes:
         pixels = names.size("encoder.embed.weight", 1) // 3
         return {"stem": "patch", "patch_size": math.isqrt(pixels)}
@@ -198,7 +205,7 @@ def _alignment(names: Seen, decoder: str) -> dict[str, int]:
 
 
 def _key_value_heads(names: Seen, width: int, heads: int) -> int:
-    """Number of key-value heads, from the rows of the fused projection of queries, keys, values."""
+    """Computes the number of a prior's key-value heads from the rows of its fused projection."""
     rows, head = names.size("layers.0.attention.wqkv.weight"), width // max(heads, 1)
     return max((rows - width) // max(2 * head, 1), 1)
 
@@ -228,7 +235,7 @@ def _tensor_shapes(model: ml_collections.FrozenConfigDict) -> dict[str, tuple[in
 
 
 def tensor_shapes(model: ml_collections.ConfigDict) -> dict[str, tuple[int, ...]]:
-    """Every name and shape of a model's state dict, in the original's order."""
+    """Returns the shape of each tensor of a model's state dict by name, in the original's order."""
     return _tensor_shapes(ml_collections.FrozenConfigDict(model))
 
 
@@ -236,7 +243,7 @@ def check(state: Mapping[str, Any], model: ml_collections.ConfigDict) -> list[st
     """Compares the names and shapes of a state dict with those that a config demands.
 
     Returns:
-        Names that are not of the model.
+        Names in the state dict that the model does not have.
 
     Raises:
         CheckpointError: a name is missing, or has another shape.
@@ -259,7 +266,7 @@ def check(state: Mapping[str, Any], model: ml_collections.ConfigDict) -> list[st
 
 
 def not_finite(name: str, array: np.ndarray) -> str:
-    """Complaint about a tensor with values that are not finite; "" if all are."""
+    """Returns a message that counts the values of a tensor that are not finite; "" if none is."""
     if array.dtype.kind in "iub" or np.isfinite(array).all():
         return ""
     return f"{name} holds {int((~np.isfinite(array)).sum())} values that are not finite"

@@ -1,7 +1,7 @@
 """Reads and writes `.safetensors` tensor by tensor.
 
-The safetensors library reads, behind a check of our own, and takes local paths alone. It writes no
-promises, so files are written here.
+The safetensors library reads the tensors after the header is checked here; it maps local files
+alone. It cannot write promises, so files are written here.
 """
 
 import functools
@@ -41,7 +41,7 @@ _DAMAGE = (
 
 
 def load(path: epath.PathLike) -> tuple[dict[str, Promise], dict[str, str]]:
-    """Promises of the tensors of a file by name, and the strings kept beside them.
+    """Opens a `.safetensors`; returns promises of its tensors by name, and the strings beside them.
 
     The header is checked here, then the safetensors library reads each tensor when it is needed.
 
@@ -65,7 +65,10 @@ def load(path: epath.PathLike) -> tuple[dict[str, Promise], dict[str, str]]:
 
 
 def _reader(path: epath.Path) -> Callable[[str], np.ndarray]:
-    """Function that reads a tensor by name; a file that is not on a local disk is read at once."""
+    """Returns a function that reads a tensor of a `.safetensors` by name.
+
+    A file that is not on a local disk is read as a whole at once.
+    """
     if os.path.exists(path):
         return safetensors.safe_open(path, framework="numpy").get_tensor
     tensors = dict(safetensors.deserialize(path.read_bytes()))  # its numpy module lacks bfloat16
@@ -78,7 +81,7 @@ def _reader(path: epath.Path) -> Callable[[str], np.ndarray]:
 
 
 def _header(path: epath.Path) -> tuple[dict[str, Any], int]:
-    """Table at the beginning of a file, and bytes of all tensors behind it."""
+    """Reads a `.safetensors` header; returns its table and the number of bytes of all tensors."""
     size = path.stat().length
     if not size:
         raise CheckpointError("is empty; get it again")
@@ -90,7 +93,7 @@ def _header(path: epath.Path) -> tuple[dict[str, Any], int]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Dict of the pairs of a JSON object; a name that comes twice is refused."""
+    """Makes a dict of the pairs of a JSON object; raises CheckpointError if a name comes twice."""
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
         double = next(name for name in names if names.count(name) > 1)
@@ -99,7 +102,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _checked(size: int, name: str, entry: Mapping[str, Any]) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of a tensor; one whose bytes do not fit its shape or the file is refused."""
+    """Returns the shape and the type of a tensor from its entry in the header of a file.
+
+    Raises CheckpointError if the type is unknown, or the tensor's bytes do not fit its shape or the
+    file.
+    """
     shape, (first, last) = entry["shape"], entry["data_offsets"]
     if entry["dtype"] not in _DTYPES:
         raise CheckpointError(f"{name} is {entry['dtype']}, which is not read here")
@@ -119,13 +126,13 @@ def save(
     metadata: Mapping[str, str],
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Writes arrays and promises of them, one after the other.
+    """Writes arrays and promises of them to a `.safetensors`, one after the other.
 
     Args:
-        path: of the file, which is replaced if it exists.
-        tensors: by name; those of the same order are written one after the other.
-        metadata: strings kept beside them.
-        progress: called with the bytes of each tensor once it is written.
+        path: path of the file, which is replaced if it exists.
+        tensors: arrays and promises by name; they are written sorted by `order`.
+        metadata: strings kept beside the tensors.
+        progress: called with the number of bytes of each tensor once it is written.
 
     Raises:
         CheckpointError: an array has a type that the format does not have.

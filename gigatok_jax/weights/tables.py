@@ -1,4 +1,4 @@
-"""Name tables and shapes of a model's parameters, from its config."""
+"""Returns the table of names and the shapes of a model's parameters, from its config."""
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,12 @@ USED, HISTORY = "buffers/codebook_used", tokenizer_names.HISTORY
 
 
 def entries(model: ml_collections.ConfigDict) -> list[Entry]:
-    """Name table of a model: every parameter and buffer, in the original's order."""
+    """Lists our path and the original's name of every parameter and buffer of a model."""
     return (prior_names if model.kind == "prior" else tokenizer_names).entries(model)
 
 
 def shapes(model: ml_collections.ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a model's parameters and buffers by path; nothing is computed."""
+    """Returns the shapes of a model's parameters and buffers by path; nothing is computed."""
     flat = trees.flatten(parameters.abstract_params(model))
     if model.kind != "prior":
         flat[USED] = jax.ShapeDtypeStruct((HISTORY,), jnp.float32)

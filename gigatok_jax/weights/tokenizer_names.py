@@ -1,4 +1,4 @@
-"""Names of a tokenizer's parameters, ours and PyTorch's, in the order of the original."""
+"""Table of the names of a tokenizer's parameters, ours and PyTorch's, in PyTorch's order."""
 
 import ml_collections
 
@@ -37,7 +37,7 @@ _ALIGN = [
 
 
 def entries(model: ml_collections.ConfigDict) -> list[Entry]:
-    """Name table of a tokenizer: every parameter and buffer with its name in the original."""
+    """Lists our path and the original's name of every parameter and buffer of a tokenizer."""
     one_d = model.kind == "1d"
     encoder, decoder = (
         ("s2to1encoder.", "s1to2decoder.") if one_d else ("s2dencoder.", "s2ddecoder.")
@@ -137,7 +137,10 @@ def _middle(model) -> list[Entry]:
 
 
 def _level(model, i: int, blocks: int, before: int, after: int, attention: bool) -> list[Entry]:
-    """Residual blocks of one resolution, and their attention; the first changes the width."""
+    """Lists the entries of a CNN's residual blocks of one resolution, and of their attention.
+
+    The first block has a shortcut layer if the width changes.
+    """
     entries = []
     for j in range(blocks):
         changes = j == 0 and before != after

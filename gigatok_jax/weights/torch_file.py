@@ -1,8 +1,8 @@
 """Reads and writes files of `torch.save` without torch; no code in them is run.
 
 A checkpoint is a pickle beside raw tensor bytes. The pickle may name only what is listed here:
-tensors, containers, numbers, strings, argparse.Namespace; any other name is refused before it
-is looked up. Tensors are views of the memory-mapped file.
+tensors, containers, numbers, strings, argparse.Namespace; any other name raises CheckpointError
+before it is looked up. Tensors are views of the memory-mapped file.
 """
 
 import argparse
@@ -48,7 +48,7 @@ _DAMAGED = (
 
 
 class _Storage(NamedTuple):
-    """Reference to the bytes of tensors."""
+    """Record that refers to a storage, the bytes of tensors, in a file of `torch.save`."""
 
     dtype: np.dtype
     key: str
@@ -56,7 +56,7 @@ class _Storage(NamedTuple):
 
 
 class _Lazy(NamedTuple):
-    """Reference to a tensor by its storage, whose bytes are resolved after the pickle is read."""
+    """Record of a tensor as a view of a storage, whose bytes are read after the pickle."""
 
     storage: _Storage
     offset: int
@@ -65,7 +65,7 @@ class _Lazy(NamedTuple):
 
 
 def load(path: epath.PathLike) -> Any:
-    """Loads a saved object, with numpy arrays instead of tensors.
+    """Loads the object in a file of `torch.save`, with numpy arrays instead of tensors.
 
     Args:
         path: a file of `torch.save`, either format; remote paths are read as a whole.
@@ -96,7 +96,7 @@ def load(path: epath.PathLike) -> Any:
 
 
 def load_pickle(path: epath.PathLike) -> Any:
-    """Loads a plain pickle as `load` does: the same names are allowed, and numpy arrays.
+    """Loads a plain pickle of containers, numbers, strings and numpy arrays; runs no code in it.
 
     Raises:
         CheckpointError: the file is damaged, of another kind, or holds anything else.
@@ -116,7 +116,10 @@ class _Unpickler(pickle.Unpickler):
         self._allowed = allowed
 
     def find_class(self, module: str, name: str):
-        """Object for a name in the pickle. All names pass here, so the list guards the reader."""
+        """Returns the object for a name in a pickle; raises CheckpointError if not allowed.
+
+        All names in a pickle pass here, so the list of allowed names guards the reader.
+        """
         if (module, name) in self._allowed:
             return self._allowed[module, name]
         if module in ("torch", "torch.storage") and name in _DTYPES:
@@ -126,7 +129,10 @@ class _Unpickler(pickle.Unpickler):
         )
 
     def persistent_load(self, saved) -> _Storage:
-        """Storage for a reference to bytes: ("storage", type, key, device, elements, ...)."""
+        """Returns the `_Storage` for a pickle's reference to the bytes of a tensor.
+
+        Raises CheckpointError unless it is ("storage", type, key, device, elements, ...).
+        """
         kind, dtype, key, _, size, *_ = saved
         if kind != "storage" or not isinstance(dtype, np.dtype):
             raise CheckpointError(f"refers to {kind!r}, expected the storage of a tensor; refused")
@@ -138,7 +144,8 @@ class _Unpickler(pickle.Unpickler):
 def _unpickle(file, allowed=None) -> Any:
     """Reads one pickle of a stream, after checking the numbers of its remembered objects.
 
-    The reader of Python allocates as many objects as the largest number says.
+    Python's reader allocates as many objects as the largest number says, so a number that exceeds
+    the length of the pickle before it raises CheckpointError.
     """
     start = file.tell()
     for code, argument, position in pickletools.genops(file):
@@ -149,7 +156,7 @@ def _unpickle(file, allowed=None) -> Any:
 
 
 def _tensor(storage: _Storage, offset: int, shape, strides, *_ignored) -> _Lazy:
-    """Replaces torch._utils._rebuild_tensor_v2; gradient flags and hooks are dropped."""
+    """Makes a `_Lazy` in place of torch._utils._rebuild_tensor_v2; drops gradient flags, hooks."""
     return _Lazy(storage, offset, tuple(shape), tuple(strides))
 
 
@@ -174,7 +181,7 @@ _ALLOWED_ARRAYS = {  # in plain pickles only: these allocate shapes without a bo
 
 
 def _load_zip(path: epath.Path, file) -> Any:
-    """Loads the format since torch 1.6: an uncompressed zip of a pickle and a file per storage."""
+    """Loads a file of torch since 1.6: an uncompressed zip of a pickle and a member per storage."""
     archive = zipfile.ZipFile(file)
     _check_members(archive)
     pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
@@ -194,7 +201,7 @@ def _load_zip(path: epath.Path, file) -> Any:
 
 
 def _check_members(archive: zipfile.ZipFile) -> None:
-    """Refuses a name of two members, and a pickle that is too large once it is unpacked."""
+    """Raises CheckpointError if a zip has a name twice, or a pickle too large once unpacked."""
     count = collections.Counter(archive.namelist())
     if double := [name for name, times in count.items() if times > 1]:
         raise CheckpointError(f"has {double[0]} twice; which is meant? Get it again")
@@ -204,7 +211,7 @@ def _check_members(archive: zipfile.ZipFile) -> None:
 
 
 def _load_legacy(path: epath.Path, file) -> Any:
-    """Loads the older format: pickles of header and object, then each storage after its length."""
+    """Loads a file of older torch: pickles, then each storage after its number of elements."""
     file.seek(0)
     if _unpickle(file) != _LEGACY_MAGIC:
         raise CheckpointError("is not a file of torch.save")
@@ -220,14 +227,14 @@ def _load_legacy(path: epath.Path, file) -> Any:
 
 
 def _map(path: epath.Path) -> np.ndarray:
-    """Bytes of a file, mapped if it is on a local disk."""
+    """Returns the content of a file as uint8, mapped into memory if it is on a local disk."""
     if os.path.exists(path):
         return np.memmap(path, np.uint8, mode="r")
     return np.frombuffer(path.read_bytes(), np.uint8)
 
 
 def _member_start(raw: np.ndarray, member: zipfile.ZipInfo) -> int:
-    """Offset of an uncompressed member's bytes, which follow a header of variable length."""
+    """Returns the offset in a zip of an uncompressed member's content, past the member's header."""
     if member.compress_type != zipfile.ZIP_STORED:
         raise CheckpointError("has compressed tensors, which torch.save never writes")
     name, extra = struct.unpack("<HH", raw[member.header_offset + 26 :][:4].tobytes())
@@ -243,7 +250,7 @@ def _view(raw: np.ndarray, start: int, storage: _Storage) -> np.ndarray:
 
 
 def _walk(saved: Any, replace: Callable[["_Lazy"], Any], done: dict | None = None) -> Any:
-    """Copy of a saved object with every tensor replaced, in the containers of `find_class`.
+    """Copies nested dicts, lists, tuples and Namespaces, with `replace` applied to every tensor.
 
     An object that is referred to twice is walked through once: a small pickle can name the same
     list a billion times.
@@ -278,7 +285,10 @@ def _resolve(saved: Any, read) -> Any:
 
 
 def _strided(data: np.ndarray, tensor: _Lazy) -> np.ndarray:
-    """View of a storage as a tensor; a view that leaves its bytes is refused, as files may lie."""
+    """Returns a view of a storage as a tensor, by offset, shape and strides.
+
+    Raises CheckpointError if the view leaves the storage, as files may lie.
+    """
     if not isinstance(tensor.storage, _Storage):
         raise CheckpointError("has a tensor without bytes; refused")
     offset, shape, strides = tensor.offset, tensor.shape, tensor.strides
@@ -298,13 +308,13 @@ def _strided(data: np.ndarray, tensor: _Lazy) -> np.ndarray:
 
 
 def save(path: epath.PathLike, saved: dict, progress: Callable[[int], None] | None = None) -> None:
-    """Writes an object for `torch.load(weights_only=True)`, arrays as tensors.
+    """Writes an object to a file for `torch.load(weights_only=True)`, with arrays as tensors.
 
     Args:
-        path: of the file, which is replaced if it exists.
+        path: path of the file, which is replaced if it exists.
         saved: nested dicts, lists and tuples of numbers, strings, None, arrays and promises of
-            them. Promises are read one at a time, those of the same order one after the other.
-        progress: called with the bytes of each tensor once it is written.
+            them. Promises are read one at a time, sorted by `order`.
+        progress: called with the number of bytes of each tensor once it is written.
 
     Raises:
         CheckpointError: a value has another type.
@@ -323,7 +333,7 @@ def save(path: epath.PathLike, saved: dict, progress: Callable[[int], None] | No
 
 
 def _write_member(archive: zipfile.ZipFile, start: int, name: str, array: np.ndarray) -> None:
-    """Writes the bytes of a tensor at an aligned offset, for readers that map the file."""
+    """Writes a tensor as a zip member at an aligned offset, for readers that map the file."""
     member = zipfile.ZipInfo(name)
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     member.file_size = data.size
@@ -336,7 +346,7 @@ def _write_member(archive: zipfile.ZipFile, start: int, name: str, array: np.nda
 
 
 def _pickled(value: Any, arrays: list) -> bytes:
-    """Opcodes of protocol 2 for a value; its arrays are appended to a list."""
+    """Returns the pickle opcodes of protocol 2 for a value; appends its arrays to `arrays`."""
     if isinstance(value, dict):
         pairs = b"".join(_pickled(k, arrays) + _pickled(v, arrays) for k, v in value.items())
         return b"}(" + pairs + b"u"

@@ -25,13 +25,13 @@ def save_model(
     about: dict[str, Any],
     licence: str,
 ) -> None:
-    """Writes `model.safetensors` in the original's names, `config.json` and `README.md`.
+    """Writes a model to a folder: `model.safetensors`, `config.json` and a card `README.md`.
 
     Args:
-        folder: created when missing.
+        folder: path of the folder, created when missing.
         params: nested dict of arrays, each fetched when it is written.
-        config: of the model.
-        about: as in `read.Loaded`.
+        config: config of the model.
+        about: JSON values: step, training, and of a prior tokenizer and class_names.
         licence: identifier for the head of the card, such as "mit".
 
     Raises:
@@ -61,13 +61,13 @@ def write_safetensors(
     progress: Callable[[int], None] | None = None,
     **extras,
 ) -> None:
-    """Writes a `.safetensors` under the original's names, and `config.json` beside it.
+    """Writes weights to a `.safetensors` under the original's names, and `config.json` beside it.
 
     Args:
-        path: of the file.
+        path: path of the `.safetensors`.
         state: arrays or promises of them, by the original's names.
         model: config of the model.
-        progress: called with the bytes of each tensor once it is written.
+        progress: called with the number of bytes of each tensor once it is written.
         **extras: JSON values for `config.json`: step, weights, tokenizer, ...
 
     Raises:
@@ -86,14 +86,17 @@ def write_safetensors(
 def write_pt(
     path: epath.PathLike, saved: Mapping[str, Any], progress: Callable[[int], None] | None = None
 ) -> None:
-    """Writes a file for `torch.load(weights_only=True)`; see `torch_file.save`."""
+    """Writes a dict of arrays, promises and plain values to a file for `torch.load`.
+
+    The file appears whole or not at all; see `torch_file.save`.
+    """
     with draft(epath.Path(path).expanduser()) as at:
         torch_file.save(at, dict(saved), progress)
 
 
 @contextlib.contextmanager
 def draft(path: epath.Path) -> Iterator[epath.Path]:
-    """Draft of a file or folder: it becomes `path` at the end, or is removed on an exception."""
+    """Yields the path of a draft, which becomes `path` at the end or is removed on an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
     at = path.parent / f"{path.name}.draft"
     try:
