@@ -30,7 +30,7 @@ TASKS = {  # config.task: module and function of (config, workdir)
 
 
 def main(argv):
-    """Runs the task of the config, or prints its plan."""
+    """Runs the task of the config or, with `--dry_run`, prints its plan."""
     del argv
     config = flags.FLAGS.config
     workdir = flags.FLAGS.workdir or f"runs/{config.name}"
@@ -51,7 +51,7 @@ def main(argv):
 
 
 def print_results(workdir):
-    """Prints `results.json` of a finished task, last of all."""
+    """Prints `results.json` of a finished task from its workdir, if the file exists."""
     from gigatok_jax.run import processes
 
     results = epath.Path(workdir) / "results.json"
@@ -60,7 +60,7 @@ def print_results(workdir):
 
 
 def spread_over_cores(config):
-    """Makes several devices of one CPU: small steps use more cores as shares of a batch."""
+    """Makes several jax devices of one CPU, if the config asks: small steps then use more cores."""
     if config.get("mesh") and config.mesh.cpu_devices != 1:
         import jax
 
@@ -69,7 +69,10 @@ def spread_over_cores(config):
 
 
 def cluster_of(config, workdir):
-    """Keeps compiled programs between runs, and joins a cluster where there is one."""
+    """Returns a context that joins a cluster where there is one.
+
+    Also prints the workdir, and keeps compiled programs between runs.
+    """
     import jax
 
     from gigatok_jax.run import cluster

@@ -1,4 +1,4 @@
-"""What the runs share: their arguments, the base tokenizer config and its small versions."""
+"""Builds what the configs of runs share: arguments, base configs, and small versions of them."""
 
 import types
 
@@ -9,7 +9,7 @@ from gigatok_jax.model_config import model_config
 
 
 def parse_arg(arg: str | None, **defaults) -> types.SimpleNamespace:
-    """Arguments behind the colon of `--config=configs/<run>.py:name,name=value`.
+    """Parses the arguments behind the colon of `--config=configs/<run>.py:name,name=value`.
 
     Args:
         arg: "smoke", "size=b", "latent_tokens=64,smoke"; None or "" is no argument.
@@ -30,10 +30,10 @@ def parse_arg(arg: str | None, **defaults) -> types.SimpleNamespace:
 
 
 def run_arg(arg: str | None, **defaults) -> types.SimpleNamespace:
-    """`parse_arg` with what `finish` applies to every run of a published size.
+    """Parses the arguments of a run of a published size: its own, and those that `finish` applies.
 
     smoke is a minute on a CPU, smoke_full three steps of the published widths, topology=v5p:4x4x4
-    plans for hardware that is not there.
+    plans for absent hardware.
     """
     return parse_arg(arg, smoke=False, smoke_full=False, topology="", **defaults)
 
@@ -53,12 +53,12 @@ def _read(name, text, default):
 
 
 def tokenizer(name: str, size: str, **model) -> ml_collections.ConfigDict:
-    """Training config with the published values; a run changes what sets it apart.
+    """Builds the training config of a tokenizer with the published values, for a run to change.
 
     Args:
         name: of the run; the default workdir is `runs/<name>`.
         size: of the model, a name of `model_config` such as "S-S".
-        **model: fields of the model that differ from it.
+        **model: fields of the model that differ from that size.
 
     Steps count updates from 1, as `global_step` of the original; learning rates are per update;
     an epoch is `train.epoch_images` images whatever the data holds.
@@ -82,7 +82,9 @@ def tokenizer(name: str, size: str, **model) -> ml_collections.ConfigDict:
 
 
 def prior(name: str, size: str) -> ml_collections.ConfigDict:
-    """Training config of a prior with the published values; see `tokenizer`.
+    """Builds the training config of a prior with the published values.
+
+    Steps, learning rates and epochs mean what `tokenizer` says.
 
     Args:
         name: of the run.
@@ -118,7 +120,7 @@ def prior(name: str, size: str) -> ml_collections.ConfigDict:
 
 
 def _keeping(config):
-    """Adds what every run that trains keeps, shows and runs on."""
+    """Adds to a config what every run that trains saves, evaluates, logs and runs on."""
     config.save = ml_collections.ConfigDict({"every": 5000, "keep": 3, "milestone_every": 50_000})
     config.eval = ml_collections.ConfigDict({"every": 5000, "batch": 64})
     config.log = ml_collections.ConfigDict({"every": 100, "pictures_every": 5000})
@@ -133,7 +135,7 @@ def _keeping(config):
 
 
 def cfg_config():
-    """Guidance of samples without a class against those with it."""
+    """Builds the config of guidance, which compares samples with a class to samples without."""
     return ml_collections.ConfigDict(
         {
             "scale": 1.75,  # 1 is no guidance
@@ -146,7 +148,10 @@ def cfg_config():
 
 
 def cluster_config():
-    """How processes find each other; a launcher that is known fills in the first three."""
+    """Builds the config by which processes of a cluster find each other.
+
+    A launcher that is known fills in the first three fields.
+    """
     return ml_collections.ConfigDict(
         {
             "coordinator": "",  # host:port of process 0
@@ -159,6 +164,7 @@ def cluster_config():
 
 
 def data_config():
+    """Builds the config of a run's images: source, crops, workers and held-out images."""
     return ml_collections.ConfigDict(
         {
             "source": "folder",  # "digits" is the embedded set, used while no folder is named
@@ -236,7 +242,7 @@ def _loss():
 
 
 def finish(config, arg) -> ml_collections.ConfigDict:
-    """Applies the arguments that every run of a published size takes: those of `run_arg`."""
+    """Applies to a config the arguments from `run_arg` that all runs share; returns the config."""
     config.mesh.topology = arg.topology
     if arg.smoke:
         shrink(config)
@@ -246,7 +252,7 @@ def finish(config, arg) -> ml_collections.ConfigDict:
 
 
 def shrink(config) -> None:
-    """The same code paths at tiny widths on embedded data: about a minute on a CPU."""
+    """Shrinks a config to tiny widths on embedded data: the same code, a minute on a CPU."""
     config.name += "_smoke"
     if config.model.kind == "prior":
         config.model.update(layers=2, heads=2, kv_heads=2, width=64)
@@ -260,9 +266,9 @@ def shrink(config) -> None:
 
 
 def smoke_full(config) -> None:
-    """Published widths, batch 2, three steps in float32: whether everything fits together.
+    """Changes a config to three steps of batch 2 in float32, to test whether published widths fit.
 
-    Takes `--config.data.folder=DIR` or, without, the embedded data.
+    The data are `--config.data.folder=DIR` or, without it, the embedded data.
     """
     config.name += "_smoke_full"
     _shorten(config, steps=3, batch=2)
@@ -270,7 +276,7 @@ def smoke_full(config) -> None:
 
 
 def _shorten(config, steps, batch):
-    """Every phase, an evaluation, a save and a picture within `steps` steps."""
+    """Changes a config so that all phases, evaluation, save and pictures fit into `steps`."""
     config.data.update(source="digits", workers=0, eval_images=batch)
     config.train.update(steps=steps, global_batch=batch, dtype="float32")
     config.train.update(remat="none", unroll="")

@@ -1,1 +1,1 @@
-"""Timings: each is a module with a `main`, run with `python -m`."""
+"""Benchmarks: each module with a `main` is run with `python -m`."""

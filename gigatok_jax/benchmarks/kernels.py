@@ -1,13 +1,13 @@
-r"""Speed of the codebook search and the entropy loss beside XLA and PyTorch.
+r"""Measures the speed of the codebook search and the entropy loss beside XLA and PyTorch.
 
     python -m gigatok_jax.benchmarks.kernels --out /tmp/kernels
     python -m gigatok_jax.benchmarks.kernels --kernel search --tokens 4096 65536 --width 8
 
-Each implementation is checked before it is timed: codes of at most 4096 tokens against distances in
-float64 by the rule that `nearest` states, gradients of the entropy loss of 256 tokens against
-float64. "of the limit" is the share of a rate of the device that the kernel reaches: of bfloat16
-products for the search (three float16 products for a float32 one, padded), of exponentials for the
-entropy loss, with four for each pair of token and row.
+Each implementation in jax is checked before it is timed: codes of a sample of tokens against
+distances in float64 by the rule that `nearest` states, gradients of the entropy loss of 256 tokens
+against float64. "of the limit" is the share of a rate of the device that the kernel reaches: of
+bfloat16 products for the search (three float16 products for a float32 one, padded), of exponentials
+for the entropy loss, with four for each pair of token and row.
 """
 
 import argparse
@@ -38,7 +38,7 @@ _GRADED = 256  # tokens of the checked gradients
 
 
 class Case(NamedTuple):
-    """Size of the inputs: tokens f32[tokens, width] and codebook f32[rows, width]."""
+    """Record of the size of inputs: tokens f32[tokens width] and codebook f32[rows width]."""
 
     tokens: int
     rows: int
@@ -46,12 +46,12 @@ class Case(NamedTuple):
 
     @property
     def pairs(self) -> int:
-        """Number of distances between tokens and rows."""
+        """Number of pairs of a token and a codebook row."""
         return self.tokens * self.rows
 
 
 class Result(NamedTuple):
-    """Measurement of one implementation at one size."""
+    """Record of the measurement of one implementation at one size."""
 
     tokens: int
     rows: int
@@ -63,7 +63,7 @@ class Result(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """Operation on tokens and codebook rows, in several implementations."""
+    """Record of an operation on tokens and codebook rows, with all that its benchmark needs."""
 
     widths: range  # widths that the Pallas kernels support
     function: Callable[[str], Callable]  # implementation -> function of f32[m e] and f32[k e]
@@ -76,7 +76,10 @@ class Kernel(NamedTuple):
 
 
 def main() -> None:
-    """Prints a table for each kernel; with `--out` writes it and its figures as JSON."""
+    """Measures the chosen kernels and prints a table for each.
+
+    With `--out`, writes each table, and its figures as JSON.
+    """
     options = arguments()
     for name in KERNELS if options.kernel == "all" else [options.kernel]:
         results = []
@@ -88,7 +91,10 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """The command line; default sizes are small without an accelerator."""
+    """Parses the command line; default sizes are small without an accelerator.
+
+    Also keeps jax from taking all GPU memory, which PyTorch needs too.
+    """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory to PyTorch
     large = jax.default_backend() != "cpu"
     tokens = [2**12, 2**14, 2**16, 2**18, 2**20] if large else [256, 512]
@@ -111,7 +117,7 @@ def arguments() -> argparse.Namespace:
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    """Sizes to measure: tokens vary at one number of rows, rows at one number of tokens."""
+    """Lists the sizes to measure: tokens vary at one number of rows, and rows at one of tokens."""
     pairs = [(m, options.at[1]) for m in options.tokens] + [
         (options.at[0], k) for k in options.rows
     ]
@@ -119,7 +125,10 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 
 def measure(kernel: Kernel, case: Case, options: argparse.Namespace) -> Iterator[Result]:
-    """Results of every implementation that can run at one size, each checked before it is timed."""
+    """Measures a kernel at one size; yields the result of every implementation that can run.
+
+    Each implementation in jax is checked before it is timed; PyTorch is not checked.
+    """
     for name in implementations(kernel, case.width):
         if name == "xla" and case.pairs > kernel.most_xla:
             continue
@@ -133,7 +142,10 @@ def measure(kernel: Kernel, case: Case, options: argparse.Namespace) -> Iterator
 
 
 def implementations(kernel: Kernel, width: int) -> list[str]:
-    """Implementations that can run on this device with vectors of this width; XLA always can."""
+    """Lists the implementations that can run on this device with vectors of this width.
+
+    XLA always can.
+    """
     return [
         name
         for name in implementation.NAMES
@@ -148,7 +160,7 @@ def _result(kernel: Kernel, case: Case, name: str, ms: float, peak: float, error
 
 
 def finish(name: str, out: str, results: Sequence[Result]) -> None:
-    """Prints the table of a kernel; writes it and the figures into a folder if `out` names it."""
+    """Prints the table of a kernel; writes it and its figures into folder `out`, except for ""."""
     rows = [
         (r.tokens, r.rows, r.implementation, f"{r.ms:.4g}", f"{r.share:.0%}" if r.share else "",
          f"{r.peak_mib:.1f}", r.error)
@@ -169,13 +181,13 @@ def finish(name: str, out: str, results: Sequence[Result]) -> None:
 
 
 def unit_vectors(seed: int, count: int, width: int) -> np.ndarray:
-    """f32[count width], random directions of length 1."""
+    """Draws random directions: vectors f32[count width] of length 1."""
     x = np.random.default_rng(seed).normal(size=(count, width)).astype(np.float32)
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 def inputs(case: Case, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of tokens and rows; all differ, so that no pair's result can be reused."""
+    """Draws pairs of tokens and codebook rows; all differ, so that no result can be reused."""
     return [
         (
             unit_vectors(2 * i, case.tokens, case.width),
@@ -186,7 +198,7 @@ def inputs(case: Case, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def time_jax(function: Callable, case: Case, repeats: int) -> tuple[float, float]:
-    """Milliseconds of one call, and MiB of temporaries.
+    """Times a function in jax; returns milliseconds of one call, and MiB of temporaries.
 
     One program calls the function on several inputs, so that the device does not wait for the host,
     as in a training step.
@@ -208,7 +220,10 @@ def time_jax(function: Callable, case: Case, repeats: int) -> tuple[float, float
 
 
 def time_torch(function: Callable, case: Case, repeats: int) -> tuple[float, float]:
-    """Milliseconds of one call in PyTorch on CUDA, and MiB of its largest allocation."""
+    """Times a function in PyTorch on CUDA; returns milliseconds of one call, and its peak MiB.
+
+    The peak is what the calls allocate besides their inputs.
+    """
     torch = importlib.import_module("torch")
     data = [[torch.tensor(x, device="cuda") for x in pair] for pair in inputs(case, 2)]
     for pair in data:
@@ -228,7 +243,7 @@ def time_torch(function: Callable, case: Case, repeats: int) -> tuple[float, flo
 
 
 def torch_is_here() -> bool:
-    """Whether PyTorch is installed and sees the GPU that jax uses."""
+    """Returns whether PyTorch is installed and can use a GPU, and jax uses a GPU."""
     if jax.default_backend() != "gpu" or importlib.util.find_spec("torch") is None:
         return False
     return importlib.import_module("torch").cuda.is_available()
@@ -238,12 +253,16 @@ def torch_is_here() -> bool:
 
 
 def search(impl: str) -> Callable:
-    """The codebook search of an implementation, as a function of tokens and codebook."""
+    """Returns the codebook search of an implementation, as a function of tokens and codebook."""
     return lambda z, codebook: codebook_search.nearest(z, codebook, impl=impl)
 
 
 def check_search(case: Case, impl: str) -> str:
-    """Compares codes with distances in float64; raises AssertionError if one is wrong."""
+    """Compares an implementation's codes with distances in float64; returns "0 wrong".
+
+    Raises:
+        AssertionError: a code is wrong.
+    """
     z, codebook = inputs(case, 1)[0]
     wrong = count_wrong(z, codebook, np.asarray(jax.jit(search(impl))(z, codebook)))
     assert not wrong, f"{wrong} codes of {impl} are wrong at {case}"
@@ -251,7 +270,10 @@ def check_search(case: Case, impl: str) -> str:
 
 
 def count_wrong(z: np.ndarray, codebook: np.ndarray, codes: np.ndarray) -> int:
-    """Number of codes whose float64 distance exceeds the smallest by over 1e-6 (|z|^2 + |e|^2)."""
+    """Counts wrong codes in a sample of the tokens (all tokens, if there are few).
+
+    A code is wrong if its float64 distance exceeds the smallest by over 1e-6 (|z|^2 + |e|^2).
+    """
     step, wrong = max(1, len(z) // _SEARCHED), 0
     rows = codebook.astype(np.float64)
     squares = np.square(rows).sum(1)
@@ -266,12 +288,15 @@ def count_wrong(z: np.ndarray, codebook: np.ndarray, codes: np.ndarray) -> int:
 
 
 def search_flops(case: Case) -> float:
-    """FLOPs of the products of the kernel: a float32 product is three float16 ones, padded."""
+    """Returns the FLOPs of the search kernel's products, for inputs of a size.
+
+    A float32 product counts as three float16 products, padded.
+    """
     return 2 * max(16, 1 << (3 * case.width + 2).bit_length()) * case.pairs
 
 
 def torch_searches() -> dict[str, Callable]:
-    """The search in PyTorch, in float32."""
+    """Returns functions by name: the float32 codebook search in PyTorch, eager and compiled."""
     torch = importlib.import_module("torch")
 
     def search(z, codebook):
@@ -285,7 +310,7 @@ def torch_searches() -> dict[str, Callable]:
 
 
 def entropy_gradients(impl: str) -> Callable:
-    """Value and gradients of the entropy loss, as a function of tokens and codebook."""
+    """Returns a function of tokens and codebook: value and gradients of the entropy loss."""
 
     def loss(z, codebook):
         return entropy.entropy_loss(
@@ -296,9 +321,12 @@ def entropy_gradients(impl: str) -> Callable:
 
 
 def check_entropy(case: Case, impl: str) -> str:
-    """Compares gradients with float64; raises AssertionError if they are off by over 2e-4.
+    """Compares gradients of the entropy loss with float64; returns the error as text.
 
     The error is that of the norm, relative, of 256 tokens in 16 groups that are near each other.
+
+    Raises:
+        AssertionError: the error is 2e-4 or more.
     """
     codebook = unit_vectors(1, min(case.rows, 2**14), case.width)
     near = unit_vectors(2, 16, case.width)[np.arange(_GRADED) % 16]
@@ -313,7 +341,10 @@ def check_entropy(case: Case, impl: str) -> str:
 
 
 def float64_gradients(z: np.ndarray, codebook: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Gradients of the entropy loss to tokens and codebook, by the chain rule, [m k] at once."""
+    """Returns the gradients of the entropy loss to tokens and codebook, for inputs in float64.
+
+    The chain rule is applied to the whole matrix [m k] of tokens and codebook rows at once.
+    """
     distance = np.square(z[:, None] - codebook).sum(-1)
     logits = -distance / TEMPERATURE
     logits -= logits.max(1, keepdims=True)
@@ -330,7 +361,7 @@ def float64_gradients(z: np.ndarray, codebook: np.ndarray) -> tuple[np.ndarray, 
 
 
 def torch_losses() -> dict[str, Callable]:
-    """The entropy loss in PyTorch, forward and backward, in float32."""
+    """Returns functions by name: gradients of the entropy loss in PyTorch, eager and compiled."""
     torch = importlib.import_module("torch")
 
     def loss(z, codebook):

@@ -1,14 +1,14 @@
-r"""Whether a tokenizer learns own pictures: starts of the 1D model beside the 2D one.
+r"""Compares how well tokenizers learn own pictures: starts of the 1D model beside the 2D model.
 
     python -m gigatok_jax.benchmarks.learning PICTURES --out=runs/learning
     python -m gigatok_jax.benchmarks.learning PICTURES --variants 2d last_level --updates=2000
     python -m gigatok_jax.benchmarks.learning PICTURES --size=256 --patch=16 --model=small \
         --latent_tokens=256 --rate=2e-4 --warmup=50 --dtype=bfloat16
 
-PICTURES is a folder or a tar file of images. Every tenth is held out. The step is the run's own
-with the least in the way: one linear layer per patch instead of the CNN, squared error of pixels
+PICTURES is a folder or a tar file of images. Every tenth image is held out. The training step is
+that of a run, simplified: one linear layer per patch instead of the CNN, squared error of pixels
 alone, nothing quantized. What counts is the PSNR of held-out reconstructions by the EMA copy after
-the same number of updates. The mean training picture is the line that a collapsed model reaches.
+the same number of updates. A collapsed model reaches the PSNR of the mean training picture.
 Run it in the folder that has configs/.
 """
 
@@ -51,14 +51,14 @@ COLORS = ("#888888", "#b07aa1", "#edc948", "#f28e2b", "#59a14f", "#4e79a7", "#e1
 
 
 class Pictures(NamedTuple):
-    """Pictures to learn and pictures that are held out."""
+    """Record of two sets of pictures: pictures to learn, and pictures that are held out."""
 
     train: np.ndarray  # uint8[n s s 3]
     held_out: np.ndarray  # uint8[m s s 3]
 
 
 class Learned(NamedTuple):
-    """Outcome of a variant's training."""
+    """Record of a variant's training: its losses, the PSNR of held-out pictures, and the time."""
 
     variant: str
     losses: np.ndarray  # f32[updates]
@@ -67,7 +67,7 @@ class Learned(NamedTuple):
 
 
 def main() -> None:
-    """Prints a table; with `--out` writes it and a plot of the losses too."""
+    """Trains each variant and prints a table; with `--out` writes it, its figures and a plot."""
     options = arguments()
     with command_line.one_line_errors():
         pictures = read(options.pictures, options.size)
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = command_line.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -106,10 +106,10 @@ def arguments() -> argparse.Namespace:
 
 
 def read(path: str, size: int) -> Pictures:
-    """Centre crops of all images of a folder or tar file, by sorted name.
+    """Reads all images of a folder or tar file, by sorted name, and crops each to its centre.
 
     Raises:
-        DataError: no such folder or file, no images in it, one that cannot be read, or too few.
+        DataError: no such folder or file, no images in it, an unreadable image, or too few images.
     """
     if not pathlib.Path(path).is_file():
         return split(sources.FolderSource(path), size)
@@ -122,7 +122,7 @@ def read(path: str, size: int) -> Pictures:
 
 
 def split(source: sources.FolderSource, size: int) -> Pictures:
-    """Centre crops of `size` pixels, every tenth held out."""
+    """Crops all pictures of a source to `size` pixels at their centre; holds out every tenth."""
     if len(source) < HELD_OUT:
         raise DataError(f"{len(source)} pictures, expected at least {HELD_OUT}")
     crops = [transforms.center_crop(transforms.decode(row["image"]), size) for row in source]
@@ -132,7 +132,7 @@ def split(source: sources.FolderSource, size: int) -> Pictures:
 
 
 def check_counts(options: argparse.Namespace, pictures: Pictures) -> None:
-    """Refuses a batch without enough pictures, and too few updates to time."""
+    """Raises ConfigError if the batch exceeds the training pictures or updates are under 2."""
     most = len(pictures.train)
     if not 1 <= options.batch <= most:
         raise ConfigError(
@@ -143,7 +143,11 @@ def check_counts(options: argparse.Namespace, pictures: Pictures) -> None:
 
 
 def config_of(options: argparse.Namespace, variant: str) -> ml_collections.ConfigDict:
-    """Training config of a variant; ConfigError where the sizes do not fit each other."""
+    """Builds the training config of a variant.
+
+    Raises:
+        ConfigError: the sizes do not fit each other, or the folder configs/ is not here.
+    """
     try:
         from configs import common
     except ModuleNotFoundError:
@@ -168,7 +172,7 @@ def config_of(options: argparse.Namespace, variant: str) -> ml_collections.Confi
 
 
 def learn(variant: str, config: ml_collections.ConfigDict, pictures: Pictures) -> Learned:
-    """Trains a variant on random batches and reconstructs the held-out pictures."""
+    """Trains a variant on random batches, reconstructs held-out pictures, returns the outcome."""
     mesh = parallel.make_mesh(config.mesh)
     parallel.check_batch(mesh, config.train.global_batch, config.train.micro_batches)
     parts = networks.build(config, 1)
@@ -191,7 +195,7 @@ def learn(variant: str, config: ml_collections.ConfigDict, pictures: Pictures) -
 
 
 def held_out_psnr(module: tokenizer.Tokenizer, params: Any, images: np.ndarray) -> float:
-    """Mean PSNR in dB of reconstructions whose latents are not quantized."""
+    """Reconstructs images without quantizing their latents; returns the mean PSNR in dB."""
 
     @jax.jit
     def reconstruct(params, images):
@@ -204,7 +208,7 @@ def held_out_psnr(module: tokenizer.Tokenizer, params: Any, images: np.ndarray) 
 
 
 def cells(row: Learned) -> list[str]:
-    """Row of the table: loss at a few updates (means of ten), PSNR and updates a second."""
+    """Returns a variant's table row: losses (means of ten updates), PSNR and updates a second."""
     ends = marks(len(row.losses))
     shown = " / ".join(f"{row.losses[max(end - 10, 0) : end].mean():.3f}" for end in ends)
     speed = (len(row.losses) - 1) / row.seconds
@@ -212,12 +216,12 @@ def cells(row: Learned) -> list[str]:
 
 
 def marks(updates: int) -> list[int]:
-    """Updates at which the table shows the loss."""
+    """Lists the updates at which the table shows the loss."""
     return [max(1, updates * share // 8) for share in (1, 3, 8)]
 
 
 def table(rows: list[Learned], pictures: Pictures, options: argparse.Namespace) -> str:
-    """Markdown with the settings below it."""
+    """Returns the results of all variants as a Markdown table, with the settings below it."""
     head = ["start", f"loss after {' / '.join(map(str, marks(options.updates)))}"]
     mean = np.broadcast_to(pictures.train.mean(0).round().astype(np.uint8), pictures.held_out.shape)
     line = f"{metrics.psnr(pictures.held_out, mean).mean():.2f}"
@@ -232,7 +236,7 @@ def table(rows: list[Learned], pictures: Pictures, options: argparse.Namespace) 
 
 
 def write(folder: pathlib.Path, rows: list[Learned], text: str) -> None:
-    """Writes the table, a plot of the losses, and all figures as JSON."""
+    """Writes the table, a plot of the losses, and all figures as JSON into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     figures = [row._asdict() | {"losses": row.losses.tolist()} for row in rows]
     (folder / "learning.json").write_text(json.dumps(figures, indent=1))
@@ -241,7 +245,7 @@ def write(folder: pathlib.Path, rows: list[Learned], text: str) -> None:
 
 
 def plot(rows: list[Learned], width: int = 720, height: int = 400) -> str:
-    """SVG of the losses, means of ten updates, on a logarithmic scale."""
+    """Draws the losses of all variants as SVG: means of ten updates, on a logarithmic scale."""
     curves = {r.variant: [c.mean() for c in np.array_split(r.losses, -(-len(r.losses) // 10))]
               for r in rows}  # fmt: skip
     logs = np.log(np.maximum(np.concatenate(list(curves.values())), 1e-6))

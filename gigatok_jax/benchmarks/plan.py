@@ -1,14 +1,14 @@
-r"""Which slices and GPUs fit which config, and how fast a step could be; needs no accelerator.
+r"""Tells which slices and GPUs fit which config, and how fast a step could be; runs on a CPU.
 
     python -m gigatok_jax.benchmarks.plan --out /tmp/plans                     # shape analysis
     python -m gigatok_jax.benchmarks.plan --configs xlxxl ar:size=xxl --topologies v5p:4x4x4 h200x8
     python -m gigatok_jax.benchmarks.plan --configs xlxxl --topologies v5p:2x2x2 --compile
     python -m gigatok_jax.benchmarks.plan --keep tests/golden/plans.json     # the gate
 
-Names of configs are those of `configs/`, `2*v5e:16x16` is two slices. The mesh of a cell is data
+Names of configs are those of `configs/`, `2*v5e:16x16` is two slices. The mesh of a row is data
 alone where that fits, else the smallest fsdp that fits. On more devices than the recipe's batch has
-images, the batch is one image for each device. `--compile` needs the compilers of those devices;
-`--keep` needs the TPU's, and minutes.
+images, the batch is one image for each device. `--compile` needs the compilers of those devices.
+`--keep` writes the compiled costs that a test compares; it needs the TPU's compiler, and minutes.
 """
 
 import argparse
@@ -46,7 +46,10 @@ PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 
 
 def main() -> None:
-    """Prints the tables; writes them, and every figure as JSON, with `--out`."""
+    """Plans each config on each topology and prints tables; with `--out` writes all figures too.
+
+    With `--keep`, writes the costs of the gate instead.
+    """
     options = _arguments()
     jax.config.update("jax_platforms", "cpu")
     with command_line.one_line_errors():
@@ -84,7 +87,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def read(name: str) -> ConfigDict:
-    """Config named like "ss" or "ar:size=b".
+    """Loads the config of a name like "ss" or "ar:size=b".
 
     Raises:
         ConfigError: no config has that name.
@@ -97,7 +100,7 @@ def read(name: str) -> ConfigDict:
 
 
 def parse(text: str) -> hardware.Topology:
-    """Topology of "v5p:4x4x4", "h200x8", or "2*v5e:16x16" for two slices.
+    """Returns the topology of "v5p:4x4x4", "h200x8", or "2*v5e:16x16" for two slices.
 
     Raises:
         ConfigError: the topology is unknown.
@@ -109,7 +112,10 @@ def parse(text: str) -> hardware.Topology:
 
 
 def meshes(config: ConfigDict, topology: hardware.Topology) -> Iterator[ConfigDict]:
-    """Configs with the meshes to try, fewest fsdp first, which replicate most."""
+    """Yields copies of a config with the meshes to try, by rising fsdp: the first replicates most.
+
+    The batch becomes at least one image for each device.
+    """
     count = topology.devices
     for fsdp in (2**i for i in range(count.bit_length())):
         if (count // topology.slices) % fsdp == 0:
@@ -125,7 +131,7 @@ def best(
     topology: hardware.Topology,
     compiles: bool = False,
 ) -> plan.Plan:
-    """The plan of the first mesh that fits, or of the last mesh tried.
+    """Returns the plan of the first mesh on which a config fits, or of the last mesh tried.
 
     Args:
         config: of a run; the mesh in it is replaced.
@@ -155,7 +161,7 @@ def best(
 
 
 def first_fit(config: ConfigDict, traced: dict[str, shapes.Traced], chip: str) -> plan.Plan | None:
-    """Plan of the smallest slice, or number of GPUs, that fits a config; None if none does."""
+    """Returns the plan of a chip's smallest slice or GPU count that fits a config, or None."""
     names = [f"{chip}:{shape}" for shape in hardware.SLICES.get(chip, ())]
     for name in names or [f"{chip}x{count}" for count in GPU_COUNTS]:
         step = best(config, traced, hardware.parse(name))
@@ -171,7 +177,7 @@ HEAD = (
 
 
 def row(step: plan.Plan) -> list[str]:
-    """Cells of a plan's row; its time is that of a step whose collectives hide behind computing."""
+    """Returns the table cells of a plan, whose time is that of collectives hidden by computing."""
     axes = " x ".join(f"{axis} {size}" for axis, size in step.mesh.items() if size > 1)
     cut = f" in {step.micro_batches}" if step.micro_batches > 1 else ""
     memory = f"{step.needed / 2**30:.1f} of {step.limit / 2**30:.1f}"
@@ -185,7 +191,7 @@ def row(step: plan.Plan) -> list[str]:
 
 
 def smallest_table(smallest: dict[str, dict[str, plan.Plan | None]]) -> str:
-    """Table of the smallest slice of every chip that fits each config, by shape analysis."""
+    """Returns a table of the smallest slice or GPU count of every chip that fits each config."""
     rows = [
         [
             name,
@@ -200,7 +206,7 @@ def smallest_table(smallest: dict[str, dict[str, plan.Plan | None]]) -> str:
 
 
 def values(step: plan.Plan) -> dict[str, Any]:
-    """A plan as JSON values."""
+    """Returns a plan as JSON values."""
     compute, sending = step.seconds()
     more = {"fits": step.fits, "compute_seconds": compute, "collective_seconds": sending}
     traffic = [group._asdict() for group in step.traffic]
@@ -213,7 +219,7 @@ def values(step: plan.Plan) -> dict[str, Any]:
 
 
 class Case(NamedTuple):
-    """A program that the gate compiles."""
+    """Record of a program that the gate, a test of compiled costs, compiles."""
 
     config: str
     topology: str
@@ -223,7 +229,10 @@ class Case(NamedTuple):
 
 
 def training(config: ConfigDict, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
-    """The training step; a tokenizer's has patches instead of a CNN, and pixel losses alone."""
+    """Lowers a config's training step for a mesh; changes the config.
+
+    A tokenizer's step has patches instead of a CNN, and no perceptual and adversarial losses.
+    """
     if config.model.kind != "prior":
         config.model.update(stem="patch", patch_size=16)
         config.loss.update(perceptual=0.0, discriminator="none")
@@ -231,7 +240,7 @@ def training(config: ConfigDict, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
 
 
 def reconstruction(config: ConfigDict, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
-    """Reconstruction of 64 images by the whole tokenizer, pixels to pixels."""
+    """Lowers the reconstruction of 64 images by a config's whole tokenizer, pixels to pixels."""
     module = tokenizer.make(config.model, jnp.bfloat16)
     size = config.model.image_size
     images = jax.ShapeDtypeStruct((64, size, size, 3), jnp.float32)
@@ -257,7 +266,7 @@ CASES = {
 
 
 def measure(case: Case) -> dict[str, int]:
-    """Bytes and FLOPs of a case on one device, by name.
+    """Compiles a case of the gate; returns numbers of bytes and FLOPs on one device, by name.
 
     Raises:
         ConfigError: the TPU's compiler is not installed.
@@ -280,7 +289,7 @@ def measure(case: Case) -> dict[str, int]:
 
 
 def keep(path: pathlib.Path, names: list[str] | None) -> None:
-    """Compiles the named cases, or all, and writes their costs and the versions of the compilers.
+    """Compiles the named cases, or all, and writes their costs and compiler versions to a file.
 
     Raises:
         ConfigError: `names` leaves out cases that other versions compiled.
@@ -297,7 +306,7 @@ def keep(path: pathlib.Path, names: list[str] | None) -> None:
 
 
 def moved(before: dict[str, int], now: dict[str, int]) -> list[str]:
-    """A line for each figure that differs by more than `TOLERANCE`."""
+    """Returns a line of text for each figure that differs by more than `TOLERANCE`."""
     lines = []
     for name in sorted(before | now):
         old, new = before.get(name, 0), now.get(name, 0)

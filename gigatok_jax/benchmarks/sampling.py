@@ -1,4 +1,4 @@
-r"""Speed of sampling codes with guidance, and whether the codes depend on the batch size.
+r"""Measures the speed of sampling with guidance, and whether codes depend on the batch size.
 
     python -m gigatok_jax.benchmarks.sampling --models prior-B prior-XXL --batches 8 64 256
     python -m gigatok_jax.benchmarks.sampling --models prior-B --batches 8 64 256 --images 1000
@@ -27,7 +27,7 @@ SCALE = 1.75
 
 
 class Timing(NamedTuple):
-    """Measurement of one prior at one batch size."""
+    """Record of the speed and memory of sampling from one prior at one batch size."""
 
     model: str
     dtype: str
@@ -39,7 +39,7 @@ class Timing(NamedTuple):
 
 
 def main() -> None:
-    """Prints figures of each model and batch; with `--out` writes them as JSON."""
+    """Measures each model at each batch size and prints figures; with `--out` writes JSON."""
     arguments = parse()
     rate = copy_rate()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, copy {rate / 1e12:.2f} TB/s")
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = command_line.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["prior-B"])
     parser.add_argument("--batches", nargs="+", type=int, default=[8, 64, 256])
@@ -72,7 +72,7 @@ def parse() -> argparse.Namespace:
 
 
 def random_prior(name: str, tokens: int, dtype: str) -> Prior:
-    """A prior of a published size with random weights, those of the head included."""
+    """Creates a prior of a published size with random weights, also in the head."""
     model = model_config(name, tokens=tokens)
     module = ar.make(model)
     ids, codes = jnp.zeros(1, jnp.int32), jnp.zeros((1, 2), jnp.int32)
@@ -87,7 +87,13 @@ def random_prior(name: str, tokens: int, dtype: str) -> Prior:
 
 
 def check(prior: Prior) -> float:
-    """Largest error of cached logits, relative to the deviation of those of the full pass."""
+    """Compares the logits of cached decoding with the logits of the full pass.
+
+    Returns the largest error relative to the standard deviation of the full pass's logits.
+
+    Raises:
+        AssertionError: that error is 1e-3 or more.
+    """
     module = ar.make(prior.config, jnp.float32)
     params = jax.tree.map(lambda x: x.astype(jnp.float32), prior.params)
     ids = jnp.arange(2, dtype=jnp.int32)
@@ -104,7 +110,7 @@ def check(prior: Prior) -> float:
 
 
 def measure(prior: Prior, name: str, batch: int, rate: float, repeats: int) -> Timing:
-    """Speed of `Prior.generate` with guidance, by the median time.
+    """Times `Prior.generate` with guidance; returns the figures of the median time.
 
     Args:
         prior: model to measure.
@@ -130,7 +136,7 @@ def measure(prior: Prior, name: str, batch: int, rate: float, repeats: int) -> T
 
 
 def bytes_read(prior: Prior, batch: int) -> int:
-    """Bytes that all steps of one guided generation must read at least."""
+    """Returns the least number of bytes that all steps of one guided generation must read."""
     c = prior.config
     item = prior.params["head"]["kernel"].dtype.itemsize
     tables = c.width * (
@@ -142,7 +148,7 @@ def bytes_read(prior: Prior, batch: int) -> int:
 
 
 def copy_rate() -> float:
-    """Bytes per second, read and written, of a large copy on the device."""
+    """Measures a large copy on the device; returns its bytes read and written per second."""
     size = 2**30 if jax.default_backend() == "gpu" else 2**26
     x = jnp.zeros(size // 4, jnp.float32)
     copy = jax.jit(lambda x: x + 1)
@@ -156,7 +162,10 @@ def copy_rate() -> float:
 
 
 def differences(prior: Prior, name: str, images: int, batches: list[int]) -> list[dict]:
-    """Number of codes of the same images that differ between the first batch size and another."""
+    """Samples the same images at each batch size; counts codes that differ from the first's.
+
+    Prints and returns a row of figures for every other batch size.
+    """
     codes = {batch: in_batches(prior, images, batch) for batch in batches}
     rows = []
     for batch in batches[1:]:
@@ -170,7 +179,7 @@ def differences(prior: Prior, name: str, images: int, batches: list[int]) -> lis
 
 
 def in_batches(prior: Prior, images: int, batch: int) -> np.ndarray:
-    """Codes i32[images n], sampled in calls of `batch` images; the last call is padded."""
+    """Samples codes i32[images n] in calls of `batch` images; the last call is padded."""
     chunks = []
     for start in range(0, images, batch):
         ids = np.arange(start, start + batch)
@@ -180,7 +189,7 @@ def in_batches(prior: Prior, images: int, batch: int) -> np.ndarray:
 
 
 def show(value: object) -> str:
-    """A figure as text; floats with four digits."""
+    """Formats a figure as text; floats get four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -1,11 +1,11 @@
-r"""Speed and memory of a training step on the devices of this machine or cluster, for any mesh.
+r"""Measures speed and memory of a training step on this machine or cluster, for any mesh.
 
     python -m gigatok_jax.benchmarks.training --config=configs/xlxxl.py --out=runs/scale \
         --config.mesh.fsdp=4 --config.train.global_batch=64 [--save=DIR]
     python -m gigatok_jax.benchmarks.training --table=runs/scale
 
-The step is the run's own, in the last phase of its recipe. Weights and images are random, those of
-frozen networks too, and the same on every mesh: losses of one global batch can be compared. The
+The step is the run's own, in the last phase of its recipe. Images and weights, also of frozen
+networks, are random and the same on every mesh: losses of one global batch can be compared. The
 time of an update is a mean over several that follow each other as in a run; loading data is not in
 it. The share of collectives is read from a trace of three updates, on the first GPU. A cluster is
 joined as by main.py; --out and --save are then folders that all hosts share.
@@ -46,7 +46,7 @@ COLLECTIVES = ("nccl", "allgather", "allreduce", "reducescatter", "all_gather", 
 
 
 def main(argv) -> None:
-    """Measures a config, or prints the table of all measurements."""
+    """Measures the training step of a config, or prints the table of all measurements."""
     del argv
     options = flags.FLAGS
     with command_line.one_line_errors():
@@ -74,11 +74,11 @@ def report(figures: dict[str, Any], folder: epath.PathLike) -> None:
 
 
 def measure(config: ml_collections.ConfigDict, repeats: int, save: str) -> dict[str, Any]:
-    """Figures of a run's training step, as JSON values.
+    """Measures a run's training step; returns the figures as JSON values.
 
     Args:
         config: of a run that trains; its mesh covers all devices.
-        repeats: timed updates.
+        repeats: number of timed updates.
         save: folder to write a checkpoint into, which is read again and deleted; "" for none.
 
     Raises:
@@ -99,12 +99,12 @@ def measure(config: ml_collections.ConfigDict, repeats: int, save: str) -> dict[
 
 
 def report_so_far(figures: dict[str, Any]) -> None:
-    """Prints the figures that are known, in case the measurement is interrupted."""
+    """Prints the figures known so far on stderr, in case the measurement is interrupted."""
     print(json.dumps(figures), file=sys.stderr, flush=True)
 
 
 class Running:
-    """A training run without its data and its folder."""
+    """Training run to measure: compiled step, state and random batches; no data, no workdir."""
 
     def __init__(self, config: ml_collections.ConfigDict):
         mesh = self.mesh = parallel.make_mesh(config.mesh)
@@ -142,7 +142,7 @@ class Running:
 
 
 def describe(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Figures that identify a measurement: config, devices and software."""
+    """Returns the figures that identify a measurement: config, devices and software."""
     software = workdir_lib.software()
     return {
         "config": config.name,
@@ -161,14 +161,14 @@ def describe(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> dict
 
 
 def timed(function: Callable, *arguments: Any) -> tuple[float, Any]:
-    """Seconds that a call takes, and its result."""
+    """Calls a function; returns the seconds that the call takes, and its result."""
     start = time.perf_counter()
     result = function(*arguments)
     return time.perf_counter() - start, result
 
 
 def random_frozen(name: str, folder: epath.PathLike = "") -> Any:
-    """Random parameters of a frozen network, scaled to keep the size of activations.
+    """Draws random parameters of a frozen network, scaled to keep the size of activations.
 
     Weights of heads are positive, as those of LPIPS are.
     """
@@ -186,13 +186,16 @@ def random_frozen(name: str, folder: epath.PathLike = "") -> Any:
 
 
 def limits(config: ml_collections.ConfigDict) -> dict[str, int]:
-    """Exclusive upper bound of each integer input: 256 for pixels; codes, classes of the model."""
+    """Returns the exclusive upper bound of each integer input, by name.
+
+    Bounds are 256 for pixels, the vocabulary for codes, and the number of classes for labels.
+    """
     model = config.model
     return {"image": 256, "codes": model.get("vocab"), "label": model.get("classes")}
 
 
 def random_batch(shapes: Any, limits: dict[str, int], seed: int) -> Any:
-    """Batch of uniform integers in [0, limit of the name); an unnamed array is an image."""
+    """Draws a batch of uniform integers in [0, limit of the name); an unnamed array is an image."""
     rng = np.random.default_rng(seed)
 
     def draw(keys, x):
@@ -203,7 +206,11 @@ def random_batch(shapes: Any, limits: dict[str, int], seed: int) -> Any:
 
 
 def save_and_restore(run: Running, folder: epath.Path) -> dict[str, float]:
-    """Seconds to start a save, to complete it, and to read and verify the checkpoint."""
+    """Saves a run's state, reads the checkpoint again, and deletes it.
+
+    Returns the seconds to start the save, to complete it, and to read and verify the checkpoint,
+    and the checkpoint's GiB.
+    """
     kept = checkpoint.Checkpoints(folder)
     blocked, _ = timed(kept.save, 1, run.state, {})
     rest, _ = timed(kept.wait)
@@ -219,7 +226,7 @@ def save_and_restore(run: Running, folder: epath.Path) -> dict[str, float]:
 
 
 def delete(folder: epath.Path) -> int:
-    """Deletes a measured checkpoint; returns its bytes."""
+    """Deletes the folder of a measured checkpoint; returns the checkpoint's number of bytes."""
     written = files.read_json(folder / checkpoint.FOLDER / "1" / checkpoint.CHECKSUMS)
     folder.rmtree()
     return sum(file["bytes"] for file in written.values())
@@ -229,7 +236,7 @@ def delete(folder: epath.Path) -> int:
 
 
 def trace(run: Running) -> dict[str, float]:
-    """Shares of the time of three updates on the first GPU; empty without a GPU."""
+    """Traces three updates; returns `shares` of their time on the first GPU, {} without a GPU."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             run.updates(3)
@@ -242,7 +249,7 @@ def trace(run: Running) -> dict[str, float]:
 
 
 def kernels(plane: Any) -> list[tuple[str, float, float]]:
-    """Name, begin and end in ns of every kernel and copy on the streams of a GPU."""
+    """Lists name, begin and end in ns of every kernel and copy on the streams of a GPU."""
     streams = [line for line in plane.lines if line.name.startswith("Stream")]
     return [
         (event.name, event.start_ns, event.start_ns + event.duration_ns)
@@ -252,7 +259,7 @@ def kernels(plane: Any) -> list[tuple[str, float, float]]:
 
 
 def shares(events: list[tuple[str, float, float]]) -> dict[str, float]:
-    """Shares of the time from the first kernel's begin to the last one's end.
+    """Returns the shares of a GPU's time, from the first kernel's begin to the last kernel's end.
 
     Returns:
         "collectives": a collective ran; "exposed": only collectives ran; "idle": nothing ran.
@@ -274,7 +281,7 @@ def shares(events: list[tuple[str, float, float]]) -> dict[str, float]:
 
 
 def length(spans: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of intervals."""
+    """Returns the length of the union of intervals."""
     total, reached = 0.0, -np.inf
     for begin, end in sorted(spans):
         total += max(0.0, end - max(begin, reached))
@@ -286,7 +293,7 @@ def length(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def read(folder: epath.PathLike) -> list[dict[str, Any]]:
-    """Measurements of a folder, sorted by config, devices, mesh and batch.
+    """Reads the measurements of a folder, sorted by config, devices, mesh and batch.
 
     Raises:
         ConfigError: the folder holds no measurements.
@@ -299,7 +306,10 @@ def read(folder: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown table; efficiency is relative to one device with the same batch per device."""
+    """Returns a Markdown table of measurements.
+
+    Efficiency is relative to one device with the same batch per device.
+    """
     head = (
         "config", "remat", "devices", "data x fsdp x tensor", "batch", "images/s", "efficiency",
         "peak GiB", "collectives", "exposed", f"loss 1 to {LOSSES}",
@@ -320,7 +330,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def efficiency(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
-    """Images per second and device, relative to one device with the same batch; None without it."""
+    """Returns a measurement's images per second and device, relative to one device.
+
+    Returns None if no measurement on one device has the same settings and batch per device.
+    """
     for alone in rows:
         same = alone["devices"] == 1 and all(alone.get(key) == row.get(key) for key in ALIKE)
         if same and alone["global_batch"] * row["devices"] == row["global_batch"]:
@@ -329,7 +342,7 @@ def efficiency(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
 
 
 def define_flags() -> None:
-    """Defines the flags of the command line; importing the module leaves absl's flags alone."""
+    """Defines the flags of the command line; importing the module alone defines none."""
     config_flags.DEFINE_config_file("config", None, "configs/<run>.py[:arg=value,...]")
     flags.DEFINE_integer("repeats", 10, "Timed updates.")
     flags.DEFINE_string("save", "", "Folder for a checkpoint whose writing and reading are timed.")

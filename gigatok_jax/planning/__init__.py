@@ -1,1 +1,1 @@
-"""Plans for hardware that is not there."""
+"""Package that plans training steps: memory, FLOPs and traffic on hardware that may be absent."""

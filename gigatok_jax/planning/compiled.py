@@ -1,4 +1,4 @@
-"""Plans from a compiled training step: memory by the compiler, FLOPs and traffic from its HLO."""
+"""Plans a training step by compiling it: memory is the compiler's, FLOPs and traffic its HLO's."""
 
 import collections
 import contextlib
@@ -22,9 +22,9 @@ TICK = 15.0  # seconds
 def compile_for(
     config: ConfigDict, topology: hardware.Topology, devices: list[jax.Device]
 ) -> plan.Plan:
-    """Plan of a training step by compiling it for devices, present or not.
+    """Compiles a training step for devices, present or not, and returns its plan.
 
-    Micro-batches are doubled until the step fits.
+    The number of micro-batches is doubled until the step fits or the batch divides no further.
 
     Args:
         config: of a run that trains; its mesh spans the devices.
@@ -50,7 +50,12 @@ def compile_for(
 def _fitted(
     config: ConfigDict, mesh: jax.sharding.Mesh, limit: int | None, what: str
 ) -> tuple[int, dict[str, int], str | None]:
-    """Micro-batches, memory and text of the first program that fits, or of the last one tried."""
+    """Compiles a training step with more and more micro-batches until the step fits its devices.
+
+    Returns:
+        Number of micro-batches, number of bytes by use, and HLO text of the first program that
+        fits, or of the last program tried; no text if the compiler refused that program.
+    """
     batch, parts = config.train.global_batch, config.train.micro_batches
     parallel.check_batch(mesh, batch, parts)
     program = plan.program_of(config, mesh)
@@ -78,7 +83,10 @@ _REFUSED = r"([\d.]+)([KMG])\)? (?:of [\d.]+[KMG] hbm|exceeds available HBM)"
 def _compile(
     lowered: jax.stages.Lowered, mesh: jax.sharding.Mesh
 ) -> tuple[dict[str, int], str | None]:
-    """Bytes per device by use, and HLO text; no text if the compiler refused the program's size."""
+    """Compiles a lowered program; returns its number of bytes per device by use, and its HLO text.
+
+    The text is None if the compiler refused the program's size.
+    """
     try:
         with jax.set_mesh(mesh):  # kernels are traced while the compiler runs, and ask for devices
             compiled = lowered.compile()
@@ -91,7 +99,7 @@ def _compile(
 
 
 def _traffic(transfers: tuple[hlo.Transfer, ...], neighbours: int) -> tuple[plan.Traffic, ...]:
-    """Bytes of a step's transfers, summed over those of one kind in groups of one form."""
+    """Sums the bytes of a step's transfers into one record for each kind and form of groups."""
     total = collections.Counter()
     for transfer in transfers:
         total[transfer.kind, _form(transfer, neighbours)] += transfer.bytes * transfer.times
@@ -99,7 +107,7 @@ def _traffic(transfers: tuple[hlo.Transfer, ...], neighbours: int) -> tuple[plan
 
 
 def _form(transfer: hlo.Transfer, neighbours: int) -> tuple[int, int]:
-    """`near` and `far` of `plan.Traffic`, of the devices that exchange data in a transfer."""
+    """Returns how a transfer's groups of devices lie: `near` and `far` of `plan.Traffic`."""
     if transfer.kind == "collective-permute":
         pairs = transfer.groups
         crosses = any(len({device // neighbours for device in pair}) > 1 for pair in pairs)
@@ -111,7 +119,7 @@ def _form(transfer: hlo.Transfer, neighbours: int) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def ticking(what: str) -> Iterator[None]:
-    """Prints the elapsed seconds on stderr every `TICK` seconds while the body runs."""
+    """Prints the elapsed seconds on stderr every `TICK` seconds while the `with` block runs."""
     start, done = time.monotonic(), threading.Event()
 
     def tick():

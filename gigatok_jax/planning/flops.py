@@ -1,4 +1,4 @@
-"""FLOPs of matrix products and convolutions: of HLO instructions, and of traced programs."""
+"""Counts FLOPs of matrix products and convolutions, in HLO instructions and in traced programs."""
 
 import math
 import re
@@ -39,7 +39,7 @@ def meetings(
     input_dilation: int = 1,
     tap_dilation: int = 1,
 ) -> int:
-    """Multiplications along one axis of a convolution.
+    """Counts the multiplications along one axis of a convolution.
 
     Taps in the padding count; taps in holes between dilated inputs do not. The number is at most
     inputs x taps and inputs x outputs: compilers write batches of matrix products as convolutions
@@ -60,12 +60,12 @@ def meetings(
 
 
 def _labels(op: Instruction) -> tuple[str, str, str]:
-    """Axes of input, kernel and output, e.g. b01f, 01io and b01f."""
+    """Returns the axes of a convolution's input, kernel and output, e.g. b01f, 01io and b01f."""
     return re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.rest).groups()
 
 
 def _window(rest: str) -> list[dict[str, int]]:
-    """Arguments of `meetings` for each axis."""
+    """Reads a convolution's window; returns the keyword arguments of `meetings` for each axis."""
     match = re.search(r"window=\{(.*?)\}", rest)
     fields = dict(field.split("=") for field in match[1].split()) if match else {}
     names = {"stride": "stride", "lhs_dilate": "input_dilation", "rhs_dilate": "tap_dilation"}
@@ -79,7 +79,7 @@ def _window(rest: str) -> list[dict[str, int]]:
 
 
 def _library(computation: Computation, op: Instruction) -> int:
-    """FLOPs of a call of cuBLAS or cuDNN; 0 for other calls."""
+    """Counts the FLOPs of a call of cuBLAS or cuDNN; returns 0 for other custom calls."""
     target = re.search(r'custom_call_target="([^"]*)"', op.rest)[1]
     shapes = computation.operand_shapes(op)
     if target.startswith("__cublas$"):
@@ -101,7 +101,7 @@ def _library(computation: Computation, op: Instruction) -> int:
 
 
 def _configured(op: Instruction, name: str) -> list[int]:
-    """A list of numbers in the JSON of a library call."""
+    """Returns the list of numbers under a name in the JSON of a library call."""
     match = re.search(rf'"{name}":\s*\[([^\]]*)\]', op.rest)
     return [int(n) for n in re.findall(r"\d+", match[1])]
 
@@ -113,7 +113,7 @@ OPCODES = {"dot": _dot, "convolution": _convolution, "custom-call": _library}
 
 
 def of_jaxpr(jaxpr: Any) -> int:
-    """FLOPs of a traced program over all devices, counted as in `hlo.costs`.
+    """Counts the FLOPs of a traced program over all devices, with the formulas of `hlo.costs`.
 
     No compiler is needed, and products inside kernels and custom calls count. Recomputation counts;
     a conditional counts as its largest branch; a loop without a constant length counts once.
@@ -157,7 +157,7 @@ def _repeats(equation) -> int:
 
 
 def _programs(params: dict) -> Iterator[core.ClosedJaxpr | core.Jaxpr]:
-    """Programs among the parameters of an equation."""
+    """Yields the jaxprs among the parameters of a traced equation."""
     for value in params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(item, (core.ClosedJaxpr, core.Jaxpr)):

@@ -1,4 +1,4 @@
-"""Accelerators to plan for, and their topologies. Names of topologies:
+"""Lists the accelerators to plan for, and parses names of their topologies:
 
 v5p:4x4x4    one slice of 64 TPU v5p chips
 h200x64      64 H200 GPUs, 8 to a host
@@ -22,7 +22,7 @@ SHARE = 0.92  # share of a GPU's memory that launch/xla_flags.sh gives to jax
 
 
 class Chip(NamedTuple):
-    """Memory and speeds of a device; links are in bytes per second and direction."""
+    """Record of an accelerator's memory and speeds; links are in bytes per second and direction."""
 
     name: str
     platform: str
@@ -33,7 +33,7 @@ class Chip(NamedTuple):
 
 
 class Topology(NamedTuple):
-    """Devices of one kind: TPU slices of one shape, or GPUs."""
+    """Record of devices of one kind and how they are joined: TPU slices of one shape, or GPUs."""
 
     chip: Chip
     shape: tuple[int, ...]  # chips of one slice along its axes; (count,) of GPUs
@@ -41,17 +41,17 @@ class Topology(NamedTuple):
 
     @property
     def devices(self) -> int:
-        """Number of devices."""
+        """Number of devices in the topology."""
         return math.prod(self.shape) * self.slices
 
     @property
     def neighbours(self) -> int:
-        """Number of devices that fast links join: those of a slice or host."""
+        """Number of devices that fast links join: the devices of one TPU slice or GPU host."""
         return GPUS_PER_HOST if self.chip.platform == "gpu" else math.prod(self.shape)
 
     @property
     def limit(self) -> int | None:
-        """Bytes that programs may use on a device; None if unknown."""
+        """Number of bytes that programs may use on each device; None if unknown."""
         return int(self.chip.memory * GIB) if self.chip.memory else None
 
     def __str__(self):
@@ -62,7 +62,7 @@ class Topology(NamedTuple):
 
 
 class GPU(NamedTuple):
-    """Properties of a GPU that its compiler needs if the GPU is absent."""
+    """Record of a GPU's properties that its compiler needs on a machine without that GPU."""
 
     kind: str
     capability: int
@@ -120,14 +120,14 @@ SLICES = {"v5e": _FLAT.split(), "v6e": _FLAT.split(), "v5p": _DEEP.split()}
 
 
 def parse(text: str, slices: int = 1) -> Topology:
-    """Topology with a name.
+    """Returns the topology of a name such as "v5p:4x4x4" or "h200x64".
 
     Args:
         text: name of a TPU slice, like "v5p:4x4x4", or of GPUs, like "h200x64".
         slices: number of such TPU slices, joined by the network of the data centre.
 
     Raises:
-        ConfigError: the chip or slice is unknown; the message names the nearest.
+        ConfigError: the chip or slice is unknown, or the number of GPUs or slices is impossible.
     """
     match = re.fullmatch(r"([a-z]\w*?)(?::(\d+(?:x\d+)*)|x(\d+))", text)
     chip = CHIPS.get(match[1]) if match else None
@@ -163,7 +163,7 @@ def _gpus(chip: Chip, count: int, slices: int) -> Topology:
 
 
 def here() -> Topology:
-    """Topology of the devices of this process; speeds are 0 for chips not in CHIPS."""
+    """Returns the topology of this process's devices; speeds are 0 for chips not in CHIPS."""
     kind, count = jax.devices()[0].device_kind, jax.device_count()
     words = kind.lower().split()
     name = _KINDS.get(kind) or next((name for name in CHIPS if name in words), None)
@@ -176,7 +176,7 @@ _KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite"
 
 
 def compiler(topology: Topology) -> list[jax.Device] | None:
-    """Absent devices of a topology to compile for; None if their compiler is not installed."""
+    """Returns absent devices of a topology to compile for; None without their compiler."""
     if topology.chip.platform == "gpu":
         return _absent_gpus(topology) if _has_gpu_compiler() else None
     if importlib.util.find_spec("libtpu") is None:

@@ -1,4 +1,4 @@
-"""Cost of one run of a compiled program on a device, read from its HLO text.
+"""Reads from HLO text what one run of a compiled program costs a device.
 
 The compiler's own cost analysis counts the body of a loop once. Here bodies are multiplied by their
 trip counts, and instructions inside fusions and asynchronous pairs count. Shapes are per device.
@@ -15,7 +15,7 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 
 
 class Transfer(NamedTuple):
-    """Collective instruction and how often it runs."""
+    """Record of a collective instruction: what it transfers, among which devices, and how often."""
 
     kind: str  # one of KINDS
     shapes: tuple[Shape, ...]  # operands, or results of an all-gather; several where combined
@@ -26,19 +26,19 @@ class Transfer(NamedTuple):
 
     @property
     def group_size(self) -> int:
-        """Number of devices in a group."""
+        """Number of devices in each group that exchanges data."""
         return len(self.groups[0])
 
 
 class Collective(NamedTuple):
-    """Collectives of one kind, summed over a run of a program."""
+    """Record of the collectives of one kind in a program's run: numbers of bytes and executions."""
 
     bytes: int  # of all executions, on one device
     count: int  # executions
 
 
 class Costs(NamedTuple):
-    """Cost of one run of a program on one device."""
+    """Record of what one run of a program costs a device: FLOPs and collectives."""
 
     flops: int  # 2 per multiply-add of matrix products and convolutions, on one device
     collectives: dict[str, Collective]  # by kind, without kinds that do not occur
@@ -46,12 +46,12 @@ class Costs(NamedTuple):
 
 
 def costs(text: str) -> Costs:
-    """FLOPs and traffic of one run of a program on one device.
+    """Counts the FLOPs and the traffic of one run of a program on one device.
 
     The branch with the most FLOPs counts for a conditional. FLOPs of a convolution are 2 x output
-    elements x taps x input features: taps in the padding count, those in holes of a dilation do
-    not, so that a gradient counts as its forward pass does. Products that became calls of cuBLAS
-    and cuDNN count, kernels in Pallas or Triton do not.
+    elements x taps x input features: taps in the padding count, taps in holes of a dilation do not,
+    so that a gradient counts as its forward pass does. Products that became calls of cuBLAS and
+    cuDNN count, kernels in Pallas or Triton do not.
 
     Args:
         text: `compiled.as_text()`.
@@ -67,7 +67,7 @@ def costs(text: str) -> Costs:
 
 
 def collectives(text: str) -> list[Transfer]:
-    """Every collective instruction that a run of the program reaches."""
+    """Lists every collective instruction that a run of a program in HLO text reaches."""
     return list(walk(text).transfers)
 
 
@@ -75,21 +75,21 @@ def collectives(text: str) -> list[Transfer]:
 
 
 class Work(NamedTuple):
-    """Cost of one run of a computation: like `Costs`, but collectives are listed, not summed."""
+    """Record of what one run of a computation costs: FLOPs, and each collective by itself."""
 
     flops: int = 0
     transfers: tuple[Transfer, ...] = ()
     unknown_loops: tuple[str, ...] = ()
 
     def times(self, n: int) -> "Work":
-        """Cost of `n` runs."""
+        """Returns the cost of `n` runs of the computation."""
         transfers = tuple(
             transfer._replace(times=transfer.times * n) for transfer in self.transfers
         )
         return Work(self.flops * n, transfers, self.unknown_loops)
 
     def weight(self) -> tuple[int, int]:
-        """Key to compare branches by: FLOPs, then bytes of collectives."""
+        """Returns a key to compare branches by: FLOPs, then number of bytes of collectives."""
         return self.flops, sum(transfer.bytes * transfer.times for transfer in self.transfers)
 
 
@@ -100,7 +100,7 @@ def _sum(works: list[Work]) -> Work:
 
 
 class _Frame(NamedTuple):
-    """A computation with the arguments and the name of its caller."""
+    """Record of a called HLO computation, with the arguments and the name of its caller."""
 
     module: Module
     computation: Computation
@@ -117,7 +117,10 @@ class _Frame(NamedTuple):
 
 
 def walk(text: str) -> Work:
-    """Cost of one run of a program, with every collective that it executes; `costs` sums them."""
+    """Returns the cost of one run of a program in HLO text, with every collective that it executes.
+
+    `costs` sums the collectives by kind.
+    """
     module = parse(text)
     entry = module.computations[module.entry]
     return _frame_costs(_Frame(module, entry, lambda number, element: None, ""))
@@ -147,7 +150,10 @@ def _costs(frame: _Frame, op: Instruction) -> Work:
 
 
 def _scattered(called: list[str], work: Work) -> Work:
-    """Cost of a fusion; the TPU's fusion of an all-reduce and a slice is a reduce-scatter."""
+    """Returns the cost of a fusion or call, with the kind of its collectives corrected.
+
+    The TPU's fusion of an all-reduce and a slice counts as a reduce-scatter.
+    """
     if not any(name.startswith("all-reduce-scatter") for name in called):
         return work
     scattered = tuple(transfer._replace(kind="reduce-scatter") for transfer in work.transfers)
@@ -155,13 +161,16 @@ def _scattered(called: list[str], work: Work) -> Work:
 
 
 def _continues(op: Instruction) -> bool:
-    """Whether a fusion of the TPU continues a collective that an earlier fusion began."""
+    """Returns whether a fusion of the TPU continues a collective that an earlier fusion began."""
     match = re.search(r'"async_collective_fusion_config":\{"flag_start":"(-?\d+)"', op.rest)
     return match is not None and int(match[1]) >= 0
 
 
 def _between_slices(frame: _Frame, op: Instruction) -> Transfer:
-    """A transfer between TPU slices: each device exchanges data with its peer in other slices."""
+    """Returns the transfer of a send between TPU slices.
+
+    Each device exchanges data with the devices of the same place in the other slices.
+    """
     kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.rest)[1]
     kind = kind.lower().replace("_", "-")
     target = re.search(r'_xla_megascale_target="\{([^}]*)\}', op.rest)[1]
@@ -195,12 +204,15 @@ def _widened(shape: Shape, axis: int, factor: int) -> Shape:
 
 
 def _loop(frame: _Frame, op: Instruction) -> Work:
-    """Cost of a loop: its body and condition, times its trips."""
+    """Returns the cost of a loop: its body and condition, times its trips.
+
+    A loop whose number of trips is unknown counts once and is listed in the result.
+    """
     body, condition = (frame.call(op.computations(name)[0], op) for name in ("body", "condition"))
     moving = body._replace(argument=_carried)
 
     def constant(number, element):
-        """Value of an element that the loop does not change."""
+        """Returns the value of a carried element that the loop does not change, or None."""
         if element is None or _value(moving, body.computation.root, element) != (0, element):
             return None
         return _value(frame, op.operands[0], element)
@@ -217,12 +229,15 @@ def _loop(frame: _Frame, op: Instruction) -> Work:
 
 
 def _trips(frame: _Frame, op: Instruction, body: _Frame, condition: _Frame) -> int | None:
-    """Trips of a loop: the compiler's note, or computed from the comparison in its condition."""
+    """Returns how often a loop's body runs; None if that is unknown.
+
+    The number is the compiler's note, or computed from the comparison in the loop's condition.
+    """
     if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', op.rest):
         return int(match[1])
 
     def course(side):
-        """First value of one side of the comparison, and its growth per trip."""
+        """Returns the first value of one side of the comparison, and its growth per trip."""
         if side is None or side.carried is None:
             return side and (side.offset, 0)
         start = _value(frame, op.operands[0], side.carried)
@@ -238,7 +253,16 @@ def _trips(frame: _Frame, op: Instruction, body: _Frame, condition: _Frame) -> i
 
 
 def _count(direction: str, distance: int, step: int) -> int | None:
-    """Trips until a side that grows by `step` per trip covers its distance from the other side."""
+    """Counts the trips of a loop until one side of its comparison has reached the other side.
+
+    Args:
+        direction: of the comparison, e.g. "LT": the loop goes on while left is less than right.
+        distance: from the left side to the right side, before the first trip.
+        step: change of the left side relative to the right side, per trip.
+
+    Returns:
+        Number of trips, or None if `direction` and `step` do not determine it.
+    """
     if not step or (direction in ("LT", "LE", "GT", "GE") and (direction[0] == "L") != (step > 0)):
         return None
     if direction in ("LT", "GT", "NE"):
@@ -247,7 +271,7 @@ def _count(direction: str, distance: int, step: int) -> int | None:
 
 
 class _Affine(NamedTuple):
-    """An integer: `offset` plus element `carried` of a loop's carry, or `offset` alone."""
+    """Record of an integer: `offset` plus element `carried` of a loop's carry, or only `offset`."""
 
     offset: int
     carried: int | None = None
@@ -258,7 +282,10 @@ def _carried(number: int, element: int | None) -> _Affine | None:
 
 
 def _comparison(frame: _Frame) -> tuple | None:
-    """Direction and sides of the comparison that a computation returns; None if it is none."""
+    """Returns direction and sides of the comparison that ends a computation.
+
+    Returns None if the result of the computation is not a comparison.
+    """
     op = frame.computation.instructions[frame.computation.root]
     if op.opcode in _CALLS:
         return _comparison(frame.call(op.computations(_CALLS[op.opcode])[0], op))
@@ -273,7 +300,10 @@ _SAME = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done", "op
 
 
 def _value(frame: _Frame, name: str, element: int | None) -> _Affine | None:
-    """Value of an integer, or of an element of a tuple; None if the text does not determine it."""
+    """Returns the value of an integer, or of an integer in a tuple, that an instruction computes.
+
+    The value is None if the text does not determine it.
+    """
     op = frame.computation.instructions[name]
     if op.opcode == "constant" and re.fullmatch(r"-?\d+", op.literal):
         return _Affine(int(op.literal))

@@ -1,4 +1,4 @@
-"""Parser of HLO text, as jax 0.10 to 0.12 print compiled programs."""
+"""Parses HLO text, as jax 0.10 to 0.12 print compiled programs."""
 
 import math
 import re
@@ -13,17 +13,19 @@ _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 
 
 class Shape(NamedTuple):
-    """Dtype and dimensions of an array in HLO."""
+    """Record of an array's dtype and dimensions in HLO."""
 
     dtype: str  # as HLO spells it, e.g. "bf16"
     dims: tuple[int, ...]
 
     @property
     def elements(self) -> int:
+        """Number of elements of the array."""
         return math.prod(self.dims)
 
     @property
     def bytes(self) -> int:
+        """Number of bytes of the array, rounded up."""
         bits = _BITS.get(self.dtype) or int(re.search(r"\d+|$", self.dtype)[0] or 0)
         return -(-self.elements * bits // 8)
 
@@ -32,7 +34,7 @@ class Shape(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """Instruction of a computation."""
+    """Record of an HLO instruction: name, shapes of its result, opcode, operands and attributes."""
 
     name: str
     shapes: tuple[Shape, ...]  # of the result; a tuple's are flat
@@ -42,36 +44,36 @@ class Instruction(NamedTuple):
     rest: str  # attributes
 
     def computations(self, attribute: str) -> list[str]:
-        """Names of the computations in an attribute."""
+        """Returns the names of the computations in an attribute; [] without the attribute."""
         match = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.rest)
         return re.findall(r"[\w.\-]+", match[1]) if match else []
 
     def numbers(self, attribute: str) -> list[int]:
-        """Numbers in an attribute such as dimensions={0,1} or index=1; [] without the attribute."""
+        """Returns the numbers in an attribute such as dimensions={0,1}; [] if it is missing."""
         match = re.search(rf"\b{attribute}=(\{{[\d,]*\}}|\d+)", self.rest)
         return [int(n) for n in re.findall(r"\d+", match[1])] if match else []
 
     @property
     def op_name(self) -> str:
-        """Name of the traced operation; "" if the compiler lost it."""
+        """Name of the traced operation that the instruction stems from; "" if the name is lost."""
         match = re.search(r'op_name="([^"]*)"', self.rest)
         return match[1] if match else ""
 
 
 class Computation(NamedTuple):
-    """Instructions by name, and the name of the one that gives the result."""
+    """Record of an HLO computation: instructions by name, and the name of the result's one."""
 
     name: str
     instructions: dict[str, Instruction]
     root: str
 
     def operand_shapes(self, op: Instruction) -> tuple[Shape, ...]:
-        """Shapes of an instruction's operands, those of tuples in a row."""
+        """Returns the shapes of an instruction's operands; a tuple's shapes follow each other."""
         return tuple(shape for name in op.operands for shape in self.instructions[name].shapes)
 
 
 class Module(NamedTuple):
-    """Compiled program: its computations and the number of devices that run it."""
+    """Record of a compiled program: its computations and the number of devices that run it."""
 
     computations: dict[str, Computation]
     entry: str
@@ -79,7 +81,7 @@ class Module(NamedTuple):
 
 
 def parse(text: str) -> Module:
-    """Module of a program's text, from `compiled.as_text()`.
+    """Parses the HLO text of a program, from `compiled.as_text()`; returns its `Module`.
 
     Raises:
         ValueError: the text has no entry computation.
@@ -115,9 +117,10 @@ def _computation(name: str, lines: list[re.Match]) -> Computation:
 
 
 def groups(rest: str, devices: int) -> tuple[tuple[int, ...], ...]:
-    """Groups of devices exchanging data, or (source, target) pairs, of a collective's attributes.
+    """Reads a collective's groups of devices, or its (source, target) pairs, from its attributes.
 
     XLA has three spellings: {{0,1},{2,3}}, [2,2]<=[4] with an order of axes, and axes of a mesh.
+    Without any of them, all devices are one group.
     """
     if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})?\}", rest):
         listed = re.findall(r"\{([\d,]+)\}", match[1] or "")
@@ -132,7 +135,13 @@ def groups(rest: str, devices: int) -> tuple[tuple[int, ...], ...]:
 
 
 def _of_mesh(axes: str, order: str | None, chosen: str) -> np.ndarray:
-    """Groups [groups, members] of "'a'=2,'b'=4", the order of devices and "'b'" or "'b':(2)2"."""
+    """Returns device ids [groups, members] of a collective over axes of a mesh.
+
+    Args:
+        axes: names and sizes of all axes of the mesh, "'a'=2,'b'=4".
+        order: device ids of the mesh, as `_iota` reads them; None for 0, 1, 2, ...
+        chosen: axes that a group spans, "'b'", or part of an axis, "'b':(2)2".
+    """
     sizes = {name: int(n) for name, n in re.findall(r"'([^']*)'=(\d+)", axes)}
     ids = _iota(order) if order else np.arange(math.prod(sizes.values()))
     shape, members = [], []  # an axis that is used partly becomes three
@@ -152,7 +161,10 @@ _AXIS = re.compile(r"'([^']*)'(?::\((\d+)\)(\d+))?")
 
 
 def _iota(text: str) -> np.ndarray:
-    """Device ids of "[2,4]T(1,0)": shape and order of axes of 0, 1, 2, ...; or of a list of ids."""
+    """Returns the device ids that HLO writes as "[2,4]T(1,0)", or as a list of ids.
+
+    "[2,4]T(1,0)" means the ids 0, 1, 2, ... in shape [2, 4], with the axes then transposed.
+    """
     sizes, _, order = text.partition("T")
     if not sizes.startswith("["):
         return np.array(_sizes(sizes))

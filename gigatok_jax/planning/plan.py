@@ -1,4 +1,4 @@
-"""Memory, FLOPs and traffic that a training step needs on devices, present or not.
+"""Plans: the memory, FLOPs and traffic that a training step needs on devices, present or not.
 
 A plan says whether it is compiled (`compiled.compile_for`) or estimated from shapes, shardings and
 traced equations (`shapes.analyse`).
@@ -21,7 +21,7 @@ SURE = 0.9  # share of a device's memory that a plan by shape analysis may fill
 
 
 class Traffic(NamedTuple):
-    """Collectives of one kind in groups of one form, summed over a step."""
+    """Record of the collectives of one kind in groups of one form, summed over a training step."""
 
     kind: str
     bytes: int  # on each device: of the operands, or of the result of an all-gather
@@ -30,7 +30,7 @@ class Traffic(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Needs of one training step; bytes and FLOPs are per device."""
+    """Record of what one training step needs; numbers of bytes and FLOPs are per device."""
 
     name: str  # of the config
     where: str  # devices, such as "v5p:4x4x4"
@@ -46,27 +46,36 @@ class Plan(NamedTuple):
 
     @property
     def needed(self) -> int:
-        """Bytes of memory per device."""
+        """Number of bytes of memory that the step needs on each device."""
         return sum(self.memory.values())
 
     @property
     def fits(self) -> bool:
-        """Whether the memory is within the limit, with a margin for shape analysis."""
+        """Whether the memory is within the device's limit, with a margin for shape analysis."""
         return fits(self.memory, self.limit, self.how)
 
     def seconds(self) -> tuple[float, float]:
-        """Seconds of computing and of collectives, each alone, on a chip of known speed."""
+        """Estimates the seconds of computing and the seconds of collectives, each alone.
+
+        The speeds of the chip have to be known.
+        """
         compute = self.flops / (self.chip.peak * UTILISATION)
         return compute, sum(_seconds(group, self.chip) for group in self.traffic)
 
 
 def fits(memory: dict[str, int], limit: int | None, how: str) -> bool:
-    """Whether memory by use is within a device's limit, for a plan that is COMPILED or ANALYSED."""
+    """Returns whether memory by use is within a device's limit, for a COMPILED or ANALYSED plan.
+
+    A plan by shape analysis may fill the share SURE of the limit. No limit (None) is always kept.
+    """
     return limit is None or sum(memory.values()) <= limit * (SURE if how == ANALYSED else 1)
 
 
 def _seconds(traffic: Traffic, chip: hardware.Chip) -> float:
-    """Seconds of a ring over fast links, then of one over the network for each device's share."""
+    """Estimates the seconds that collectives of one kind take on a chip.
+
+    A ring over fast links is followed by a ring over the network for each device's share.
+    """
     if traffic.kind == "collective-permute":  # each device sends to one other
         return traffic.bytes / (chip.network if traffic.far > 1 else chip.link)
     rounds = 2 if traffic.kind == "all-reduce" else 1
@@ -80,15 +89,16 @@ def _seconds(traffic: Traffic, chip: hardware.Chip) -> float:
 def program_of(
     config: ConfigDict, mesh: jax.sharding.Mesh, load: Callable = frozen_shapes
 ) -> Program:
-    """The training step of a run's config on a mesh.
+    """Builds the training program of a run's config on a mesh, without running it.
 
     Args:
         config: of a run that trains a tokenizer, or a prior on codes.
         mesh: devices of the run, present or not.
-        load: gives the parameters of a frozen network, or their shapes, by name and folder.
+        load: function of name and folder that returns a frozen network's parameters, or their
+            shapes.
 
     Raises:
-        GigatokError: `settings.check`, `networks.build` or `program.make` refuse the config.
+        GigatokError: `settings.check`, `networks.build` or `program.make` rejects the config.
     """
     settings.check(config)
     if config.model.kind == "prior":

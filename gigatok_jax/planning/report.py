@@ -1,4 +1,4 @@
-"""Output of `--dry_run`: tables of parameters and placement, and the plan of a training step."""
+"""Prints what `--dry_run` shows: parameters, their placement, and the plan of a training step."""
 
 import jax
 from ml_collections import ConfigDict
@@ -50,7 +50,7 @@ def _topology(mesh: ConfigDict) -> hardware.Topology:
 
 
 def _compiler(topology: hardware.Topology, flops: float, planned: bool) -> tuple[list | None, str]:
-    """Devices to compile for, or the reason why there are none."""
+    """Returns the devices to compile for, or None, and the reason to print if there are none."""
     platform = topology.chip.platform
     if planned:
         return hardware.compiler(topology), INSTALL[platform]
@@ -73,7 +73,7 @@ def _placement(config: ConfigDict, traced: shapes.Traced, topology: hardware.Top
 
 
 def lines(step: plan.Plan) -> list[str]:
-    """Lines that describe a plan; each says whether it is compiled or analysed."""
+    """Returns lines of text that describe a plan; each says whether it is compiled or analysed."""
     texts = [_memory(step)]
     if step.flops:  # 0 for a program that the compiler refused
         left_out = ", those in kernels left out" if step.how == plan.COMPILED else ""

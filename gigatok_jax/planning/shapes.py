@@ -1,7 +1,7 @@
 """Plans by shape analysis: from shapes, shardings and traced equations, without a compiler.
 
 Activations are counted from the equations. An array lives from the equation that makes it to the
-last equation that needs it. Arrays that are cheap to compute from smaller ones (casts, sums,
+last equation that needs it. Arrays that are cheap to compute from smaller arrays (casts, sums,
 activations of one array) are not counted but their sources are, since compilers fuse them.
 """
 
@@ -25,7 +25,7 @@ CNN_ON_TPU = (
 
 
 class Traced(NamedTuple):
-    """Shapes and costs of a config's training step, for any mesh."""
+    """Record of the shapes and costs of a config's traced training step, for any mesh."""
 
     state: Any  # shapes of the training state
     frozen: Any  # shapes of the parameters of frozen networks
@@ -55,7 +55,7 @@ def trace(config: ConfigDict, platform: str) -> Traced:
 
 
 def abstract_mesh(sizes: dict[str, int], platform: str = "cpu") -> AbstractMesh:
-    """A mesh of axis sizes without any devices."""
+    """Makes a mesh with axes of given sizes, by name, that has no devices."""
     device = AbstractDevice(platform, None, platform)
     types = (AxisType.Auto,) * len(sizes)
     return AbstractMesh(
@@ -64,14 +64,14 @@ def abstract_mesh(sizes: dict[str, int], platform: str = "cpu") -> AbstractMesh:
 
 
 def analyse(config: ConfigDict, traced: Traced, topology: hardware.Topology) -> plan.Plan:
-    """Plan of a training step from shapes.
+    """Estimates the plan of a training step from its shapes, without compiling.
 
-    Micro-batches are doubled until the step fits.
+    The number of micro-batches is doubled until the step fits or the batch divides no further.
 
     Args:
         config: of a run that trains; its mesh spans the topology.
         traced: from `trace` of that config.
-        topology: to plan for.
+        topology: devices to plan for.
 
     Raises:
         ConfigError: the mesh does not fit the topology, the batch or the arrays.
@@ -96,14 +96,14 @@ def analyse(config: ConfigDict, traced: Traced, topology: hardware.Topology) -> 
 
 
 def placed(config: ConfigDict, traced: Traced, mesh: AbstractMesh) -> Any:
-    """Shapes of the training state, with their shardings on a mesh."""
+    """Returns the shapes of a training state, with their shardings on a mesh."""
     return parallel.with_shardings(
         traced.state, parallel.state_shardings(traced.state, mesh, config)
     )
 
 
 def _trained(state: Any) -> list:
-    """Shapes of all trained parameters, those of a discriminator included."""
+    """Lists the shapes of all trained parameters of a training state, discriminator included."""
     return jax.tree.leaves((state.params, getattr(state, "discriminator", None)))
 
 
@@ -121,8 +121,11 @@ def _shape_memory(state, traced: Traced, images: float, parts: int) -> dict[str,
 def _shape_traffic(
     train, state, mesh, topology: hardware.Topology, parts: int
 ) -> tuple[plan.Traffic, ...]:
-    """Gathers of parameters and sums of gradients, both in the compute dtype, as the TPU's compiler
-    sends them. Collectives over `tensor` cannot be seen from shapes."""
+    """Estimates the collectives of a training step: gathers of parameters and sums of gradients.
+
+    Both are in the compute dtype, as the TPU's compiler sends them. Collectives over the mesh axis
+    `tensor` cannot be seen from shapes.
+    """
     groups, total = _groups(mesh.shape, topology.neighbours), collections.Counter()
     gathers = 2 if train.remat == "none" else 3  # forwards, again, backwards
     for leaf in _trained(state):
@@ -139,7 +142,10 @@ def _shape_traffic(
 
 
 def _groups(shape, neighbours: int) -> dict[str, tuple[int, int]]:
-    """`near` and `far` of `plan.Traffic` for groups along mesh axes, with devices in axis order."""
+    """Returns how groups along mesh axes lie, by axis: `near` and `far` of `plan.Traffic`.
+
+    Devices are in the order of the axes; "data+fsdp" is both axes together.
+    """
     forms, stride = {}, 1
     for axis in reversed(parallel.AXES):
         near = math.gcd(shape[axis], max(1, neighbours // stride))
@@ -167,10 +173,10 @@ _CALLS = {
 
 
 def peak(jaxpr: Any) -> int:
-    """Most bytes of intermediate results and results that live at once; arguments are not counted.
+    """Estimates the most bytes that results of a traced program's equations hold at once.
 
-    Bytes are those of all devices together. This is an estimate: compilers reorder, pad and share
-    buffers. tests/test_plan.py holds the measured error.
+    Arguments are not counted. Bytes are of all devices together. Compilers reorder, pad and share
+    buffers; tests/test_plan.py holds the measured error.
 
     Args:
         jaxpr: from `jax.make_jaxpr(function)(*shapes)` or `jax.jit(function).trace(*shapes)`.
@@ -182,10 +188,10 @@ def peak(jaxpr: Any) -> int:
 
 
 class _Flat:
-    """A program with its calls and unrolled loops inlined.
+    """Traced program in which calls and unrolled loops are inlined, to find its peak memory.
 
-    Values are numbers, but None for arguments and constants, and lists for stacks of an unrolled
-    loop.
+    A value is a number, its place in `sizes`; an argument or constant is None, and a stack of an
+    unrolled loop is a list of values.
     """
 
     def __init__(self):
@@ -213,7 +219,7 @@ class _Flat:
         return outputs
 
     def _unrolled(self, equation, inputs: list) -> list:
-        """Appends all turns of a loop; returns its results, in which stacks are lists."""
+        """Appends the equations of all turns of a loop; returns its results, stacks as lists."""
         body, turns = equation.params["jaxpr"].jaxpr, equation.params["length"]
         carried = _alike(equation.outvars, body.outvars)
         constant = _alike(equation.invars, body.invars) - carried
@@ -234,7 +240,7 @@ class _Flat:
         return len(self.sizes) - 1
 
     def peak(self, results: list) -> int:
-        """Most bytes that live at once in a program with these results."""
+        """Returns the most bytes that the program's values hold at once if it returns `results`."""
         kept, last = self._lives(results)
         dying = [[] for _ in range(len(self.equations) + 1)]
         for value, end in last.items():
@@ -250,7 +256,7 @@ class _Flat:
         return max(most, live)
 
     def _lives(self, results: list) -> tuple[set, dict]:
-        """Values that are kept in memory, and the last equation that needs each value."""
+        """Returns the set of values kept in memory, and by value the last equation needing it."""
         sources, kept, last = {None: frozenset()}, set(), {}
         for step, (equation, inputs, outputs) in enumerate(self.equations):
             needed = frozenset().union(*(sources[value] for value in inputs))
@@ -271,7 +277,7 @@ class _Flat:
 
 
 def _called(equation) -> Any | None:
-    """The jaxpr of an equation that only calls it; None for other equations."""
+    """Returns the jaxpr of an equation that only calls a jaxpr; None for other equations."""
     if equation.primitive.name not in _CALLS:
         return None
     inner = next(
@@ -281,18 +287,21 @@ def _called(equation) -> Any | None:
 
 
 def _pieces(values: list) -> list:
-    """Values with each stack replaced by its pieces."""
+    """Returns a list of values with each stack of an unrolled loop replaced by its pieces."""
     return [piece for x in values for piece in (x if isinstance(x, list) else [x])]
 
 
 def _alike(outside: list, inside: list) -> int:
-    """Number of a loop's arrays that its body sees whole rather than one turn's slice of."""
+    """Counts a loop's arrays that its body sees whole, rather than one turn's slice of them."""
     pairs = zip(outside, inside, strict=True)
     return sum(x.aval.shape == y.aval.shape for x, y in pairs)
 
 
 def _inside(equation) -> int:
-    """Bytes that a loop or branch holds while it runs, besides its arguments and results."""
+    """Returns the most bytes that the body of a loop or branch holds at once, arguments apart.
+
+    The number is 0 for other equations.
+    """
     if equation.primitive.name not in ("scan", "while", "cond"):
         return 0
     bodies = equation.params.get("branches") or [
