@@ -139,9 +139,9 @@ def meaningful(order) -> np.ndarray:
     return np.array([not name.endswith("in_proj_bias") for name in order])
 
 
-def check_gradients(grads, golden, order, within=1.0, most=1e-2):
+def check_gradients(grads, golden, order, within=1.0, most=1e-2, quantiles=None):
     """Norms to 2e-3, first elements to 1e-2 of the tensor's rms: for a share `within` of the
-    tensors, and to `most` for the others."""
+    tensors, and to `most` for the others; `quantiles` bounds shares of them more closely."""
     norm = np.array([np.linalg.norm(grads[name].astype(np.float64)) for name in order])
     np.testing.assert_allclose(norm, golden["grad_norm"], rtol=2e-3, atol=1e-9)
     size = np.array([grads[name].size for name in order])
@@ -149,6 +149,8 @@ def check_gradients(grads, golden, order, within=1.0, most=1e-2):
     off = np.abs(first8(grads, order) - golden["grad_first8"]).max(1) / rms
     assert np.mean(off <= 1e-2) >= within
     assert off.max() <= most
+    for share, bound in (quantiles or {}).items():
+        assert np.quantile(off, share) <= bound, share
 
 
 def check_update(before, after, golden, order, grads):
@@ -163,17 +165,20 @@ def check_update(before, after, golden, order, grads):
 
 
 # With the adversarial term, rounding flips a few signs of LeakyReLU and ReLU in the loss networks,
-# which moves image gradients by 4e-3: the original in float64 is itself 1.14e-2 from this golden
-# (two tensors over 1e-2), the original in float32 on another machine 1.22e-2 (three). Behind fixed
-# image gradients ours is within 1.5e-4 of float64 in all 465 tensors.
-NOISE_OF_KINKS = {"within": 0.97, "most": 2e-2}
+# which moves image gradients by 4e-3, and so all others: how far depends on the processor. Measured
+# on a processor without AVX-512 at 1cbdabb: a relative change of 1e-7 in the parameters moves 18 of
+# our own 465 tensors by over 1e-2 (median 1.2e-3, 90% 5.5e-3, most 2.5e-2) and 1 of the 13 of the
+# discriminator; the golden is as far (20; 1.1e-3, 5.6e-3, 2.4e-2; 1 of 13). The original in float64
+# is 1.14e-2 from it, in float32 on another machine 1.22e-2. Behind fixed image gradients ours is
+# within 1.5e-4 of float64 in all tensors. An error of ours would show in the median.
+NOISE_OF_KINKS = {"most": 3e-2, "quantiles": {0.5: 2e-3, 0.9: 8e-3}}
 
 
 @pytest.mark.parametrize(
     ("name", "adversarial", "noise"),
     [
         ("train_step_gen_aux_only", 0.0, {}),
-        ("train_step_gen_aux_and_disc", 0.5, NOISE_OF_KINKS),
+        ("train_step_gen_aux_and_disc", 0.5, NOISE_OF_KINKS | {"within": 0.94}),
     ],
 )
 def test_generator_gradients(name, adversarial, noise):
@@ -204,7 +209,7 @@ def test_discriminator_gradients_and_update():
     out = gradients(0.5)
     np.testing.assert_allclose(out.scalars["discriminator_loss"], meta["loss"], rtol=1e-4)
     grads = original(out.discriminator, "discriminator")
-    check_gradients(grads, golden, order)
+    check_gradients(grads, golden, order, within=0.9, **NOISE_OF_KINKS)
     before = original(run()[3].discriminator, "discriminator")
     after = original(updated().discriminator, "discriminator")
     check_update(before, after, golden, order, grads)
