@@ -67,8 +67,10 @@ def tokenizer(name: str, size: str, **model) -> ml_collections.ConfigDict:
     config.model = model_config(size, **model)
     config.data = data_config()
     config.train = _train()
+    config.train.statistics = "global"  # "local": batch statistics per micro-batch and device
     config.train.first_weights = "published"  # "geometry": attention begins local, 1D only
     config.optim = _optim()
+    config.optim.discriminator_learning_rate = 1e-4
     config.loss = _loss()
     config.codebook = ml_collections.ConfigDict(
         {  # cures against collapse on small data; off in every published recipe
@@ -98,12 +100,10 @@ def prior(name: str, size: str) -> ml_collections.ConfigDict:
     config.cooldown_from = ""  # a checkpoint of a constant phase, whose rate decays from there
     config.data = data_config()
     config.train = _train()
-    del config.train.statistics
     config.train.update(epochs=300.0, global_batch=256)
     dropouts = {"dropout": 0.1, "token_dropout": 0.1, "class_dropout": 0.1, "drop_path": 0.0}
     config.train.update(ml_collections.ConfigDict(dropouts))
     config.optim = _optim()
-    del config.optim.discriminator_learning_rate
     config.optim.update(schedule="wsd", warmup_epochs=1.0, weight_decay=0.05, clip=1.0)
     config.optim.decay_mask = "matrices"
     config.cfg = cfg_config()
@@ -188,7 +188,6 @@ def _train():
             "epoch_images": 1_280_000,
             "global_batch": 128,
             "micro_batches": 1,
-            "statistics": "global",  # "local": batch statistics per micro-batch and device
             "dtype": "bfloat16",
             "remat": "none",  # "dots", "blocks", "full" keep less for the backward pass
             "unroll": "gpu",  # where each block is compiled apart: less copied, longer to compile
@@ -201,7 +200,6 @@ def _optim():
     return ml_collections.ConfigDict(
         {
             "learning_rate": 1e-4,
-            "discriminator_learning_rate": 1e-4,
             "end_learning_rate": 1e-5,
             "schedule": "cosine",
             "warmup_steps": 0,
