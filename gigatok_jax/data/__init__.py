@@ -1,1 +1,1 @@
-"""Images from folders and embedded sets, as numpy batches whose order depends on the seed alone."""
+"""Reads images and codes as numpy batches, whose order depends on the seed alone."""

@@ -1,4 +1,4 @@
-"""Codes of a set of images: batches to learn from, out of the files of `codes_file`.
+"""Reads the codes of a set of images, from the files of `codes_file`, in batches to learn from.
 
 Axes: b batch, a augmentations, n codes of an image.
 """
@@ -21,13 +21,14 @@ COUNTED = 4096  # records whose codes are counted at once
 
 
 def crops_of(image: np.ndarray, size: int, crops: str) -> np.ndarray:
-    """Crops of an image that `extract_codes` keeps the codes of.
+    """Cuts the crops of an image whose codes `extract_codes` keeps.
 
     Args:
         image: uint8[h w 3].
-        size: of a crop, pixels a side.
-        crops: "center", "flip" (and its mirror image), "ten_crop" of a centre crop 1.1 times as
-            large, or "ten_crop_both" (and 1.05 times; the original mixes the two half and half).
+        size: side of a crop in pixels.
+        crops: "center", "flip" (centre and mirrored), "ten_crop" of a centre crop 1.1 times as
+            large, or "ten_crop_both" (and of a centre crop 1.05 times as large; the original mixes
+            the two half and half).
 
     Returns:
         uint8[a size size 3].
@@ -41,10 +42,10 @@ def crops_of(image: np.ndarray, size: int, crops: str) -> np.ndarray:
 
 
 class CodesSource:
-    """Codes of a finished folder; a sized sequence of the images that could be read.
+    """Source of the codes in a finished folder: a sized set of the images that could be read.
 
     Attributes:
-        header: tokenizer, crops and images that the codes are of.
+        header: record of the tokenizer, crops and images that the codes come from.
         labels: i32[length], -1 for an image without a class.
         class_names: name of each label.
     """
@@ -56,8 +57,8 @@ class CodesSource:
             folder: local folder that `extract_codes` has finished.
 
         Raises:
-            DataError: not a folder of codes, records missing, a damaged file, or a code outside
-                the vocabulary.
+            DataError: the folder holds no codes, lacks records, has damaged files or codes outside
+                the vocabulary, or none of its images could be read.
         """
         self.folder = epath.Path(folder)
         self.header = codes_file.read_header(self.folder)
@@ -79,7 +80,7 @@ class CodesSource:
 
     @property
     def fingerprint(self) -> str:
-        """A hash, 16 hex digits, of images, crops and chosen records, to notice a changed set."""
+        """Hash, 16 hex digits, of images, crops and chosen records, to notice a changed set."""
         digest = hashlib.sha256(f"{self.header.data}\n{self.header.crops}\n".encode())
         digest.update(self._records)
         return digest.hexdigest()[:16]
@@ -95,18 +96,21 @@ class CodesSource:
         return 4 if self.header.crops in codes_file.RATIOS else 0
 
     def codes(self, indices: np.ndarray, augmentations: np.ndarray | int) -> np.ndarray:
-        """Codes int16 or int32 [b n] of images i64[b], each of its own crop i64[b]."""
+        """Returns the codes, int16 or int32 [b n], of images i64[b], each of one crop.
+
+        `augmentations` is the index of each image's crop, i64[b], or one index for all images.
+        """
         return self._codes[self._records[indices], augmentations]
 
     def counts(self) -> np.ndarray:
-        """Number of times that each code was chosen, i64[vocab], over all images and crops."""
+        """Counts how often each code was chosen, i64[vocab], over all images and crops."""
         total = np.zeros(self.header.vocab, np.int64)
         for records in np.array_split(self._records, -(-len(self._records) // COUNTED)):
             total += np.bincount(self._codes[records].reshape(-1), minlength=len(total))
         return total
 
     def take(self, indices: np.ndarray) -> "CodesSource":
-        """A source of some of the images, in the order of `indices` i64[b]."""
+        """Returns a source of the codes of some images, in the order of `indices` i64[b]."""
         subset = copy.copy(self)
         subset._records, subset.labels = self._records[indices], self.labels[indices]
         return subset
@@ -115,16 +119,16 @@ class CodesSource:
 def open_codes(
     folder: epath.PathLike, eval_folder: epath.PathLike, eval_images: int = 0
 ) -> tuple[CodesSource, CodesSource]:
-    """Codes to train on, and held-out codes.
+    """Opens the codes to train on, and held-out codes; returns a source of each.
 
     Args:
         folder: codes of the training images.
         eval_folder: codes of held-out images; "" holds out a share of the training images.
-        eval_images: size of that share; 0 follows `sources.held_out_count`.
+        eval_images: number of images in that share; 0 is a twentieth, at most 5000.
 
     Raises:
-        DataError: whatever `CodesSource` refuses, held-out codes of another tokenizer, or nothing
-            left to train on.
+        DataError: a folder holds no complete and undamaged codes, the held-out codes are of another
+            tokenizer, or no image is left to train on.
     """
     source = CodesSource(folder)
     if eval_folder:
@@ -148,17 +152,17 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless training batches from step `start_step` on, which costs nothing to reach.
+    """Returns endless training batches of codes from step `start_step` on, at no cost to get there.
 
-    The order is that of `pipeline.train_batches` over as many images, and the augmentation is drawn
-    from (seed, position), so processes and resuming change nothing.
+    The order is that of `pipeline.train_batches` over as many images, and the crop of an image is
+    drawn from (seed, position), so processes and resuming change nothing.
 
     Yields:
         {"codes": int16 or int32 [b n], "label": i32[b], "index": i64[b]}, b = global_batch /
         process_count.
 
     Raises:
-        ConfigError: a batch that the processes do not divide, or a negative seed.
+        ConfigError: the processes do not divide the batch, or the seed is negative.
     """
     pipeline.check_division(global_batch, process_count)
     order, size = pipeline.order(len(source), seed), global_batch // process_count
@@ -176,10 +180,11 @@ def train_batches(
 def eval_batches(
     source: CodesSource, batch: int, process_index: int = 0, process_count: int = 1
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Codes of the middle crop of every image once, in order and in batches of one shape.
+    """Yields the codes of the middle crop of every image once, in order, in batches of one shape.
 
     Yields:
-        As `train_batches`, and "mask" bool[b], False where the last batch is padded.
+        {"codes": int16 or int32 [b n], "label": i32[b], "index": i64[b], "mask": bool[b]},
+        b = batch / process_count; the mask is False where the last batch is padded.
     """
     pipeline.check_division(batch, process_count)
     size = batch // process_count
@@ -197,7 +202,7 @@ def _batch(
 
 
 def _hashes(seed: int, values: np.ndarray) -> np.ndarray:
-    """Hashes u64[b] of (seed, value) by splitmix64 (doi:10.1145/2660193.2660195)."""
+    """Computes hashes u64[b] of (seed, value) by splitmix64 (doi:10.1145/2660193.2660195)."""
     start = np.random.SeedSequence(seed).generate_state(1, np.uint64)
     z = start + values.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -216,7 +221,10 @@ def _check_complete(folder: epath.Path, header: Header, parts: Sequence[Part]) -
 def _check_parts(
     folder: epath.Path, header: Header, codes: np.ndarray, parts: Sequence[Part]
 ) -> list[int]:
-    """Refuses codes that are damaged or outside the vocabulary; returns the unreadable records."""
+    """Raises DataError if codes are damaged or outside the vocabulary.
+
+    Returns the indices of the records that could not be read.
+    """
     ends = np.cumsum([part.records for part in parts])
 
     def check(part: Part, end: int) -> None:
@@ -235,7 +243,10 @@ def _check_parts(
 
 
 def _map(path: epath.Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory map of a .npy file; DataError when its shape or type is not the header's."""
+    """Opens a .npy file as a memory map.
+
+    Raises DataError if the file cannot be read, or its shape or type is not that of the header.
+    """
     try:
         array = np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The files of a folder of codes, and their only writer.
+"""Reads and writes the files of a folder of codes.
 
     codes.npy     int16 or int32 [records, augmentations, n], records in the order of the images
     labels.npy    int32[records]
@@ -34,7 +34,7 @@ SMALL_VOCAB = 1 << 15  # largest vocabulary whose codes are int16
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """Tokenizer, crops and images that the codes of a folder are of."""
+    """Record of the tokenizer, the crops and the images that the codes of a folder come from."""
 
     tokenizer: str  # fingerprint of the tokenizer
     model: dict[str, Any]  # config of the tokenizer, JSON values
@@ -49,22 +49,23 @@ class Header:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Records, augmentations, codes."""
+        """Shape of the array of codes: (records, augmentations, codes of an image)."""
         return self.records, AUGMENTATIONS[self.crops], self.tokens
 
     @property
     def dtype(self) -> np.dtype:
+        """Type of the stored codes: int16, or int32 for a large vocabulary."""
         return dtype(self.vocab)
 
 
 def dtype(vocab: int) -> np.dtype:
-    """Type in which codes of a vocabulary are stored: int16, or int32 for a large one."""
+    """Returns the type of stored codes: int16, or int32 for a large vocabulary."""
     return np.dtype(np.int16 if vocab <= SMALL_VOCAB else np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Consecutive records that were written at once, with their checksum."""
+    """Record of a part of codes.npy written at once: size, checksum and unreadable records."""
 
     records: int
     crc32: str
@@ -72,19 +73,19 @@ class Part:
 
 
 class CodesWriter:
-    """Writes a folder of codes, record after record; a killed writer's folder is continued."""
+    """Writer of a folder of codes, part after part; continues the folder of a killed writer."""
 
     def __init__(self, folder: epath.PathLike, header: Header, labels: np.ndarray):
-        """Makes the folder, or opens one that was left unfinished and checks what is in it.
+        """Makes the folder of codes, or opens an existing folder and checks the codes in it.
 
         Args:
-            folder: local folder, made when missing.
+            folder: local folder, created if missing.
             header: describes the codes to be written; its `labels_crc32` is filled in.
             labels: i32[records], -1 for an image without a class.
 
         Raises:
             ConfigError: the folder holds other codes.
-            DataError: the folder cannot be written.
+            DataError: the folder cannot be written, or is damaged.
         """
         self._folder = epath.Path(folder)
         labels = np.ascontiguousarray(labels, np.int32)
@@ -99,15 +100,16 @@ class CodesWriter:
 
     @property
     def done(self) -> int:
-        """Number of records on disk."""
+        """Number of records whose codes are on disk."""
         return sum(part.records for part in self.parts)
 
     def write(self, codes: np.ndarray, unreadable: Sequence[int] = ()) -> None:
-        """Appends the codes int[b a n] of the next b records.
+        """Appends the codes of the next b records to the folder.
 
         Args:
             codes: int[b a n].
-            unreadable: indices in [0, b) of images that could not be read.
+            unreadable: indices in [0, b) of images that could not be read; every code of such an
+                image is stored as -1.
         """
         if codes.shape[1:] != self._header.shape[1:]:
             raise DataError(f"codes are {codes.shape}, the folder is {self._header.shape}")
@@ -122,13 +124,13 @@ class CodesWriter:
         self.parts.append(part)
 
     def finish(self) -> None:
-        """Marks the folder complete, once every record is written."""
+        """Marks the folder of codes complete; to be called once every record is written."""
         header = dataclasses.replace(self._header, complete=True)
         with _writing(self._folder):
             files.write_json(self._folder / HEADER, dataclasses.asdict(header))
 
     def close(self) -> None:
-        """Closes the files; the folder can be continued later."""
+        """Closes the files of the folder of codes; the folder can be continued later."""
         self._codes.close()
         self._lines.close()
 
@@ -139,7 +141,7 @@ class CodesWriter:
         self.close()
 
     def _start(self, labels: np.ndarray) -> None:
-        """Makes the files of an empty folder, the header last."""
+        """Makes the files of an empty folder of codes, the header last."""
         self._folder.mkdir(parents=True, exist_ok=True)
         (self._folder / PARTS).write_text("")
         with (self._folder / LABELS).open("wb") as file:
@@ -160,7 +162,7 @@ class CodesWriter:
                 )
 
     def _whole_parts(self) -> list[Part]:
-        """Parts that are on disk as they were written; everything behind them is cut off."""
+        """Returns the parts whose codes on disk match their checksums; cuts off all behind."""
         start, row = _layout(self._folder / CODES, self._header)
         parts, end = [], start
         with (self._folder / CODES).open("rb") as file:
@@ -178,7 +180,7 @@ class CodesWriter:
 
 
 def read_header(folder: epath.PathLike) -> Header:
-    """Header of a folder of codes; DataError when it holds none, or a damaged one."""
+    """Reads the header of a folder of codes; raises DataError if it is missing or damaged."""
     path = epath.Path(folder) / HEADER
     if not path.exists():
         raise DataError(f"{folder} holds no codes, expected {HEADER}: extract_codes makes it")
@@ -189,7 +191,7 @@ def read_header(folder: epath.PathLike) -> Header:
 
 
 def read_parts(folder: epath.Path) -> Iterator[Part]:
-    """Parts of a folder, up to the first line that is cut off."""
+    """Yields the parts of a folder of codes, up to the first damaged line in their list."""
     path = folder / PARTS
     for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
         try:
@@ -202,7 +204,7 @@ def read_parts(folder: epath.Path) -> Iterator[Part]:
 
 
 def _layout(path: epath.Path, header: Header) -> tuple[int, int]:
-    """Bytes of codes.npy before its first record, and bytes of a record."""
+    """Returns the number of bytes of codes.npy before its first record, and of one record."""
     with path.open("rb") as file:
         try:
             np.lib.format.read_magic(file)
@@ -214,7 +216,7 @@ def _layout(path: epath.Path, header: Header) -> tuple[int, int]:
 
 
 def crc32(data: bytes | np.ndarray) -> str:
-    """CRC-32, in hex, of bytes or of an array whose memory is contiguous."""
+    """Computes the CRC-32, in hex, of a byte string or of an array whose memory is contiguous."""
     return f"{zlib.crc32(data):08x}"
 
 
@@ -225,7 +227,7 @@ def _short(value: Any) -> str:
 
 @contextlib.contextmanager
 def _writing(folder: epath.Path) -> Iterator[None]:
-    """Turns an error of the disk into a DataError of one line."""
+    """Runs a block, and turns its errors of the disk into a DataError of one line."""
     try:
         yield
     except OSError as error:

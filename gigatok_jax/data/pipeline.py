@@ -1,9 +1,12 @@
-"""Batches of numpy arrays through Grain. Axes: b batch of this process, h height, w width.
+"""Reads batches of images as numpy arrays through Grain.
+
+Axes: b batch of this process, h height, w width.
 
 The stream is an endless sequence of positions. The record at a position depends on the seed alone:
 position p belongs to step p // global_batch, epoch p // len(source) is one permutation of the
 records, and crop and flip are drawn from (seed, p). Workers, processes and the step at which a run
-resumes decide only who computes which positions. This module, and so every worker, uses no jax.
+resumes decide only which process computes which positions. This module, and so every worker, uses
+no jax.
 """
 
 import functools
@@ -46,11 +49,11 @@ class _Record(NamedTuple):
 
 
 class Report:
-    """Faults of the images that this process has read; each is logged once.
+    """Record of the unreadable and enlarged images that this process has read; logs faults once.
 
     Attributes:
-        unreadable: name to reason of every damaged file, in the order of reading.
-        enlarged: indices of the images smaller than the crop.
+        unreadable: name -> reason of every damaged file, in the order of reading.
+        enlarged: indices of the images that are smaller than the crop.
     """
 
     def __init__(self):
@@ -59,23 +62,23 @@ class Report:
         self._logged = False
 
     def add_unreadable(self, name: str, reason: str) -> None:
-        """Notes a damaged file, and logs it the first time."""
+        """Notes an image file as damaged, and logs the name and reason the first time."""
         if name not in self.unreadable:
             self.unreadable[name] = reason
             logging.warning("unreadable image %d: %s (%s)", len(self.unreadable), name, reason)
 
     def log_enlarged(self, size: int) -> None:
-        """Logs, once, how many images were smaller than crops of `size` pixels."""
+        """Logs, once, how many images were enlarged to crops of `size` pixels."""
         if self.enlarged and not self._logged:
             logging.warning("%d images smaller than %d px were enlarged", len(self.enlarged), size)
             self._logged = True
 
 
 class Batches:
-    """Iterator of batches, `{"image": uint8[b h w 3], "label": int32[b], "index": int64[b]}`.
+    """Iterator of batches `{"image": uint8[b h w 3], "label": int32[b], "index": int64[b]}`.
 
-    Closing it, or leaving its `with` statement, ends the worker processes. `report` lists the
-    faults of the images so far.
+    Closing the iterator, or leaving its `with` statement, ends the worker processes. `report` lists
+    the faults of the images so far.
     """
 
     def __init__(
@@ -110,7 +113,7 @@ class Batches:
         return batch
 
     def close(self) -> None:
-        """Ends the worker processes, and logs the enlarged images if the first pass did not end."""
+        """Ends the worker processes; logs the number of enlarged images if it is not logged yet."""
         self.report.log_enlarged(self._image_size)
         self._iterator.close()
 
@@ -131,13 +134,13 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches:
-    """Endless training batches from step `start_step` on, which costs nothing to reach.
+    """Returns endless training batches from step `start_step` on, which costs nothing to reach.
 
     Process i of n gets rows i * b to (i + 1) * b of every global batch, b = global_batch / n, so
     that the processes' batches joined in order are the batch of a single process. An unreadable
     file is replaced by the next readable record of the source. With `data.workers` > 0, spawned
     processes read the images, and the main module needs a `__main__` guard; threads of this process
-    read pixels in memory and sources of up to 64 images.
+    read images whose pixels are in memory, and sources of up to 64 images.
 
     Args:
         data: `config.data`; reads crop ("random" | "center"), flip, workers and max_unreadable.
@@ -146,7 +149,7 @@ def train_batches(
         global_batch: images per step over all processes.
         seed: 0 or more.
         start_step: number of steps whose batches are passed over.
-        process_index: this process, in [0, process_count).
+        process_index: index of this process, in [0, process_count).
         process_count: number of processes that share each global batch.
 
     Raises:
@@ -179,19 +182,24 @@ def eval_batches(
     first: int = 0,
     workers: int = 0,
 ) -> Batches:
-    """Centre crops of every record once, in order, in batches of one shape.
+    """Returns the centre crops of every record once, in order, in batches of one shape.
 
     The batches have a `mask`, bool[b]: False for padding of the last batch and for unreadable
     files, whose images are black. All processes get the same number of batches.
 
     Args:
-        source, image_size, process_index, process_count: as in `train_batches`.
+        source: images of `gigatok_jax.data.sources`.
+        image_size: side of the crops in pixels.
         batch: images per batch over all processes.
+        process_index: index of this process, in [0, process_count).
+        process_count: number of processes that share each batch.
         max_unreadable: number of damaged files that this process tolerates.
         report: report of an earlier evaluation, so that nothing is logged twice.
-        views: image and `image_size` -> crops uint8[...] of the same shape for all images.
+        views: function that cuts crops uint8[...], of one shape for all images, from an image and
+            `image_size`.
         first: index of the first record.
-        workers: number of processes that read the images, as in `train_batches`.
+        workers: number of spawned processes that read more than 64 images of a folder; 0 reads
+            them in threads.
 
     Raises:
         ConfigError: the processes do not divide `batch`.
@@ -211,10 +219,12 @@ def eval_batches(
 
 
 def order(records: int, seed: int) -> grain.MapDataset:
-    """Index of the record at each position of the endless stream; each epoch is a permutation.
+    """Returns the index of the record at each position of the endless stream of a seed.
+
+    Each epoch is a permutation of the records.
 
     Raises:
-        ConfigError: a negative seed.
+        ConfigError: the seed is negative.
     """
     if seed < 0:
         raise ConfigError(f"seed is {seed}, expected 0 or more")
@@ -224,7 +234,7 @@ def order(records: int, seed: int) -> grain.MapDataset:
 
 
 def check_division(global_batch: int, process_count: int) -> None:
-    """Refuses a batch that the processes cannot share equally, with a ConfigError."""
+    """Raises ConfigError if the processes cannot share a global batch equally."""
     if global_batch < 1 or global_batch % process_count:
         raise ConfigError(
             f"a global batch of {global_batch} images is not a multiple of the "
@@ -257,7 +267,10 @@ def _eval_record(source, size: int, views: Callable, index: int) -> _Record:
 
 
 def _readable(source, index: int, size: int, limit: int) -> _Record:
-    """The first readable record from `index` on; the first record follows the last."""
+    """Reads the first readable record from `index` on; the first record follows the last.
+
+    Raises DataError if more than `limit` records, or all, are unreadable.
+    """
     unreadable = []
     for turned in range(index, index + min(len(source), limit + 1)):
         try:

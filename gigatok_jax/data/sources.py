@@ -1,8 +1,8 @@
-"""Sources of images: a folder, or scikit-learn's digits.
+"""Reads images from their sources: a folder, or scikit-learn's digits.
 
-A source is a sized sequence of records `{"image": encoded bytes or uint8[h w 3], "label": int,
-"name": str}`. It has `names`, `labels` i32[n] and `class_names`, and says with `decoded` whether
-its records are pixels already.
+A source is a sized sequence of records `{"image": byte string of a PNG, JPEG or WebP file, or
+uint8[h w 3], "label": int, "name": str}`. A source has `names`, `labels` i32[n] and `class_names`,
+and says with `decoded` whether the images of its records are pixels already.
 """
 
 import copy
@@ -28,21 +28,21 @@ _HEADER_THREADS = 16
 
 
 class FolderSource:
-    """Encoded images of a folder, sorted by relative path.
+    """Source of the image files of a folder, sorted by relative path.
 
     The class of an image is the first sub-folder on its path, numbered from 0 in sorted order of
-    those that contain images, however deep; an image that lies in the folder itself has label -1.
-    Links are followed; hidden files and folders and `__MACOSX` are passed over.
+    the sub-folders that contain images, however deep; an image that lies in the folder itself has
+    label -1. Links are followed; hidden files and folders and `__MACOSX` are passed over.
     """
 
     decoded = False
 
     def __init__(self, folder: epath.PathLike, names: Sequence[str] | None = None):
-        """Lists the images of a folder.
+        """Lists the images of a folder, without reading the files.
 
         Args:
             folder: a local or remote path.
-            names: relative paths of the images; None takes all that the folder holds.
+            names: relative paths of the images; None takes all images that the folder holds.
 
         Raises:
             DataError: the folder does not exist or holds no image.
@@ -63,7 +63,7 @@ class FolderSource:
         return len(self.names)
 
     def __getitem__(self, index: int) -> dict:
-        """Record with the encoded bytes of a file; DataError when it cannot be read."""
+        """Reads the byte string of an image file as a record; raises DataError if that fails."""
         name = self.names[index]
         try:
             data = (self.folder / name).read_bytes()
@@ -72,7 +72,7 @@ class FolderSource:
         return {"image": data, "label": int(self.labels[index]), "name": name}
 
     def take(self, indices: Sequence[int]) -> "FolderSource":
-        """A source of some of the images, in the order of `indices`; classes stay."""
+        """Returns a source of some of the images, in the order of `indices`; class numbers stay."""
         subset = copy.copy(self)
         subset.names, subset.labels = [self.names[i] for i in indices], self.labels[list(indices)]
         return subset
@@ -89,7 +89,7 @@ def _walk(folder: epath.Path, prefix: str) -> Iterator[str]:
 
 
 class DigitsSource:
-    """The 1797 handwritten digits of scikit-learn, enlarged from 8x8 pixels.
+    """Source of the 1797 handwritten digits of scikit-learn, enlarged from 8x8 pixels.
 
     Every tenth image of each class is held out. Greyscale 0..16 becomes RGB 0..255.
     """
@@ -119,12 +119,12 @@ class DigitsSource:
         return len(self.names)
 
     def __getitem__(self, index: int) -> dict:
-        """Record with uint8[size size 3]."""
+        """Returns the record of a digit, whose image is uint8[size size 3]."""
         image = np.repeat(self._grey[index, ..., None], 3, axis=-1)
         return {"image": image, "label": int(self.labels[index]), "name": self.names[index]}
 
     def take(self, indices: Sequence[int]) -> "DigitsSource":
-        """A source of some of the images, in the order of `indices`."""
+        """Returns a source of some of the digits, in the order of `indices`."""
         subset = copy.copy(self)
         subset.names, subset.labels = [self.names[i] for i in indices], self.labels[list(indices)]
         subset._grey = self._grey[list(indices)]
@@ -134,13 +134,13 @@ class DigitsSource:
 def make_source(
     data: ml_collections.ConfigDict, split: str, image_size: int
 ) -> FolderSource | DigitsSource:
-    """The images that a run trains on or is evaluated on.
+    """Makes the source of the images that a run trains on or is evaluated on.
 
     A folder's held-out images come from `data.eval_folder`, or else are `held_out_count` images of
-    the folder. A hash of the file's name chooses them, so that most stay the same when files come
-    or go. A folder of one image is trained and evaluated on that image. `data.eval_images` also
-    limits the images of an `eval_folder` and the held-out digits. Setting `data.folder` replaces
-    the digits.
+    the folder. A hash of the file's name chooses these images, so that most stay the same when
+    files come or go. A folder of one image is trained and evaluated on that image.
+    `data.eval_images` also limits the images of an `eval_folder` and the held-out digits. Setting
+    `data.folder` replaces the digits.
 
     Args:
         data: `config.data`; reads source, folder, eval_folder, eval_images and min_size.
@@ -148,12 +148,13 @@ def make_source(
         image_size: side in pixels of the enlarged digits; folders keep their sizes.
 
     Returns:
-        The source of one split; the two splits share no image.
+        The source of one split. The splits of the digits, or of a folder of several images, share
+        no image.
 
     Raises:
         ConfigError: the source or split is unknown, or no folder is named.
         DataError: the folder has no image, all would be held out, or an image is smaller than
-            `min_size`.
+            `data.min_size`.
     """
     errors.one_of("split", split, ("train", "held_out"))
     errors.one_of("data.source", data.source, ("folder", "digits"))
@@ -185,14 +186,14 @@ def _folder_split(data, split: str) -> FolderSource:
 
 
 def held_out_count(eval_images: int, total: int, folder: epath.PathLike, instead: str) -> int:
-    """Number of images that are held out of a set: `eval_images`, or if 0 a twentieth of it.
+    """Returns the number of images that are held out of a set: `eval_images`, if that is not 0.
 
-    A share is at least 1 and at most 5000 images.
+    If 0, a twentieth of the set is held out, at least 1 and at most 5000 images.
 
     Args:
         eval_images: `data.eval_images` of the config.
-        total: images of the set.
-        folder: of the set, for the error.
+        total: number of images of the set.
+        folder: folder of the set, for the error.
         instead: config key that names a folder of held-out images.
 
     Raises:
@@ -213,12 +214,15 @@ def _by_hash(names: Sequence[str]) -> np.ndarray:
 
 
 def _bytes(names: str) -> bytes:
-    """File names as the file system holds them, also where they are not valid text."""
+    """Encodes file names as the file system holds them, also names that are not valid text."""
     return names.encode(errors="surrogateescape")
 
 
 def refuse_small(source: FolderSource, min_size: int) -> None:
-    """Reads the header of every image; raises DataError for a short side under `min_size` px."""
+    """Reads the header of every image; raises DataError if a short side is under `min_size` px.
+
+    Files whose header cannot be read are passed over.
+    """
     with futures.ThreadPoolExecutor(_HEADER_THREADS) as pool:
         for name, size in zip(
             source.names,
@@ -241,10 +245,10 @@ def _header(path: epath.Path) -> tuple[int, int] | None:
 
 
 def fingerprint(source: FolderSource | DigitsSource) -> str:
-    """16 hex digits that change with the number, the names and the order of a source's images.
+    """Returns 16 hex digits that change with number, names and order of a source's images.
 
-    Checkpoints keep it, to notice another set. It does not depend on the pixels, nor on where the
-    folder lies.
+    Checkpoints keep the digits, to notice another set of images. The digits do not depend on the
+    pixels, nor on where the folder lies.
     """
     digest = hashlib.sha256(f"{len(source)}\n".encode())
     digest.update(_bytes("\n".join(source.names)))
@@ -252,7 +256,7 @@ def fingerprint(source: FolderSource | DigitsSource) -> str:
 
 
 def images_at(path: epath.PathLike) -> FolderSource:
-    """Source of a single image file, or of every image of a folder.
+    """Returns a source of a single image file, or of every image of a folder.
 
     Raises:
         DataError: the path does not exist, or the folder holds no image.

@@ -1,4 +1,4 @@
-"""Decoding, resizing and cropping of uint8 images, without jax. Axes: h height, w width."""
+"""Decodes, resizes and crops uint8 images, without jax. Axes: h height, w width."""
 
 import io
 import math
@@ -26,7 +26,7 @@ _UPRIGHT = {  # orientation tag to the operation that turns the image upright: E
 
 
 class Crop(NamedTuple):
-    """Scale and position of a random crop."""
+    """Record of the scale and position of a random crop."""
 
     short_side: int  # of the image after resizing, in [size, size / 0.8]
     y: int  # first row of the crop in the resized image
@@ -41,13 +41,13 @@ def decode(data: bytes | epath.PathLike) -> np.ndarray:
     drops the alpha channel and so shows the colours beneath it.
 
     Args:
-        data: the bytes of a PNG, JPEG or WebP file, or a path to one.
+        data: byte string of a PNG, JPEG or WebP file, or the path of such a file.
 
     Returns:
         uint8[h w 3].
 
     Raises:
-        DataError: the bytes are no whole image; the message gives the reason, but no file name.
+        DataError: the file is no whole image; the message gives the reason, but no file name.
     """
     try:
         data = data if isinstance(data, bytes) else epath.Path(data).read_bytes()
@@ -61,7 +61,10 @@ def decode(data: bytes | epath.PathLike) -> np.ndarray:
 
 
 def size_of(path: epath.PathLike) -> tuple[int, int]:
-    """Width and height in pixels from the header of an image file; DataError if it has none."""
+    """Reads the width and height, in pixels, from the header of an image file.
+
+    Raises DataError if the file has no such header.
+    """
     try:
         with epath.Path(path).open("rb") as file, Image.open(file) as image:
             return image.size
@@ -101,7 +104,10 @@ def _halved(height: int, width: int, short_side: int) -> list[tuple[int, int]]:
 
 
 def _resized_shapes(height: int, width: int, short_side: int) -> list[tuple[int, int]]:
-    """Shapes after each halving, then the shape after the bicubic step, rounded half to even."""
+    """Returns the shapes of an image after each step of `resize`.
+
+    Halvings come first, then the bicubic step, whose shape is rounded half to even.
+    """
     steps = _halved(height, width, short_side)
     height, width = steps[-1] if steps else (height, width)
     scale = short_side / min(height, width)
@@ -109,10 +115,11 @@ def _resized_shapes(height: int, width: int, short_side: int) -> list[tuple[int,
 
 
 def resize(image: np.ndarray, short_side: int) -> np.ndarray:
-    """The image uint8[h w 3] enlarged or reduced until its short side has `short_side` pixels.
+    """Enlarges or reduces an image uint8[h w 3] until its short side has `short_side` pixels.
 
-    A box filter halves the image while the result is at least that large; one antialiased bicubic
-    step follows. Source: image_datasets.py of guided-diffusion (MIT), as in the published recipes.
+    A box filter halves the image while its short side stays at least that long; one antialiased
+    bicubic step follows. Source: image_datasets.py of guided-diffusion (MIT), as in the published
+    recipes.
     """
     *halves, (height, width) = _resized_shapes(*image.shape[:2], short_side)
     if image.shape[:2] == (height, width):
@@ -124,14 +131,14 @@ def resize(image: np.ndarray, short_side: int) -> np.ndarray:
 
 
 def center_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """The middle uint8[size size 3] of an image whose short side is resized to `size` pixels."""
+    """Resizes an image to the short side `size`, and cuts out its middle uint8[size size 3]."""
     image = resize(image, size)
     y, x = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
     return image[y : y + size, x : x + size]
 
 
 def draw_crop(shape: Sequence[int], size: int, rng: np.random.Generator) -> Crop:
-    """Draws scale and position of a random crop: short side first, then y, then x.
+    """Draws the scale and position of a random crop: short side first, then y, then x.
 
     Args:
         shape: (height, width, ...) of the image.
@@ -145,23 +152,26 @@ def draw_crop(shape: Sequence[int], size: int, rng: np.random.Generator) -> Crop
 
 
 def crop(image: np.ndarray, size: int, drawn: Crop) -> np.ndarray:
-    """The crop uint8[size size 3] at the position and scale that `draw_crop` chose."""
+    """Cuts the crop uint8[size size 3] at the position and scale that `draw_crop` chose."""
     image = resize(image, drawn.short_side)
     return image[drawn.y : drawn.y + size, drawn.x : drawn.x + size]
 
 
 def random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """A random crop uint8[size size 3] of an image whose short side becomes 1 to 1.25 `size`."""
+    """Cuts a random crop uint8[size size 3] out of an image that is resized at random.
+
+    The short side of the image becomes 1 to 1.25 times `size`, rounded up.
+    """
     return crop(image, size, draw_crop(image.shape, size, rng))
 
 
 def flip(image: np.ndarray) -> np.ndarray:
-    """Mirror image, left to right; a view of the array."""
+    """Mirrors an image left to right; returns a view of the array."""
     return image[:, ::-1]
 
 
 def ten_crop(image: np.ndarray, size: int, ratio: float) -> np.ndarray:
-    """Ten crops of a slightly larger centre crop: corners and middle, then the same mirrored.
+    """Cuts ten crops from a larger centre crop: corners and middle, then the same mirrored.
 
     Args:
         image: uint8[h w 3].

@@ -1,1 +1,1 @@
-"""What a run leaves behind and survives."""
+"""Parts of a run around its training: checkpoints, metrics, pictures, page, signals, clusters."""

@@ -1,4 +1,4 @@
-"""Line charts as SVG text, for the page of a run."""
+"""Draws line charts as SVG text, for the page of a run."""
 
 import html
 import itertools
@@ -15,10 +15,10 @@ Points = list[tuple[float, float]]
 
 
 def line_chart(title: str, lines: dict[str, Points], may_log: bool) -> str:
-    """A chart with its title and legend as HTML; "" without a finite point.
+    """Draws a metric as HTML: an SVG chart, title and legend; returns "" without a finite point.
 
     Args:
-        title: metric.
+        title: name of the metric.
         lines: label -> points (step, value); a value that is NaN leaves a gap.
         may_log: allows a logarithmic axis where values span decades.
     """
@@ -39,7 +39,7 @@ def line_chart(title: str, lines: dict[str, Points], may_log: bool) -> str:
 
 
 def _legend(lines: dict[str, Points]) -> str:
-    """Each line's colour, label and last value."""
+    """Returns the legend of a chart as HTML: the colour, label and last value of each line."""
     keys = []
     for index, (label, points) in enumerate(lines.items()):
         value = points[-1][1]
@@ -66,7 +66,10 @@ class _Scale(NamedTuple):
 
 
 def _scale(points: Points, may_log: bool) -> _Scale:
-    """Fits finite points; logarithmic when they are positive and span a factor above 50."""
+    """Returns the scale of a chart's axes that fits finite points.
+
+    The scale is logarithmic if `may_log` and the values are positive and span a factor above 50.
+    """
     steps = max(x for x, _ in points)
     low, high = min(y for _, y in points), max(y for _, y in points)
     if may_log and low > 0 and high > 50 * low:
@@ -78,14 +81,20 @@ def _scale(points: Points, may_log: bool) -> _Scale:
 
 
 def _thin(points: Points) -> Points:
-    """At most POINTS points: means of equal runs of neighbours."""
+    """Reduces the points of a line to at most POINTS.
+
+    Each point left has the last step and the mean value of a run of neighbours.
+    """
     size = -(-len(points) // POINTS)
     runs = (points[i : i + size] for i in range(0, len(points), size))
     return [(run[-1][0], sum(y for _, y in run) / len(run)) for run in runs]
 
 
 def _path(points: Points, scale: _Scale, index: int) -> str:
-    """A line with gaps where values were not finite; a point between two gaps is a dot."""
+    """Draws a line of a chart as SVG, with gaps where values are not finite.
+
+    A point between two gaps is drawn as a dot.
+    """
     runs = itertools.groupby(points, key=lambda point: math.isfinite(point[1]))
     pieces = [[(scale.x(x), scale.y(y)) for x, y in run] for finite, run in runs if finite]
     lines = "".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in piece) for piece in pieces)
@@ -114,7 +123,10 @@ def _text(x: float, y: float, anchor: str, value: float) -> str:
 
 
 def _ticks(low: float, high: float, log: bool) -> Iterable[float]:
-    """Three to six round numbers inside [low, high]."""
+    """Returns up to six values in [low, high] at which an axis has a mark.
+
+    The values are round numbers, or else the two ends of a logarithmic axis.
+    """
     if log:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         every = -(-len(powers) // 5)
@@ -128,7 +140,7 @@ def _ticks(low: float, high: float, log: bool) -> Iterable[float]:
 
 
 def _number(value: float) -> str:
-    """A number short enough for an axis."""
+    """Formats a number in few characters, for an axis or a legend."""
     if value and not 1e-3 <= abs(value) < 1e5:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: Orbax arrays, a JSON file of everything else, and checksums of both.
+"""Saves and restores a run's checkpoints: Orbax arrays, a JSON file of the rest, and checksums.
 
     checkpoints/<step>/state/            arrays, one Orbax tree of nested dicts
     checkpoints/<step>/extras.json       step, data position, config
@@ -34,15 +34,15 @@ RETIRED = ("lecam/fake", "lecam/real")
 
 
 class Checkpoints:
-    """Saves and restores the steps of one run; the only writer of its `checkpoints/`."""
+    """Store of one run's checkpoints: saves and restores steps, and alone writes `checkpoints/`."""
 
     def __init__(self, workdir: epath.PathLike, keep: int = 3, milestone_every: int = 0):
-        """Opens `<workdir>/checkpoints`, which is created if missing.
+        """Opens the folder `<workdir>/checkpoints`, which is created if missing.
 
         Args:
             workdir: folder of the run.
             keep: number of newest steps that are kept, at least 1.
-            milestone_every: multiples of this step are kept for ever; 0 is none.
+            milestone_every: steps that are multiples of this number are kept for ever; 0 is none.
 
         Raises:
             ConfigError: `keep` is below 1.
@@ -59,9 +59,10 @@ class Checkpoints:
         self._current: int | None = None  # step that this object has verified or written
 
     def save(self, step: int, state: Any, extras: Mapping[str, Any]) -> None:
-        """Starts a save, and returns as soon as the arrays may be donated; saves do not overlap.
+        """Starts to save a step; returns as soon as the arrays of the state may be donated.
 
-        A step that this object has just saved or restored is not written again.
+        Waits first for the save in progress, so that saves do not overlap. Does nothing for a step
+        that this object has just saved, restored or found whole.
 
         Args:
             step: number of optimizer updates done.
@@ -69,7 +70,7 @@ class Checkpoints:
             extras: JSON values for extras.json, which also gets `step`.
 
         Raises:
-            CheckpointError: this save or the previous one cannot be written.
+            CheckpointError: the previous save failed, or this save cannot be started.
         """
         self.wait()
         if step == self._current:
@@ -86,7 +87,7 @@ class Checkpoints:
         self._pending = (step, job)
 
     def wait(self) -> None:
-        """Waits for the save in progress; raises CheckpointError if it failed."""
+        """Waits for the save in progress; raises CheckpointError if that save failed."""
         if self._pending is None:
             return
         (step, job), self._pending = self._pending, None
@@ -97,11 +98,11 @@ class Checkpoints:
         self._current = step
 
     def latest(self) -> int | None:
-        """Newest step whose every file matches its checksum, or None.
+        """Returns the newest step whose every file matches its checksum, or None if no step does.
 
         Newer steps are named in the log, then removed (cut off while being written) or renamed
-        `<step>.bad` (damaged later), so that the run can save that step again. Process 0 reads the
-        files, and the others get its answer.
+        `<step>.bad` (damaged later), so that the run can save these steps again. Process 0 reads
+        the files and sends the answer to the other processes.
         """
         self.wait()
         self._current = processes.from_first(
@@ -110,15 +111,16 @@ class Checkpoints:
         return self._current
 
     def damaged(self) -> list[str]:
-        """Names of the folders of damaged steps that were set aside, `<step>.bad`."""
+        """Returns the names of damaged steps' folders that were set aside, such as `<step>.bad`."""
         return processes.from_first(lambda: sorted(p.name for p in self.root.glob("*.bad*")))
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
-        """Reads the state and the extras of a step.
+        """Reads the state of a saved step, and its extras: the JSON values saved beside the state.
 
         Args:
             abstract_state: tree of `jax.ShapeDtypeStruct` or arrays. Its shardings hold for the
-                result, whatever the sharding of the save; no sharding is the first device.
+                result, whatever the sharding of the save; without a sharding an array
+                lies on the first device.
             step: number of the step; None is `latest()`.
 
         Returns:
@@ -141,7 +143,7 @@ class Checkpoints:
         return state, files.read_json(directory / EXTRAS)
 
     def close(self) -> None:
-        """Waits for the save in progress, and ends the threads."""
+        """Waits for the save in progress, and ends the threads that write checkpoints."""
         try:
             self.wait()
         finally:
@@ -149,7 +151,10 @@ class Checkpoints:
             self._saver.close()
 
     def _commit(self, directory: epath.Path, extras: dict[str, Any]) -> None:
-        """Completes a save in the background; a kill between any two of its lines is harmless."""
+        """Completes a save in the background: writes extras and checksums, removes old steps.
+
+        A kill between any two lines of this method is harmless.
+        """
         self._saver.wait_until_finished()  # of all processes
         if jax.process_index() != 0:
             return
@@ -164,7 +169,7 @@ class Checkpoints:
                 _remove(self.root / str(step))
 
     def _failure(self, step: int, error: Exception) -> CheckpointError:
-        """The error of a failed save, whose files are removed to free their space."""
+        """Removes the files of a failed save to free their space; returns the error to raise."""
         directory = self.root / str(step)
         if jax.process_index() == 0:
             _remove(directory)
@@ -182,7 +187,7 @@ def find(path: epath.PathLike) -> tuple[epath.Path, int | None]:
         The folder of steps, and the step if the path names one.
 
     Raises:
-        CheckpointError: the path has no checkpoint.
+        CheckpointError: the path does not exist or holds no checkpoint.
     """
     path = files.absolute(path)
     if path.name.isdigit() and (path / STATE).exists():
@@ -200,12 +205,13 @@ def load_params(
     sharding: jax.sharding.Sharding | None = None,
     dtype: Callable[[str], Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads some top-level entries of a state; its model need not be known.
+    """Reads chosen top-level entries of a saved state; the model of the state need not be known.
 
     Nothing changes on disk, so the path may be the workdir of a run in progress.
 
     Args:
-        path: as for `find`; damaged steps of a workdir are named in the log and passed over.
+        path: workdir, its `checkpoints/` or one step in it; damaged steps of a workdir are named in
+            the log and passed over.
         names: entries of the state, such as "ema_params". A tuple stands for the first of its
             entries that exists. An empty sequence reads the extras alone.
         sharding: sharding of every array; None gives numpy arrays on the host.
@@ -234,11 +240,12 @@ def load_params(
 
 
 def restore_from(path: epath.PathLike, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-    """Reads a step of another run like `Checkpoints.restore`, and changes nothing on disk.
+    """Reads the state and the extras of a step of another run, and changes nothing on disk.
 
     Args:
-        path: as for `load_params`.
-        abstract_state: as for `Checkpoints.restore`.
+        path: workdir, its `checkpoints/` or one step in it; without a step, the newest whole step.
+        abstract_state: tree of `jax.ShapeDtypeStruct` or arrays, whose form and shardings the
+            restored state gets.
 
     Raises:
         CheckpointError: the step is missing, damaged or of another model.
@@ -248,7 +255,7 @@ def restore_from(path: epath.PathLike, abstract_state: Any) -> tuple[Any, dict[s
 
 
 def _whole_step(path: epath.PathLike) -> epath.Path:
-    """Folder of the step that a path names, or of the newest whole step in it."""
+    """Returns the folder of the step that a path names, or of the newest whole step in it."""
     root, step = find(path)
     if step is not None:
         _verify(root / str(step))
@@ -259,9 +266,9 @@ def _whole_step(path: epath.PathLike) -> epath.Path:
 
 
 def checksums(directory: epath.Path) -> dict[str, dict[str, Any]]:
-    """Size in bytes and CRC-32 of every file below a directory, by relative path.
+    """Returns the number of bytes and the CRC-32 of each file below a directory, by relative path.
 
-    CRC-32 detects every flipped bit, and zlib computes it faster than a disk reads.
+    CRC-32 detects every single flipped bit, and zlib computes it faster than a disk reads.
     """
     names = sorted(str(path.relative_to(directory)) for path in _files(directory))
     names = [name for name in names if not name.startswith(CHECKSUMS)]
@@ -270,7 +277,7 @@ def checksums(directory: epath.Path) -> dict[str, dict[str, Any]]:
 
 
 def damage(directory: epath.Path) -> str | None:
-    """A few words about what is wrong with the files of a step, or None if all match."""
+    """Says in a few words what is wrong with the files of a step; returns None if all match."""
     if not (directory / CHECKSUMS).exists():
         return f"is incomplete (no {CHECKSUMS}: cut off or still being written)"
     try:
@@ -312,7 +319,10 @@ def _verify(directory: epath.Path) -> None:
 
 
 def _newest(root: epath.Path, *, current: int | None = None, clear: bool = False) -> int | None:
-    """Newest step that is `current` or whole; `clear` makes way for saves of newer steps."""
+    """Returns the newest step that is `current` or whole, or None.
+
+    `clear` removes or renames the newer steps, which are damaged, so that they can be saved again.
+    """
     for step in reversed(_steps(root)):
         directory = root / str(step)
         if step == current or not (reason := damage(directory)):
@@ -324,14 +334,14 @@ def _newest(root: epath.Path, *, current: int | None = None, clear: bool = False
 
 
 def _steps(root: epath.Path) -> list[int]:
-    """Steps that have a folder, whole or not, in ascending order."""
+    """Returns the numbers of all steps that have a folder, whole or not, in ascending order."""
     if not root.is_dir():
         return []
     return sorted(int(p.name) for p in root.iterdir() if p.name.isdigit() and p.is_dir())
 
 
 def _clear(directory: epath.Path) -> None:
-    """Makes way for a save: removes an unfinished step, renames a finished one."""
+    """Makes way for a save: removes the folder of an unfinished step, renames a finished step."""
     if not (directory / CHECKSUMS).exists():
         return _remove(directory)
     target, count = directory.parent / f"{directory.name}.bad", 1
@@ -342,7 +352,7 @@ def _clear(directory: epath.Path) -> None:
 
 
 def _remove(directory: epath.Path) -> None:
-    """Deletes a step, checksums first, so that after a kill the rest counts as unfinished."""
+    """Deletes a step, its checksums first, so that after a kill the rest counts as unfinished."""
     if directory.exists():
         (directory / CHECKSUMS).unlink(missing_ok=True)
         directory.rmtree()
@@ -353,13 +363,19 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _to_tree(state: Any) -> dict[str, Any]:
-    """Nested dicts of plain arrays, which can be read without the classes of the state."""
+    """Converts a state to nested dicts of arrays, which can be read without the state's classes.
+
+    Typed random keys become integers.
+    """
     plain = jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, state)
     return trees.unflatten(trees.flatten(plain))
 
 
 def _target_leaf(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Stored shape, dtype and sharding of a leaf; random keys are stored as integers."""
+    """Returns the stored shape, dtype and sharding of a leaf of a state.
+
+    Random keys are stored as integers; a leaf without a sharding goes to the first device.
+    """
     sharding = getattr(leaf, "sharding", None)
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     plain = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
@@ -381,7 +397,10 @@ def _restore(directory: epath.Path, abstract_state: Any) -> Any:
 
 
 def _wrap_key(data: jax.Array, like: Any) -> jax.Array:
-    """Typed key from stored integers, with the generator of `like`, which may be abstract."""
+    """Makes a typed random key from stored integers.
+
+    The key has the generator of the key `like`, which may be abstract.
+    """
     names = []
     jax.eval_shape(lambda key: names.append(jax.random.key_impl(key)), like)
     return jax.random.wrap_key_data(data, impl=names[0])
@@ -394,14 +413,14 @@ def _restore_args(dtype: Any, sharding: jax.sharding.Sharding | None) -> ocp.Res
 
 
 def _read(directory: epath.Path, tree: Any, restore_args: Any) -> Any:
-    """Reads the arrays in `tree`, which may be some of those of the step."""
+    """Reads from a step the arrays that `tree` names, which may be some of the step's arrays."""
     args = ocp.args.PyTreeRestore(item=tree, restore_args=restore_args, partial_restore=True)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         return reader.restore(directory / STATE, args=args)
 
 
 def _saved_tree(directory: epath.Path) -> dict[str, Any]:
-    """Shapes and types of a step's arrays, nested dicts, read from its metadata."""
+    """Reads the shapes and types of a step's arrays from its metadata, as nested dicts."""
     tree = ocp.PyTreeCheckpointHandler().metadata(directory / STATE).tree
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
@@ -437,7 +456,7 @@ def _describe(leaf: jax.ShapeDtypeStruct | None) -> str:
 
 
 def _is_full(error: BaseException | None) -> bool:
-    """Whether a full disk, or a full quota, is among the causes of an error."""
+    """Returns whether a full disk, or a full quota, is among the causes of an error."""
     if error is None:
         return False
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -1,9 +1,9 @@
-"""Several processes, mostly of several hosts, as one run: how they find each other and part.
+"""Joins several processes, mostly of several hosts, into one run, and ends them.
 
 The index of a process comes from `config.cluster`, or else from the environment of a launcher, see
 `launchers`. Before jax starts, every process sends process 0 what it is about to run, and receives
-the answers of all: an incomplete cluster, or one whose members differ, ends with the same line in
-every process instead of a hang or several runs in one folder.
+the answers of all: an incomplete cluster, or a cluster whose members differ, ends with the same
+line in every process instead of a hang or several runs in one folder.
 """
 
 import collections
@@ -45,15 +45,16 @@ GONE = re.compile(
 class Meeting:
     """Exchange of messages between all processes of a cluster, before jax is started.
 
-    The others connect to process 0 at the coordinator's port, which is free when jax needs it.
+    The other processes connect to process 0 at the coordinator's port; `close` frees the port for
+    jax.
     """
 
     def __init__(self, place: launchers.Place, seconds: float):
-        """Listens as process 0, or connects to it.
+        """Listens for the other processes as process 0, or connects to process 0 as another.
 
         Args:
-            place: of this process.
-            seconds: to wait for the others.
+            place: position of this process in its cluster.
+            seconds: longest time to wait for the other processes.
 
         Raises:
             ClusterError: the coordinator's port is taken, or cannot be reached in time.
@@ -68,7 +69,7 @@ class Meeting:
             self._listener = self._listen(int(port))
 
     def exchange(self, value: Any) -> list[Any]:
-        """The JSON values of all processes that have come, this one's among them."""
+        """Sends a JSON value to all processes that have come; returns the values of all."""
         if self._listener is None:
             self._send(self._others[0], value)
             return self._receive(self._others[0])
@@ -77,7 +78,7 @@ class Meeting:
         return self._send_all([value, *(self._receive(other) for other in self._others)])
 
     def close(self) -> None:
-        """Closes the connections, process 0 last, so that its port is free at once."""
+        """Closes the connections, process 0 last, so that the port of process 0 is free at once."""
         for other in self._others:
             if self._listener is not None:
                 with contextlib.suppress(OSError):
@@ -94,9 +95,10 @@ class Meeting:
         self.close()
 
     def _first_round(self, value) -> list[Any]:
-        """Values of all who connect until the cluster is complete or the time is over.
+        """Collects a value from each process that connects to process 0; sends all values to each.
 
-        Connections that send no JSON are ignored.
+        Ends when the cluster is complete or the time is over. Connections that send no JSON are
+        ignored.
         """
         values = [value]
         while len(values) < self._place.processes and (left := self._left()) > 0:
@@ -180,10 +182,13 @@ def _who(place: launchers.Place) -> str:
 def agree(
     place: launchers.Place, config: ml_collections.ConfigDict, workdir: epath.PathLike
 ) -> None:
-    """Waits until all processes have come, with the same run, and see the same workdir.
+    """Waits until all processes have come; checks that they belong to one run in one workdir.
+
+    Config, workdir and software have to be the same, and the workdir has to be shared by all hosts.
 
     Raises:
-        ClusterError: raised in every process; names the missing ones, or what differs between them.
+        ClusterError: raised in every process; names the missing processes, or
+            what differs between processes.
     """
     mark = epath.Path(workdir).expanduser().absolute() / f".cluster-{secrets.token_hex(8)}"
     if not place.process:
@@ -200,7 +205,10 @@ def agree(
 
 
 def _introduce(meeting: Meeting, place: launchers.Place, config, workdir, mark: str) -> epath.Path:
-    """Path of the file that process 0 has made, once all processes have come and are alike."""
+    """Checks that all processes have come and agree on their run.
+
+    Returns the path of the file that process 0 has made, to test whether all processes see it.
+    """
     values = describe(config, workdir)
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     mine = {"process": place.process, "processes": place.processes}
@@ -213,7 +221,10 @@ def _introduce(meeting: Meeting, place: launchers.Place, config, workdir, mark: 
 
 
 def describe(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
-    """JSON values by name that have to be the same in all processes: config, workdir, software."""
+    """Returns the JSON values, by name, in which all processes of a run have to agree.
+
+    These are config, workdir and software, without the config keys of `PRIVATE`.
+    """
     values = {f"config.{name}": value for name, value in command_line.flatten(config)}
     for name in PRIVATE:
         del values[f"config.{name}"]
@@ -222,7 +233,7 @@ def describe(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
 
 
 def check_members(members: Sequence[Mapping[str, Any]], seconds: float) -> None:
-    """Refuses a cluster that is not complete.
+    """Raises ClusterError if processes of a cluster are missing or contradict each other.
 
     Args:
         members: "process", "processes", "source" and "host" of every process that came.
@@ -243,7 +254,10 @@ def check_members(members: Sequence[Mapping[str, Any]], seconds: float) -> None:
 
 
 def check_same(members: Sequence[Mapping[str, Any]]) -> None:
-    """Refuses processes whose "values" differ; the error says which, and who has what."""
+    """Raises ClusterError if the "values" of processes differ.
+
+    The error names the values that differ, and two processes that differ in each.
+    """
     first, lines = _first(members), {}
     for member in sorted(members, key=_index):
         for name in sorted(first["values"].keys() | member["values"].keys()):
@@ -262,11 +276,11 @@ def check_same(members: Sequence[Mapping[str, Any]]) -> None:
 
 
 def check_storage(seen: Sequence[tuple[int, str, bool]], workdir: epath.PathLike) -> None:
-    """Refuses a workdir that is not the same folder on all hosts.
+    """Raises ClusterError if the workdir is not the same folder on all hosts.
 
     Args:
         seen: index and host of each process, and whether it sees the file of process 0.
-        workdir: of the run.
+        workdir: folder of the run, for the message.
     """
     blind = [f"{process} on {host}" for process, host, sees in seen if not sees]
     if blind:
@@ -277,7 +291,10 @@ def check_storage(seen: Sequence[tuple[int, str, bool]], workdir: epath.PathLike
 
 
 def check_devices() -> None:
-    """Refuses a cluster in which hosts have lost devices; starts the jax backend."""
+    """Raises ClusterError if processes have different numbers of devices; starts the jax backend.
+
+    A host that has lost devices is found so.
+    """
     counts = collections.Counter(device.process_index for device in jax.devices())
     if len(counts) != jax.process_count() or len(set(counts.values())) != 1:
         each = ", ".join(f"{i}: {counts[i]}" for i in range(jax.process_count()))
@@ -307,10 +324,10 @@ def joined(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Iterat
     """Joins the cluster of `config.cluster` while the block runs; does nothing for one process.
 
     A process that fails inside the block ends at once: in an orderly end it would wait for the
-    others, who wait for it in the middle of a step.
+    other processes, which wait for it in the middle of a step.
 
     Raises:
-        ClusterError: see `launchers.find` and `agree`.
+        ClusterError: the place of this process is unknown, or the processes do not make one run.
     """
     place = launchers.find(config.cluster)
     if place is None:
@@ -339,7 +356,7 @@ def joined(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Iterat
 
 
 def start(place: launchers.Place, flags: ml_collections.ConfigDict) -> None:
-    """Starts jax as one process of the cluster; `flags` is `config.cluster`."""
+    """Starts jax's distributed runtime in a process of the cluster; `flags` is `config.cluster`."""
     # It would take the signal that ends a run, see `signals.Interrupts`.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")

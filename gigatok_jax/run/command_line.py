@@ -1,4 +1,4 @@
-"""The command line: every mistake on it is one line on stderr and exit status 1."""
+"""Reads the command line: every mistake on it is one line on stderr and exit status 1."""
 
 import argparse
 import contextlib
@@ -21,7 +21,10 @@ _PARSING = (flags.Error, LookupError, AttributeError, ValueError, TypeError)
 
 @contextlib.contextmanager
 def one_line_errors(*also: type[Exception]) -> Iterator[None]:
-    """Ends the process with one line for errors of this library, and for those of `also`."""
+    """Runs a block, and ends the process with one line if the block raises an expected error.
+
+    Expected are the errors of this library and those of the types in `also`.
+    """
     try:
         yield
     except (GigatokError, *also) as error:
@@ -29,7 +32,11 @@ def one_line_errors(*also: type[Exception]) -> Iterator[None]:
 
 
 def _reason(error) -> str:
-    """The library's own error where one started the chain, else the last one, as one line."""
+    """Returns the message of an error as one line.
+
+    The message is that of the first error of this library in the chain of causes, or else the
+    error's own.
+    """
     chain = [error]
     while (before := _before(chain[-1])) is not None:
         chain.append(before)
@@ -40,16 +47,18 @@ def _reason(error) -> str:
 
 
 def _before(error) -> BaseException | None:
-    """The error that another error was raised over; None after `raise ... from None`."""
+    """Returns the error that another error was raised over; None after `raise ... from None`."""
     return error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 @contextlib.contextmanager
 def folder_errors(workdir: str) -> Iterator[None]:
-    """Turns errors of the file system about a workdir, or a full disk, into a ConfigError.
+    """Runs a block, and turns its errors about a workdir or a full disk into a ConfigError.
+
+    Other errors of the file system pass unchanged.
 
     Raises:
-        ConfigError: the workdir cannot be made or written.
+        ConfigError: a file or folder in the workdir cannot be made or written, or the disk is full.
     """
     try:
         yield
@@ -63,7 +72,11 @@ def folder_errors(workdir: str) -> Iterator[None]:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser for `app.run`, which names the nearest file or key where one is unknown."""
+    """Parses the command line for absl's `app.run`, and returns the rest: the program's name.
+
+    A mistake ends the process with one line, which names the nearest known file or key where one is
+    unknown.
+    """
     with one_line_errors(*_PARSING):
         if not any(argument.lstrip("-").startswith("help") for argument in argv):
             config = load_config(_config_value(argv))
@@ -77,7 +90,10 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def parse_known(argv: list[str]) -> list[str]:
-    """absl's own parser, but `--help` ends with status 0."""
+    """Parses the command line with absl's own parser, and returns the arguments that are no flags.
+
+    `--help` ends the process with status 0.
+    """
     try:
         return flags.FLAGS(argv)
     except SystemExit:  # absl ends so after --help alone, with status 1
@@ -85,15 +101,18 @@ def parse_known(argv: list[str]) -> list[str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Arguments of a module; a mistake is one line and status 1."""
+    """Parser of a module's arguments, for which a mistake is one line and exit status 1."""
 
     def error(self, message: str) -> NoReturn:
-        """Ends the process with one line."""
+        """Ends the process with status 1 and one line on stderr that holds the message."""
         sys.exit(f"error: {message}; --help says what there is")
 
 
 def _config_value(argv) -> str:
-    """FILE:arguments of `--config=FILE:arguments` or `--config FILE:arguments`."""
+    """Returns FILE:arguments from `--config=FILE:arguments` or `--config FILE:arguments`.
+
+    Raises ConfigError if the option is missing.
+    """
     for argument, following in zip(argv, [*argv[1:], ""], strict=True):
         name, equals, value = argument.partition("=")
         if name in ("--config", "-config"):
@@ -105,10 +124,10 @@ def _config_value(argv) -> str:
 
 
 def load_config(value: str) -> ml_collections.ConfigDict:
-    """The config of FILE or FILE:arguments.
+    """Runs the Python file of a config, FILE or FILE:arguments, and returns the config it makes.
 
     Raises:
-        ConfigError: there is no such file, it is no Python, or it makes no config.
+        ConfigError: the file does not exist, is no Python or has no function `get_config`.
     """
     name, _, argument = value.partition(":")
     path = pathlib.Path(name)
@@ -123,7 +142,10 @@ def load_config(value: str) -> ml_collections.ConfigDict:
 
 
 def _check_overrides(argv, defaults):
-    """Refuses `--config.name=value` whose name or number is wrong; absl checks the rest."""
+    """Raises ConfigError if the name or number of a `--config.name=value` is wrong.
+
+    absl checks values of other types.
+    """
     for argument in argv:
         name, equals, value = argument.partition("=")
         if not name.startswith("--config."):
@@ -146,7 +168,7 @@ def _reads(kind, text) -> bool:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of every leaf of a config."""
+    """Yields the dotted key and the value of every leaf of a nested config."""
     for name, value in config.items():
         if hasattr(value, "items"):
             yield from flatten(value, f"{prefix}{name}.")

@@ -1,4 +1,4 @@
-"""The place of a process in its cluster, as flags or the environment of a launcher name it.
+"""Finds the place of a process in its cluster, from flags or the environment of a launcher.
 
 Known launchers: GKE TPU, Open MPI, Slurm, Kubernetes, Cloud TPU.
 """
@@ -21,7 +21,10 @@ PORT = 8476  # of the coordinator, where the launcher names none
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Position of a process in its cluster; 0, -1 and "" stand for what is not known."""
+    """Record of the position of a process in its cluster.
+
+    0, -1 and "" stand for an unknown number of processes, index and coordinator.
+    """
 
     source: str  # name of the launcher, or "flags"
     processes: int
@@ -31,15 +34,15 @@ class Place:
 
 
 def find(flags: ml_collections.ConfigDict, env: Mapping[str, str] = os.environ) -> Place | None:
-    """The place of this process; None when it is alone.
+    """Returns the place of this process in its cluster, or None if the process is alone.
 
     Args:
         flags: `config.cluster`; reads coordinator, processes and process.
         env: environment variables of this process.
 
     Raises:
-        ClusterError: a launcher shows several tasks, but not which of them this is or where
-            process 0 is; or flags and launcher disagree.
+        ClusterError: a launcher shows several tasks, but not which of them this process is or
+            where process 0 is; or flags and launcher disagree.
     """
     coordinator = flags.coordinator or env.get("JAX_COORDINATOR_ADDRESS", "")
     shown = next(filter(None, (look(env) for look in LAUNCHERS)), None)
@@ -120,12 +123,15 @@ def _slurm(env) -> Place | None:
 
 
 def _first_host(nodes: str) -> str:
-    """First of Slurm's list of nodes: "a3" of "a3,b1", "a07" of "a[07-09,11],b1"."""
+    """Returns the first host of Slurm's list of nodes.
+
+    "a3,b1" gives "a3", "a[07-09,11],b1" gives "a07".
+    """
     return re.sub(r"^([^,\[]*)(?:\[([^,\-\]]*))?.*", r"\1\2", nodes)
 
 
 def _tasks_of(counts: str, node: int) -> int:
-    """Number of tasks of a node, from Slurm's list such as "2(x3),1"."""
+    """Returns the number of tasks of a node, from Slurm's list such as "2(x3),1"."""
     each = []
     for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
         each += [int(number)] * int(times or 1)
@@ -133,7 +139,10 @@ def _tasks_of(counts: str, node: int) -> int:
 
 
 def _gpus(tasks: int, local: int, env) -> tuple[int, ...] | None:
-    """GPUs of a task among those of its host; None if the task sees its own GPUs alone."""
+    """Returns the indices of a task's GPUs among the GPUs of its host.
+
+    None means all that the task sees: it is alone on its host, or sees a single GPU.
+    """
     visible = list(filter(None, env.get("CUDA_VISIBLE_DEVICES", "").split(",")))
     if tasks == 1 or len(visible) == 1:
         return None
@@ -155,7 +164,10 @@ def _kubernetes(env) -> Place | None:
 
 
 def _cloud_tpu(env) -> Place | None:
-    """The place of a TPU VM that its own metadata server knows as one of several."""
+    """Returns the place of a TPU VM in its cluster, as its metadata server knows it.
+
+    None stands for a machine that is no such VM, or is the only one.
+    """
     chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
     known = "GCE_METADATA_IP" in env or (chips and importlib.util.find_spec("libtpu"))
     if not known or env.get("TPU_SKIP_MDS_QUERY") or env.get("JAX_PLATFORMS") == "cpu":

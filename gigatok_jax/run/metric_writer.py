@@ -1,4 +1,4 @@
-"""Numbers of a run: metrics.jsonl, TensorBoard events and progress lines; process 0 writes them.
+"""Writes the numbers of a run, on process 0: metrics.jsonl, TensorBoard events, progress lines.
 
 Keys are `<prefix>/<name>`. Values under `time/` depend on the machine and cannot be reproduced.
 """
@@ -25,7 +25,7 @@ PROGRESS_SECONDS = 5.0  # between two lines of `Progress`
 
 
 class StepTimer:
-    """Measures the share of wall time of each activity; the rest of the time is `other`."""
+    """Timer of the share of wall time that each activity takes; the rest of the time is `other`."""
 
     def __init__(self):
         self._start = self._mark = time.perf_counter()
@@ -34,7 +34,7 @@ class StepTimer:
 
     @contextlib.contextmanager
     def measure(self, activity: str) -> Iterator[None]:
-        """Adds the time inside the block to an activity; blocks do not nest."""
+        """Adds the time that a `with` block takes to an activity; blocks do not nest."""
         start = time.perf_counter()
         try:
             yield
@@ -44,28 +44,32 @@ class StepTimer:
             self._interval[activity] += seconds
 
     def interval(self) -> tuple[float, dict[str, float]]:
-        """Seconds since the last call, and the share of each activity in [0, 1] since then."""
+        """Returns the seconds since the last call, and each activity's share of them in [0, 1].
+
+        Starts a new interval; the first interval starts when the timer is created.
+        """
         now = time.perf_counter()
         seconds, measured = now - self._mark, self._interval
         self._mark, self._interval = now, collections.Counter()
         return seconds, _shares(measured, seconds)
 
     def total(self) -> tuple[float, dict[str, float]]:
-        """Seconds since the timer was created, and the share of each activity in [0, 1]."""
+        """Returns the seconds since the timer was created, and each activity's share in [0, 1]."""
         seconds = time.perf_counter() - self._start
         return seconds, _shares(self._total, seconds)
 
 
 class Progress:
-    """A line every few seconds about long work: how much is done, how fast, and the time left.
+    """Progress report of long work: a line every few seconds with amount, speed and time left.
 
-    The first piece often compiles too: the speed leaves it out as soon as others have followed.
+    The first piece often compiles too: the speed leaves that piece out as soon as others have
+    followed.
     """
 
     def __init__(
         self, what: str, total: float, unit: str, *, done: float = 0, file: TextIO | None = None
     ):
-        """Starts the clock.
+        """Starts the clock of the work, and counts the amount that earlier runs have done.
 
         Args:
             what: name of the work, the first word of each line.
@@ -81,19 +85,22 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the clock was started."""
+        """Number of seconds since the clock of the work was started."""
         return time.perf_counter() - self._start
 
     @property
     def rate(self) -> float:
-        """Amount per second, without the first piece if others have followed; 0 at first."""
+        """Amount of work done per second; 0 before the first piece.
+
+        The first piece is left out if others have followed.
+        """
         amount, seconds = self._first or (0.0, 0.0)
         if self._added > amount:
             amount, seconds = self._added - amount, self.seconds - seconds
         return amount / max(seconds, 1e-9)
 
     def add(self, amount: float) -> None:
-        """Counts a piece of work, and prints a line every few seconds and at the end."""
+        """Counts a piece of work as done, and prints a line every few seconds and at the end."""
         self._added, self._done = self._added + amount, self._done + amount
         self._first = self._first or (amount, self.seconds)
         now = time.perf_counter()
@@ -109,13 +116,16 @@ class Progress:
 
 
 def count_bytes(what: str, total: int) -> Callable[[int], None]:
-    """Starts a `Progress` on stderr, and returns a function that counts the bytes of a piece."""
+    """Starts a `Progress` in GB on stderr, and returns a function that counts a piece as done.
+
+    Sizes of all work and of a piece are numbers of bytes.
+    """
     progress = Progress(what, total / 1e9, "GB", file=sys.stderr)
     return lambda count: progress.add(count / 1e9)
 
 
 class MetricWriter:
-    """Appends the metrics of a run to its workdir; on other processes than 0 it does nothing."""
+    """Writer that appends the metrics of a run to its workdir; only process 0 writes."""
 
     def __init__(self, workdir: epath.PathLike, total_steps: int, images_per_step: int):
         """Creates the workdir; files are opened later, since a resumed run may truncate them.
@@ -123,7 +133,7 @@ class MetricWriter:
         Args:
             workdir: folder of the run, created if missing.
             total_steps: number of optimizer updates of the whole run.
-            images_per_step: images of a global batch.
+            images_per_step: number of images of a global batch.
         """
         self.workdir = epath.Path(workdir)
         self._total_steps, self._images_per_step = total_steps, images_per_step
@@ -135,7 +145,7 @@ class MetricWriter:
             self.workdir.mkdir(parents=True, exist_ok=True)
 
     def truncate_after(self, step: int) -> None:
-        """Removes all metrics after a restored step, and a half-written last line.
+        """Removes the metrics of all steps after a restored step, and a half-written last line.
 
         Nothing is lost if the metrics of a step are written before its checkpoint is saved.
         """
@@ -146,7 +156,9 @@ class MetricWriter:
             files.write_bytes(path, "".join(kept).encode())
 
     def write(self, step: int, scalars: Mapping[str, float], prefix: str) -> None:
-        """Appends a line `{"step": ..., "<prefix>/<name>": ...}`, with null for not-finite values.
+        """Appends a line `{"step": ..., "<prefix>/<name>": ...}` to metrics.jsonl, and adds events.
+
+        Values that are not finite are null in the file, and left out of the TensorBoard events.
 
         Args:
             step: number of optimizer updates done.
@@ -170,16 +182,16 @@ class MetricWriter:
             raise GigatokError(f"{self.workdir / FILE} cannot be written: {error}") from error
 
     def picture(self, step: int, name: str, picture: np.ndarray) -> None:
-        """Adds a uint8[h, w, 3] picture to the TensorBoard events."""
+        """Adds a picture uint8[h, w, 3] to the TensorBoard events of a run."""
         if self._active:
             self._tensorboard().add_image(name, picture, step, dataformats="HWC")
 
     def progress(self, step: int, losses: Mapping[str, float], timer: StepTimer) -> None:
-        """Prints one line about the steps since the last call and writes its `time/` metrics.
+        """Prints a line about the steps since the last call, and writes their `time/` metrics.
 
         Args:
             step: number of optimizer updates done.
-            losses: the numbers to print, in this order.
+            losses: numbers to print, in their order.
             timer: timer of the run, whose interval is read and restarted.
         """
         seconds, shares = timer.interval()
@@ -200,7 +212,7 @@ class MetricWriter:
         print(" | ".join([*line, " ".join(numbers)]), flush=True)
 
     def close(self) -> None:
-        """Flushes the TensorBoard events."""
+        """Flushes and closes the TensorBoard events of a run."""
         if self._events:
             self._events.close()
 
@@ -218,7 +230,10 @@ class MetricWriter:
 
 
 def read(workdir: epath.PathLike) -> list[dict[str, float | None]]:
-    """Rows of metrics.jsonl in order, without damaged lines; an empty list if there is no file."""
+    """Reads the rows of a run's metrics.jsonl in order, without damaged lines.
+
+    Returns an empty list if the file does not exist.
+    """
     path = epath.Path(workdir) / FILE
     rows = []
     text = path.read_bytes().decode(errors="replace") if path.exists() else ""
@@ -231,14 +246,17 @@ def read(workdir: epath.PathLike) -> list[dict[str, float | None]]:
 
 
 def peak_memory() -> dict[str, float]:
-    """Largest use of memory on the first device, {"peak_memory_gib": GiB}; empty on a CPU."""
+    """Returns the largest use of memory on the first device, {"peak_memory_gib": GiB}.
+
+    The dict is empty where the device does not report memory, as on a CPU.
+    """
     stats = jax.local_devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use")
     return {} if peak is None else {"peak_memory_gib": peak / 2**30}
 
 
 def duration(seconds: float) -> str:
-    """Formats a duration: "42 s", "12 min", "3 h 05 min", "2 d 04 h"."""
+    """Formats a number of seconds as "42 s", "12 min", "3 h 05 min" or "2 d 04 h"."""
     minutes = round(seconds / 60)
     if seconds < 99.5:
         return f"{seconds:.0f} s"

@@ -1,4 +1,4 @@
-"""The page of a run: one index.html, opened from disk, that needs no server and no network.
+"""Writes the page of a run: one index.html, opened from disk, without a server or network.
 
 Curves are SVG drawn here; the script on the page only shows the values under the pointer.
 """
@@ -24,7 +24,10 @@ Figures = Mapping[str, Any]
 
 
 class Section(NamedTuple):
-    """Curves that belong together: the first section with a matching pattern takes a metric."""
+    """Record of a section of a run's page: its title, its note and the patterns of its metrics.
+
+    A metric belongs to the first section with a matching pattern.
+    """
 
     title: str
     note: str
@@ -93,9 +96,9 @@ SHOWN = 16  # classes whose grids are in sight
 
 
 def write(workdir: epath.PathLike) -> epath.Path:
-    """Writes `index.html` from the other files of a workdir; sections without a file are left out.
+    """Writes `index.html`, the page of a run, from the other files of its workdir.
 
-    May be called at any moment of a run, by process 0.
+    Sections without a file are left out. May be called at any moment of a run, by process 0.
 
     Args:
         workdir: folder of the run.
@@ -123,7 +126,10 @@ def write(workdir: epath.PathLike) -> epath.Path:
 
 
 def _run(workdir: epath.Path, prefix: str = "") -> Iterator[str]:
-    """Pictures, curves and tables of one run; `prefix` leads from the page to its folder."""
+    """Yields the HTML of one run's pictures, curves and tables.
+
+    `prefix` is the path from the page to the run's folder, with a slash at its end.
+    """
     config, results = _json(workdir, "config.json"), _json(workdir, "results.json")
     yield _classes(workdir, prefix, config, results)
     yield _pictures(workdir, prefix, config)
@@ -133,7 +139,7 @@ def _run(workdir: epath.Path, prefix: str = "") -> Iterator[str]:
 
 
 def _stage(workdir: epath.Path, name: str) -> str:
-    """Heading of a run inside this one, with a link to its own page."""
+    """Returns a heading, as HTML, of a run inside another run, with a link to its own page."""
     own = f'<a href="{name}/index.html">own page</a>'
     link = own if (workdir / name / "index.html").exists() else ""
     return f'<h2 class="stage">{STAGES[name]} {link}</h2>'
@@ -165,7 +171,10 @@ def _header(workdir: epath.Path, stages: Sequence[str], environment: Figures) ->
 
 
 def _status(workdir: epath.Path) -> tuple[str, str]:
-    """CSS class and text of the badge; results of an earlier, shorter run do not count."""
+    """Returns the CSS class and the text of the badge that says whether a run has finished.
+
+    Results of an earlier, shorter run do not count.
+    """
     config, results = _json(workdir, "config.json"), _json(workdir, "results.json")
     last = max((row["step"] for row in metric_writer.read(workdir)), default=0)
     if results and results.get("step", last) >= last:
@@ -188,7 +197,7 @@ def _headlines(results: Figures) -> str:
 
 
 def _classes(workdir: epath.Path, prefix: str, config: Figures, results: Figures) -> str:
-    """Grids of generated images, one class below the other."""
+    """Returns HTML of the grids of generated images, class below class; "" without any."""
     found = [m for n in _picture_names(workdir) if (m := re.fullmatch(r"class_(\d+)_(.+)\.png", n))]
     if not found:
         return ""
@@ -205,7 +214,7 @@ def _classes(workdir: epath.Path, prefix: str, config: Figures, results: Figures
 
 
 def _guidance(config: Figures) -> str:
-    """How a config draws images, as a sentence; "" when it draws none."""
+    """Says in a sentence how a config draws images; returns "" if the config draws none."""
     sample = config.get("sample", {})
     settings = {**config, **sample, **config.get("cfg", {})}
     # Earlier versions kept the guidance of a prior's run as sample.cfg_scale and so on.
@@ -243,7 +252,10 @@ def _pictures(workdir: epath.Path, prefix: str, config: Figures) -> str:
 
 
 def _order(match: re.Match) -> tuple[bool, str, int]:
-    """Sorting key of pictures: reconstructions and samples first, then by kind, newest first."""
+    """Returns the sorting key of a picture.
+
+    Reconstructions and samples come first, then pictures by kind; in each kind the newest first.
+    """
     return match[1] not in ("reconstruction", "samples"), match[1], -int(match[2])
 
 
@@ -301,7 +313,10 @@ def _curves(rows: Sequence[dict], config: Figures) -> Iterator[str]:
 
 
 def _series(rows: Sequence[dict]) -> dict[str, charts.Points]:
-    """Points of each metric; a value that was not finite is NaN, which leaves a gap in its line."""
+    """Collects the points (step, value) of each metric from the rows of metrics.jsonl.
+
+    A value that was not finite is NaN, which leaves a gap in its line.
+    """
     series: dict[str, charts.Points] = {}
     for row in rows:
         for key, value in row.items():
@@ -314,7 +329,7 @@ def _series(rows: Sequence[dict]) -> dict[str, charts.Points]:
 def _charts(
     section: Section, series: dict[str, charts.Points]
 ) -> Iterator[tuple[str, dict[str, charts.Points]]]:
-    """Title of each chart of a section, and its lines: label -> points."""
+    """Yields the title of each chart of a section, and the chart's lines: label -> points."""
     if section.together:
         yield "share", {k.rsplit("/", 1)[-1].removesuffix("_share"): p for k, p in series.items()}
         return

@@ -1,4 +1,7 @@
-"""Pictures of a run as PNG. Axes: b images, h height, w width, k codebook rows."""
+"""Draws and writes pictures of a run as PNG.
+
+Axes: b images, h height, w width, k codebook rows.
+"""
 
 import io
 import zlib
@@ -17,12 +20,14 @@ PAPER, INK, BAR, DEAD = (250, 250, 250), (60, 60, 60), (47, 111, 237), (217, 72,
 
 
 def save(workdir: epath.PathLike, kind: str, step: int, picture: np.ndarray) -> epath.Path:
-    """Writes `pictures/<kind>_<step>.png` in a workdir; the page shows a gallery of each kind.
+    """Writes a picture to `pictures/<kind>_<step>.png` in a workdir.
+
+    The page of the run shows a gallery of each kind.
 
     Args:
         workdir: folder of the run.
         kind: name of the gallery, such as "reconstruction".
-        step: optimizer updates done.
+        step: number of optimizer updates done.
         picture: uint8[h, w, 3].
 
     Returns:
@@ -34,12 +39,14 @@ def save(workdir: epath.PathLike, kind: str, step: int, picture: np.ndarray) -> 
 def save_class(
     workdir: epath.PathLike, class_id: int, name: str, picture: np.ndarray
 ) -> epath.Path:
-    """Writes `pictures/class_<class id>_<name>.png`; the page shows classes in their order.
+    """Writes a picture of a class to `pictures/class_<class id>_<name>.png` in a workdir.
+
+    The page of the run shows classes in the order of their ids.
 
     Args:
         workdir: folder of the run.
-        class_id: 0 or more.
-        name: of the class, fit for a file's name.
+        class_id: index of the class, 0 or more.
+        name: name of the class, fit for a file's name.
         picture: uint8[h, w, 3].
 
     Returns:
@@ -56,16 +63,17 @@ def _write(workdir: epath.PathLike, name: str, picture: np.ndarray) -> epath.Pat
 
 
 def encode(picture: np.ndarray) -> bytes:
-    """PNG file of a uint8[h, w, 3] picture."""
+    """Encodes a picture uint8[h, w, 3] as PNG; returns the byte string of the file."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
 def is_whole(data: bytes, size: int) -> bool:
-    """Whether the bytes are an RGB PNG of `size` x `size` pixels whose every checksum is right.
+    """Returns whether a byte string is an undamaged RGB PNG file of `size` x `size` pixels.
 
-    Pillow would pass over damage in chunks that it takes for optional.
+    Every checksum has to be right: Pillow would pass over damage in chunks that it takes for
+    optional.
     """
     kind = size.to_bytes(4) * 2 + bytes([8, 2])  # width, height, bits, colour type
     if not (data.startswith(PNG_START + kind) and data.endswith(PNG_END)):
@@ -80,18 +88,18 @@ def is_whole(data: bytes, size: int) -> bool:
 
 
 def comparison(originals: np.ndarray, reconstructions: np.ndarray, columns: int = 8) -> np.ndarray:
-    """Grid in which each reconstruction stands under its original.
+    """Draws a grid of images in which each reconstruction stands under its original.
 
     Args:
         originals: uint8[b, h, w, 3].
         reconstructions: uint8[b, h, w, 3].
-        columns: pairs side by side.
+        columns: number of pairs side by side.
 
     Returns:
         uint8[H, W, 3]; tiles narrower than 96 pixels are enlarged by a whole factor.
 
     Raises:
-        ValueError: the two differ in shape or are not uint8.
+        ValueError: originals and reconstructions differ in shape or are not uint8.
     """
     if originals.shape != reconstructions.shape:
         raise ValueError(f"{originals.shape} originals, {reconstructions.shape} reconstructions")
@@ -103,11 +111,11 @@ def comparison(originals: np.ndarray, reconstructions: np.ndarray, columns: int 
 
 
 def grid(tiles: np.ndarray, columns: int = 8) -> np.ndarray:
-    """Tiles row by row on white, with gaps.
+    """Lays out images as tiles of one picture, row by row on white, with gaps.
 
     Args:
         tiles: uint8[b, h, w, 3], any b.
-        columns: tiles side by side; fewer when b is smaller.
+        columns: number of tiles side by side; fewer when b is smaller.
 
     Returns:
         uint8[H, W, 3]; tiles narrower than 96 pixels are enlarged by a whole factor.
@@ -131,14 +139,14 @@ def _enlarge(tiles: np.ndarray) -> np.ndarray:
 
 
 def codebook_usage(counts: np.ndarray, width: int = 720, height: int = 220) -> np.ndarray:
-    """Picture of how often each codebook row was chosen, most used first, on a log scale.
+    """Draws how often each codebook row was chosen, most used first, on a log scale.
 
     Rows that were never chosen are a red bar on the axis.
 
     Args:
-        counts: int[k], choices of each row in some window.
-        width: of the picture, pixels.
-        height: of the picture, pixels.
+        counts: int[k], number of times that each row was chosen.
+        width: width of the picture in pixels.
+        height: height of the picture in pixels.
 
     Returns:
         uint8[height, width, 3].
@@ -161,7 +169,10 @@ def codebook_usage(counts: np.ndarray, width: int = 720, height: int = 220) -> n
 
 
 def _column_means(counts: np.ndarray, columns: int) -> np.ndarray:
-    """Mean count under each column of pixels; a row may span columns or share one."""
+    """Returns the mean count of codebook rows under each column of pixels.
+
+    A row may span columns or share one.
+    """
     edges = np.linspace(0, counts.size, columns + 1)
     totals = np.interp(edges, np.arange(counts.size + 1), np.concatenate([[0], counts.cumsum()]))
     return np.diff(totals) / np.diff(edges)

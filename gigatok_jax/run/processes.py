@@ -1,6 +1,6 @@
-"""Exchange of values between the processes of a run; all of them call each function.
+"""Exchanges values between the processes of a run; all processes call each function.
 
-A process that is alone gets its own value back, and nothing is computed.
+A process that is alone gets its own value back.
 """
 
 import functools
@@ -19,21 +19,21 @@ from gigatok_jax.errors import ConfigError
 
 
 def is_first() -> bool:
-    """Whether this is process 0, which alone writes files that are not arrays."""
+    """Returns whether this is process 0, which alone writes files that are not arrays."""
     return jax.process_index() == 0
 
 
 def name() -> str:
-    """This process for people: "process 1 of 4 on host b"."""
+    """Returns the name of this process for people: "process 1 of 4 on host b"."""
     return f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"
 
 
 def alone(task: str, instead: str) -> None:
-    """Refuses to go on where a run has several processes.
+    """Raises ConfigError if the run has several processes.
 
     Args:
-        task: the work that one process does, such as "generate".
-        instead: what to do, for people.
+        task: name of the work that needs a single process, such as "generate".
+        instead: end of the message, which says what to do.
 
     Raises:
         ConfigError: this process is one of several.
@@ -43,7 +43,10 @@ def alone(task: str, instead: str) -> None:
 
 
 def gather(data: bytes) -> list[bytes]:
-    """The bytes of every process, in their order; lengths may differ."""
+    """Returns the byte strings of all processes, in the order of the processes.
+
+    The lengths of the byte strings may differ.
+    """
     if jax.process_count() == 1:
         return [data]
     lengths = multihost_utils.process_allgather(np.array([len(data)], np.int32)).reshape(-1)
@@ -54,33 +57,39 @@ def gather(data: bytes) -> list[bytes]:
 
 
 def gather_rows(rows: np.ndarray) -> np.ndarray:
-    """Rows [b ...] of all processes below each other, exact in any type; b may differ."""
+    """Joins the rows [b ...] of all processes into one array, in the order of the processes.
+
+    Every type stays exact; b may differ between processes.
+    """
     parts = gather(np.ascontiguousarray(rows).tobytes())
     shape = (-1, *rows.shape[1:])
     return np.concatenate([np.frombuffer(part, rows.dtype).reshape(shape) for part in parts])
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """The JSON value that `make()` returns on process 0; the others do not call it."""
+    """Calls `make` on process 0 alone, and returns its JSON value in every process."""
     if jax.process_count() == 1:
         return make()
     return json.loads(gather(json.dumps(make()).encode() if is_first() else b"")[0])
 
 
 def smallest(value: int) -> int:
-    """The smallest of the processes' values."""
+    """Returns the smallest of the values that the processes give."""
     return int(gather_rows(np.array([value])).min())
 
 
 def whole(array: jax.Array) -> np.ndarray:
-    """A global array on the host of every process."""
+    """Copies a global array to the host of every process, as one numpy array."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def largest(value: int) -> jax.Array:
-    """i32, the largest of the processes' values; computed among the steps, so read it later."""
+    """Returns the largest of the values that the processes give, as an i32 array without axes.
+
+    Devices compute the result among the training steps, so read it later.
+    """
     return _maximum()(_on_all_devices(value))
 
 
@@ -91,7 +100,10 @@ def _devices() -> Mesh:
 
 @functools.cache
 def _on_all_devices(value: int) -> jax.Array:
-    """A value on every device; cached, because it is almost always 0."""
+    """Makes an array i32[devices] in which each process's devices hold its value.
+
+    The array is cached, because the value is almost always 0.
+    """
     split = NamedSharding(_devices(), PartitionSpec("all"))
     rows = np.full(jax.local_device_count(), value, np.int32)
     return jax.make_array_from_process_local_data(split, rows)

@@ -1,4 +1,4 @@
-"""Signals that end a run between two steps, and the watchdog that ends a run that hangs."""
+"""Handles signals that end a run between two steps, and ends a run that hangs."""
 
 import faulthandler
 import os
@@ -17,11 +17,11 @@ LOST = 75  # exit status when another process is gone or stuck: the same command
 
 
 class Interrupts:
-    """Notes Ctrl-C and SIGTERM, so that the loop can end between two steps.
+    """Context manager that notes Ctrl-C and SIGTERM, so that a loop can end between two steps.
 
     A second signal of the same kind acts at once, by the handler from before the run. Several
-    processes exchange their signals with every step and read them one step late, so all of them end
-    after the same step, whichever got the signal.
+    processes exchange their signals with every step and read them one step late, so all processes
+    end after the same step, whichever process got the signal.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -41,7 +41,10 @@ class Interrupts:
             signal.signal(number, handler)
 
     def agreed(self) -> bool:
-        """Whether all processes end after this step; called once in each."""
+        """Returns whether all processes end after this step, because one of them got a signal.
+
+        Every process calls this method once in each step.
+        """
         if jax.process_count() == 1:
             return bool(self.received)
         before, self._largest = self._largest, processes.largest(self.received or 0)
@@ -59,26 +62,27 @@ class Interrupts:
 
 
 class Watchdog:
-    """Ends a process that has finished nothing for too long, and prints the stacks of its threads.
+    """Context manager that ends a process which has finished nothing for too long.
 
-    A collective that one process never enters holds all others for ever, so all of them end.
+    The watchdog first prints the stacks of the threads. A collective that one process never enters
+    holds all others for ever, so all processes end.
     """
 
     def __init__(self, minutes: float):
-        """Sets the longest time without a sign of life.
+        """Sets how long the process may go without finishing anything.
 
         Args:
-            minutes: longer than the longest compilation or save; 0 is off.
+            minutes: limit, longer than the longest compilation or save; 0 turns the watchdog off.
         """
         self._seconds, self._last = minutes * 60, time.monotonic()
         self._stopped = threading.Event()
 
     def beat(self) -> None:
-        """Notes that something was finished."""
+        """Notes that the process has finished something; the watchdog's time starts anew."""
         self._last = time.monotonic()
 
     def hears(self, items: Iterable) -> Iterator:
-        """Yields the items, and notes with each that something was finished."""
+        """Yields the items of an iterable, and notes with each item that something was finished."""
         for item in items:
             self.beat()
             yield item

@@ -1,4 +1,4 @@
-"""The folder of a run: the config that it belongs to, and the machine and software of the run."""
+"""Checks and writes the files that say what run a folder holds: its config and environment."""
 
 import collections
 import importlib.metadata
@@ -80,7 +80,9 @@ RETIRED = {
 
 
 def claim(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
-    """Writes `config.json` and `environment.json`, once everything that the config names exists.
+    """Checks the folder of a run, and writes `config.json` and `environment.json` there.
+
+    Called once everything that the config names exists.
 
     Raises:
         ConfigError: the workdir belongs to a run of another config.
@@ -91,17 +93,17 @@ def claim(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
 
 
 def _has_begun(workdir: epath.Path) -> bool:
-    """Whether a workdir has more files than a run that failed before its first step."""
+    """Returns whether a workdir has more files than a run that failed before its first step."""
     early = ("config.json", "environment.json", PLACEMENT, checkpoint.FOLDER)
     later = (path for path in workdir.glob("*") if path.name not in early)
     return any(later) or any((workdir / checkpoint.FOLDER).glob("*"))
 
 
 def check_workdir(workdir: epath.PathLike, config: Any, begun: bool = True) -> None:
-    """Writes `config.json`, or refuses a workdir that belongs to a run of another config.
+    """Writes `config.json`, unless the workdir belongs to a run of another config.
 
-    Keys of `FREE_KEYS`, and all below them, may differ. This version may have new keys, and may
-    lack those of `RETIRED`. The file then takes the new values.
+    Keys of `FREE_KEYS` and `FREE_IN_TASK`, and all below them, may differ. This version may have
+    new keys, and may lack those of `RETIRED`. The file then takes the new values.
 
     Args:
         workdir: folder of the run, created if missing.
@@ -109,8 +111,8 @@ def check_workdir(workdir: epath.PathLike, config: Any, begun: bool = True) -> N
         begun: whether the run has results to continue; if not, any config of its task may follow.
 
     Raises:
-        ConfigError: other keys differ, and each is named with both values; or the earlier run used
-            something that this version lacks.
+        ConfigError: the task or other keys differ, which the error names with both values; or the
+            earlier run used something that this version lacks; or `config.json` is damaged.
     """
     workdir = files.absolute(workdir)
     config = config.to_dict() if hasattr(config, "to_dict") else config
@@ -160,7 +162,7 @@ def _compare_configs(workdir: epath.Path, old: dict[str, Any], new: dict[str, An
 
 
 def _check_retired(workdir: epath.Path, before: dict[str, Any]) -> None:
-    """Refuses a run that used something which this version lacks."""
+    """Raises ConfigError if a run used something which this version lacks."""
     for key, value in RETIRED.items():
         if value is not None and before.get(key, value) != value:
             raise ConfigError(
@@ -170,13 +172,13 @@ def _check_retired(workdir: epath.Path, before: dict[str, Any]) -> None:
 
 
 def write_environment(workdir: epath.PathLike) -> None:
-    """Writes `environment.json` into an existing workdir, from process 0 alone."""
+    """Writes `environment.json` (machine and software) into a workdir, from process 0 alone."""
     if jax.process_index() == 0:
         files.write_json(epath.Path(workdir) / "environment.json", describe())
 
 
 def describe() -> dict[str, Any]:
-    """Command, commit, versions, flags and devices, as JSON values; starts the jax backend."""
+    """Returns command, commit, versions, flags, devices as JSON values; starts the jax backend."""
     kinds = collections.Counter(device.device_kind for device in jax.devices())
     return {
         "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
@@ -190,7 +192,7 @@ def describe() -> dict[str, Any]:
 
 
 def software() -> dict[str, Any]:
-    """Commit, versions and flags, which are the same for all processes of a run."""
+    """Returns commit, versions and flags, which have to be the same for all processes of a run."""
     return {
         "commit": commit(),
         "python": platform.python_version(),
@@ -200,7 +202,10 @@ def software() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Commit of the checkout that holds this package, or None; "+changes" if files differ."""
+    """Returns the commit of the checkout that holds this package, or None without a checkout.
+
+    "+changes" follows the commit if tracked files differ from it.
+    """
     root = pathlib.Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():  # an installed package, maybe in another repository
         return None
