@@ -214,7 +214,7 @@ def _by_hash(names: Sequence[str]) -> np.ndarray:
 
 
 def _bytes(names: str) -> bytes:
-    """Encodes file names as the file system holds them, also names that are not valid text."""
+    """Returns the bytes of file names on disk, which need not be valid UTF-8."""
     return names.encode(errors="surrogateescape")
 
 

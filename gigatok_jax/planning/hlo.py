@@ -82,7 +82,7 @@ class Work(NamedTuple):
     unknown_loops: tuple[str, ...] = ()
 
     def times(self, n: int) -> "Work":
-        """Returns the cost of `n` runs of the computation."""
+        """Returns the FLOPs and the collectives of `n` runs of the computation."""
         transfers = tuple(
             transfer._replace(times=transfer.times * n) for transfer in self.transfers
         )

@@ -64,9 +64,9 @@ class Plan(NamedTuple):
 
 
 def fits(memory: dict[str, int], limit: int | None, how: str) -> bool:
-    """Returns whether memory by use is within a device's limit, for a COMPILED or ANALYSED plan.
+    """Returns whether `memory`, bytes by use, fits in a device's `limit` bytes; None: always fits.
 
-    A plan by shape analysis may fill the share SURE of the limit. No limit (None) is always kept.
+    A plan of `how` ANALYSED, by shape analysis, may fill only the share SURE of the limit.
     """
     return limit is None or sum(memory.values()) <= limit * (SURE if how == ANALYSED else 1)
 

@@ -34,7 +34,7 @@ class Place:
 
 
 def find(flags: ml_collections.ConfigDict, env: Mapping[str, str] = os.environ) -> Place | None:
-    """Returns the place of this process in its cluster, or None if the process is alone.
+    """Returns the index of this process and the size of its cluster; None if the process is alone.
 
     Args:
         flags: `config.cluster`; reads coordinator, processes and process.

@@ -136,12 +136,12 @@ class HeldOut:
         frozen: dict[str, Any],
         mesh: jax.sharding.Mesh,
     ):
-        """Opens the held-out images of a run.
+        """Opens the held-out images of a run and makes the program that reconstructs them.
 
         Args:
             config: of the run.
-            parts: networks of the run.
-            frozen: parameters of the frozen networks, on the devices.
+            parts: modules of the run; the tokenizer reconstructs, LPIPS compares.
+            frozen: network -> parameters on the devices; "lpips" may be missing.
             mesh: devices of the run.
         """
         module = tokenizer.make(config.model, parts.networks.tokenizer.dtype)
