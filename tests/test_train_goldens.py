@@ -23,6 +23,8 @@ from gigatok_jax.train import objective, optim, tokenizer_step
 from gigatok_jax.weights import discriminator_names as convert_discriminator
 from gigatok_jax.weights import frozen_names, names, tokenizer_names
 
+pytestmark = pytest.mark.slow  # nine minutes of compiling and float32 on two slow cores
+
 ALL_ON = objective.Phase(shortcut=True, adversarial=True, entropy=True)
 TERMS = {  # ours to the original's, as it logs them
     "reconstruction": "rec_loss",
