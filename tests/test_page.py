@@ -4,6 +4,7 @@ import html.parser
 import json
 import math
 import re
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -109,6 +110,14 @@ def test_a_curve_passes_through_its_points(tmp_path):
 def test_a_value_that_was_not_finite_leaves_a_gap(tmp_path):
     write_rows(tmp_path, [{"step": s, "a/x": None if s == 5 else float(s)} for s in range(1, 10)])
     assert load(tmp_path).all("path")[0]["d"].count("M") == 2
+
+
+def test_a_chart_of_its_own_draws_every_line_and_leaves_gaps():
+    lines = {"a<b": [(1, 0.5), (2, math.nan), (3, 0.1)], "never finite": [(1, math.nan)]}
+    text = charts.svg_file(lines)
+    assert "nan" not in text and text.count("<circle") == 2  # a point on each side of the gap
+    root = ElementTree.fromstring(text)
+    assert {"a<b", "never finite"} <= {element.text for element in root.iter()}
 
 
 def test_long_runs_are_thinned_without_losing_their_mean():

@@ -32,7 +32,7 @@ from gigatok_jax.evaluation import metrics
 from gigatok_jax.model_config import SIZES
 from gigatok_jax.models import tokenizer
 from gigatok_jax.ops.image import to_pixels
-from gigatok_jax.run import command_line
+from gigatok_jax.run import charts, command_line
 from gigatok_jax.run import workdir as workdir_lib
 from gigatok_jax.train import networks, objective, settings
 from gigatok_jax.train import tokenizer as tokenizer_run
@@ -47,7 +47,6 @@ VARIANTS = {  # decoder queries and first weights; None is the 2D tokenizer
     "last_level_geometry": ("last_level", "geometry"),
     "2d": None,
 }
-COLORS = ("#888888", "#b07aa1", "#edc948", "#f28e2b", "#59a14f", "#4e79a7", "#e15759")
 
 
 class Pictures(NamedTuple):
@@ -244,27 +243,10 @@ def write(folder: pathlib.Path, rows: list[Learned], text: str) -> None:
     (folder / "learning.svg").write_text(plot(rows))
 
 
-def plot(rows: list[Learned], width: int = 720, height: int = 400) -> str:
-    """Draws the losses of all variants as SVG: means of ten updates, on a logarithmic scale."""
-    curves = {r.variant: [c.mean() for c in np.array_split(r.losses, -(-len(r.losses) // 10))]
-              for r in rows}  # fmt: skip
-    logs = np.log(np.maximum(np.concatenate(list(curves.values())), 1e-6))
-    low, high = logs.min(), max(logs.max(), logs.min() + 1e-3)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>',
-        f'<text x="8" y="16">loss {np.exp(high):.3g} (top) to {np.exp(low):.3g} (bottom), '
-        f"logarithmic; {len(rows[0].losses)} updates</text>",
-    ]
-    for i, (name, curve) in enumerate(curves.items()):
-        x = np.linspace(8, width - 170, len(curve))
-        y = 24 + (height - 32) * (high - np.log(np.maximum(curve, 1e-6))) / (high - low)
-        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-        color = COLORS[i % len(COLORS)]
-        parts.append(f'<polyline fill="none" stroke="{color}" stroke-width="2" points="{points}"/>')
-        label = f'<text x="{width - 160}" y="{40 + 18 * i}" fill="{color}">{name}'
-        parts.append(f"{label}, {rows[i].psnr:.1f} dB</text>")
-    return "\n".join([*parts, "</svg>"])
+def plot(rows: list[Learned]) -> str:
+    """Draws the losses of all variants as the text of an SVG file."""
+    label = "{0.variant}, {0.psnr:.1f} dB".format
+    return charts.svg_file({label(row): list(enumerate(row.losses.tolist(), 1)) for row in rows})
 
 
 if __name__ == "__main__":

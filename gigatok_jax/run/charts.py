@@ -1,4 +1,4 @@
-"""Draws line charts as SVG text, for the page of a run."""
+"""Draws line charts as SVG text: parts of the page of a run, and files of their own."""
 
 import html
 import itertools
@@ -11,6 +11,16 @@ POINTS = 300  # of a line; longer runs are averaged
 COLORS = 5  # defined by page.html
 WIDTH, HEIGHT = 420, 220  # of a chart, in units of its SVG
 LEFT, RIGHT, TOP, BOTTOM = 52, 20, 12, 26  # margins of the plot inside the chart
+FILE_COLORS = ("#888888", "#b07aa1", "#edc948", "#f28e2b", "#59a14f", "#4e79a7", "#e15759")
+FILE_LEGEND = 190  # width right of the plot
+FILE_STYLE = (
+    "text { font: 11px sans-serif; } .grid { stroke: #dddddd; }"
+    " path { fill: none; stroke-width: 2; }"
+    + "".join(
+        f" path.c{i} {{ stroke: {color}; }} circle.c{i}, text.c{i} {{ fill: {color}; }}"
+        for i, color in enumerate(FILE_COLORS)
+    )
+)
 Points = list[tuple[float, float]]
 
 
@@ -23,11 +33,11 @@ def line_chart(title: str, lines: dict[str, Points], may_log: bool) -> str:
         may_log: allows a logarithmic axis where values span decades.
     """
     lines = {label: _thin(points) for label, points in lines.items()}
-    finite = [(x, y) for points in lines.values() for x, y in points if math.isfinite(y)]
+    finite = _finite(lines)
     if not finite:
         return ""
-    scale = _scale(finite, may_log)
-    paths = "".join(_path(points, scale, i) for i, points in enumerate(lines.values()))
+    scale = _scale(finite, 50 if may_log else math.inf)
+    paths = "".join(_path(points, scale, i % COLORS) for i, points in enumerate(lines.values()))
     data = json.dumps({"lines": lines, "x": [LEFT, WIDTH - RIGHT, scale.steps]})
     kind = ' <span class="muted">log</span>' if scale.log else ""
     return (
@@ -36,6 +46,32 @@ def line_chart(title: str, lines: dict[str, Points], may_log: bool) -> str:
         f' data-chart="{html.escape(data.replace("NaN", "null"))}">{_axes(scale)}{paths}</svg>'
         f'<div class="legend">{_legend(lines)}</div></div>'
     )
+
+
+def svg_file(lines: dict[str, Points]) -> str:
+    """Draws lines as the text of an SVG file: white, with a legend, logarithmic where it can be.
+
+    Args:
+        lines: label -> points (step, value); a value that is not finite leaves a gap.
+    """
+    lines = {label: _thin(points) for label, points in lines.items()}
+    scale = _scale(_finite(lines) or [(0.0, 0.0)], 1)
+    paths, width = [], WIDTH + FILE_LEGEND
+    for i, (label, points) in enumerate(lines.items()):
+        color = i % len(FILE_COLORS)
+        paths.append(_path(points, scale, color))
+        place = f'x="{WIDTH}" y="{TOP + 10 + 16 * i}"'
+        paths.append(f'<text class="c{color}" {place}>{html.escape(label)}</text>')
+    size = f'width="{2 * width}" height="{2 * HEIGHT}" viewBox="0 0 {width} {HEIGHT}"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{FILE_STYLE}</style>'
+        f'<rect width="100%" height="100%" fill="white"/>{_axes(scale)}{"".join(paths)}</svg>'
+    )
+
+
+def _finite(lines: dict[str, Points]) -> Points:
+    """Returns the points of all lines whose value is finite."""
+    return [(x, y) for points in lines.values() for x, y in points if math.isfinite(y)]
 
 
 def _legend(lines: dict[str, Points]) -> str:
@@ -65,14 +101,14 @@ class _Scale(NamedTuple):
         return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
 
-def _scale(points: Points, may_log: bool) -> _Scale:
+def _scale(points: Points, log_above: float) -> _Scale:
     """Returns the scale of a chart's axes that fits finite points.
 
-    The scale is logarithmic if `may_log` and the values are positive and span a factor above 50.
+    The scale is logarithmic if the values are positive and span a factor above `log_above`.
     """
     steps = max(x for x, _ in points)
     low, high = min(y for _, y in points), max(y for _, y in points)
-    if may_log and low > 0 and high > 50 * low:
+    if low > 0 and high > log_above * low:
         return _Scale(steps, low / 1.1, high * 1.1, log=True)
     if 0 <= low < 0.3 * high:
         low = 0.0
@@ -90,7 +126,7 @@ def _thin(points: Points) -> Points:
     return [(run[-1][0], sum(y for _, y in run) / len(run)) for run in runs]
 
 
-def _path(points: Points, scale: _Scale, index: int) -> str:
+def _path(points: Points, scale: _Scale, color: int) -> str:
     """Draws a line of a chart as SVG, with gaps where values are not finite.
 
     A point between two gaps is drawn as a dot.
@@ -98,13 +134,12 @@ def _path(points: Points, scale: _Scale, index: int) -> str:
     runs = itertools.groupby(points, key=lambda point: math.isfinite(point[1]))
     pieces = [[(scale.x(x), scale.y(y)) for x, y in run] for finite, run in runs if finite]
     lines = "".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in piece) for piece in pieces)
-    color = f'class="c{index % COLORS}"'
     dots = "".join(
-        f'<circle {color} cx="{piece[0][0]:.1f}" cy="{piece[0][1]:.1f}" r="2.5"/>'
+        f'<circle class="c{color}" cx="{piece[0][0]:.1f}" cy="{piece[0][1]:.1f}" r="2.5"/>'
         for piece in pieces
         if len(piece) == 1
     )
-    return f'<path {color} d="{lines}"/>{dots}'
+    return f'<path class="c{color}" d="{lines}"/>{dots}'
 
 
 def _axes(scale: _Scale) -> str:
